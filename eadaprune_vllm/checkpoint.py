@@ -1,0 +1,156 @@
+"""Reads a vision tower, and nothing else, from the checkpoint that vLLM serves."""
+
+import json
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from eadaprune_vllm.encoder import TowerSpec
+from eadaprune_vllm.errors import StartupError
+
+logger = logging.getLogger("vllm." + __name__)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the weights are, in the terms of vLLM's flags.
+
+    Attributes:
+        model: local folder or hub id.
+        revision: ``--revision``.
+        download_dir: ``--download-dir``.
+        load_format: ``--load-format``; one of ``LOAD_FORMATS``.
+        dtype: what the tower is cast to.
+        token: ``--hf-token``.
+    """
+
+    model: str
+    revision: str | None
+    download_dir: str | None
+    load_format: str
+    dtype: torch.dtype
+    token: str | bool | None = None
+
+    def check(self, spec: TowerSpec) -> None:
+        """Make sure that the tower's weights are all there, reading headers only.
+
+        Raises:
+            StartupError: in the words of ``load``.
+        """
+        self._locate(spec)
+
+    def load(self, spec: TowerSpec) -> PreTrainedModel:
+        """The tower on the CPU, in ``dtype``. With ``load_format="dummy"`` its weights are random, the same everywhere.
+
+        Raises:
+            StartupError: if a weight is missing, misshapen or unreadable.
+        """
+        files = self._locate(spec)
+        if self.load_format == "dummy":
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                tower = spec.build()
+        else:
+            with no_init_weights():
+                tower = spec.build()
+            tower.load_state_dict(self._read(files), assign=True)
+        logger.info("Vision tower loaded: %d layers, %s", spec.config.num_hidden_layers, self.dtype)
+        return tower.to(self.dtype)
+
+    def _locate(self, spec: TowerSpec) -> dict[Path, dict[str, str]]:
+        """For each file that holds weights of the tower, the tower's name of a weight -> the file's name of it."""
+        if self.load_format not in LOAD_FORMATS:
+            raise StartupError(
+                f"--load-format {self.load_format} is not supported; supported are {', '.join(LOAD_FORMATS)}"
+            )
+        if self.load_format == "dummy":
+            return {}
+        with torch.device("meta"):
+            expected = {name: tuple(weight.shape) for name, weight in spec.build().state_dict().items()}
+        files: dict[Path, dict[str, str]] = defaultdict(dict)
+        for stored, file in self._stored_names().items():
+            name = _tower_name(stored)
+            if name in expected:
+                files[file][name] = stored
+        missing = sorted(set(expected).difference(*files.values()))
+        if missing:
+            raise StartupError(
+                f"{self.model} lacks {len(missing)} of the {len(expected)} weights of its vision tower, "
+                f"such as vision_tower.{missing[0]}"
+            )
+        for file, names in files.items():
+            with safe_open(file, "pt") as reader:
+                for name, stored in names.items():
+                    shape = tuple(reader.get_slice(stored).get_shape())
+                    if shape != expected[name]:
+                        raise StartupError(
+                            f"{self.model} stores {stored} in shape {shape}, where its configuration says "
+                            f"{expected[name]}"
+                        )
+        return files
+
+    def _read(self, files: dict[Path, dict[str, str]]) -> dict[str, torch.Tensor]:
+        weights = {}
+        for file, names in files.items():
+            with safe_open(file, "pt") as reader:
+                weights |= {name: reader.get_tensor(stored) for name, stored in names.items()}
+        return weights
+
+    def _stored_names(self) -> dict[str, Path]:
+        """The name of every weight of the tower in the checkpoint -> its file; only these files are downloaded."""
+        index = self._file(INDEX)
+        if index is not None:
+            shards = json.loads(index.read_text())["weight_map"]
+            towers = {name: shard for name, shard in shards.items() if _tower_name(name)}
+            paths = {shard: self._file(shard) for shard in sorted(set(towers.values()))}
+            absent = [shard for shard, path in paths.items() if path is None]
+            if absent:
+                raise StartupError(f"{self.model} lacks the file {absent[0]} that its index names")
+            return {name: path for name, shard in towers.items() if (path := paths[shard])}
+        single = self._file(SINGLE)
+        if single is None:
+            raise StartupError(f"neither {SINGLE} nor {INDEX} was found for {self.model}; other formats are not supported")
+        try:
+            with safe_open(single, "pt") as reader:
+                return {name: single for name in reader.keys() if _tower_name(name)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise StartupError(f"{single} is not a readable safetensors file: {error}") from None
+
+    def _file(self, name: str) -> Path | None:
+        """Local path of one of the checkpoint's files, downloaded if need be; None if there is no such file."""
+        folder = Path(self.model)
+        if folder.is_dir():
+            return path if (path := folder / name).is_file() else None
+        try:
+            return Path(
+                hf_hub_download(
+                    self.model, name, revision=self.revision, cache_dir=self.download_dir, token=self.token
+                )
+            )
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise StartupError(f"{name} of {self.model} cannot be read: {reason}") from None
+
+
+def _tower_name(stored: str) -> str | None:
+    """The tower's own name of a stored weight, or None if the weight is not the tower's.
+
+    Checkpoints say ``vision_tower.vision_model.*``, transformers 5 saves ``vision_tower.*``, newer ones put
+    ``model.`` in front.
+    """
+    _, found, name = stored.removeprefix("model.").partition("vision_tower.")
+    return name.removeprefix("vision_model.") if found and not _ else None

@@ -1,0 +1,130 @@
+"""The embedded model: a small LLaVA-1.5 with random weights, made on first use, no download.
+
+Its tower sees 336x336 images as 576 tokens, as the real one does. Random weights show that the plumbing works;
+they say nothing about the quality of answers.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+
+SEED = 0
+IMAGE_SIZE, PATCH_SIZE = 336, 14
+_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def demo_model() -> Path:
+    """Folder of the embedded model, made on first use under ``XDG_CACHE_HOME`` (``~/.cache``)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "eadaprune" / "demo-model-v1"
+    if not folder.exists():
+        # Written beside and moved into place: a folder that exists is complete.
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        make_model(unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -> None:
+    """Write a checkpoint with weights that depend on ``SEED`` alone.
+
+    Args:
+        folder: where to.
+        tower: ``clip`` (with a CLS token) or ``siglip`` (without).
+        max_shard_size: splits the weights over several files if they are larger.
+    """
+    tokenizer = _tokenizer()
+    vision = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision) if tower == "clip" else SiglipVisionConfig(**vision),
+        text_config=LlamaConfig(
+            vocab_size=320,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+    )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        model = LlavaForConditionalGeneration(config)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0, _scale(name, weight))
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=max_shard_size)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = (
+        CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+        if tower == "clip"
+        else SiglipImageProcessor(size=size)
+    )
+    LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=_CHAT_TEMPLATE,
+        num_additional_image_tokens=int(tower == "clip"),
+    ).save_pretrained(folder)
+
+
+def _scale(name: str, weight: torch.Tensor) -> float:
+    """Standard deviation of a weight: what an image shows must matter more than where, and reach the answer."""
+    if "position_embedding" in name:
+        return 0.05
+    fan_in = weight[0].numel()
+    return float(fan_in**-0.5) if "embed_tokens" not in name else 1.0
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, after the special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(_SPECIAL + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=4096,
+    )

@@ -1,0 +1,50 @@
+"""The command line: ``--plugin NAME`` and, generated from ``PruneOptions``, one ``--eadaprune-*`` flag per option."""
+
+import argparse
+from types import NoneType
+from typing import Any, get_args
+
+from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.options import KEY, PruneOptions
+from eadaprune_vllm.plugin import NAME, name_plugins, named_plugins
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags on ``parser``; a flag that is not given leaves None."""
+    group = parser.add_argument_group("EAdaPrune", "Per-image visual token budgets.")
+    group.add_argument(
+        "--plugin",
+        metavar="NAME",
+        action="append",
+        help="Name a vLLM plugin to use, in addition to those loaded anyway. May be given more than once.",
+    )
+    for name, field in PruneOptions.model_fields.items():
+        types = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
+        default = "all" if field.default is None else field.default
+        settings: dict[str, Any] = {"help": f"{field.description} (default: {default})".replace("%", "%%")}
+        if types == [bool]:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": types[0], "metavar": types[0].__name__.upper()}
+        group.add_argument(_flag(name), default=None, **settings)
+
+
+def apply_flags(args: argparse.Namespace) -> None:
+    """Name the plugins, and move the options given to where vLLM carries them to every front end.
+
+    Raises:
+        StartupError: for an unknown plugin, or options without this one.
+    """
+    if args.plugin:
+        name_plugins(args.plugin)
+    given = {name: value for name in PruneOptions.model_fields if (value := getattr(args, f"{KEY}_{name}")) is not None}
+    if not given:
+        return
+    if NAME not in (named_plugins() or ()):
+        raise StartupError(f"{_flag(next(iter(given)))} does nothing without --plugin {NAME}")
+    kwargs = args.mm_processor_kwargs or {}
+    args.mm_processor_kwargs = kwargs | {KEY: kwargs.get(KEY, {}) | given}
+
+
+def _flag(name: str) -> str:
+    return f"--{KEY}-{name.replace('_', '-')}"

@@ -1,0 +1,74 @@
+"""What a front-end process holds: the vision encoder, a memo of its latest encodings, and the metrics."""
+
+import hashlib
+import time
+from collections.abc import Iterable
+
+import torch
+from cachetools import LRUCache
+
+from eadaprune_vllm.encoder import VisionEncoder
+from eadaprune_vllm.errors import NonFiniteFeaturesError
+from eadaprune_vllm.metrics import ImageReport, Metrics
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Kept, prune
+from eadaprune_vllm.selectors import VisualTokens
+
+# Enough for a request that repeats an image, and for the same image on its way through /tokenize and chat.
+MEMO_IMAGES = 16
+
+
+class FrontEnd:
+    """Encodes, prunes and counts for one served model. Used from one thread, vLLM's multimodal executor.
+
+    Args:
+        encoder: the vision encoder.
+        metrics: where to count.
+        model_name: label of the metrics.
+        kv_bytes_per_token: KV cache that one token takes, over all layers.
+    """
+
+    def __init__(self, encoder: VisionEncoder, metrics: Metrics, model_name: str, kv_bytes_per_token: int) -> None:
+        self.encoder = encoder
+        self.metrics = metrics
+        self.model_name = model_name
+        self.kv_bytes_per_token = kv_bytes_per_token
+        self._memo: LRUCache[bytes, VisualTokens] = LRUCache(MEMO_IMAGES)
+
+    def prune(self, pixel_values: torch.Tensor, options: PruneOptions) -> tuple[torch.Tensor, Kept]:
+        """Args:
+            pixel_values: ``[1, 3, H, W]``, one image.
+            options: resolved options.
+
+        Returns:
+            The kept feature rows ``[k, D]`` in the tower's dtype, and the decision.
+
+        Raises:
+            NonFiniteFeaturesError: if the tower's features for this image are NaN or infinite.
+        """
+        pixels = pixel_values.contiguous().view(torch.uint8).numpy()
+        digest = hashlib.blake2b(pixels, digest_size=16).digest()
+        stages = {}
+        tokens = self._memo.get(digest)
+        if tokens is None:
+            start = time.perf_counter()
+            tokens = self.encoder.encode(pixel_values)
+            stages["encode"] = time.perf_counter() - start
+        try:
+            kept = prune(tokens, options)
+        except NonFiniteFeaturesError:
+            self.reject("features")
+            raise
+        self._memo[digest] = tokens
+        self.metrics.observe_stages(
+            self.model_name, **stages, spectrum=kept.spectrum_seconds, select=kept.select_seconds
+        )
+        return tokens.features[kept.indices], kept
+
+    def admit(self, reports: Iterable[ImageReport]) -> None:
+        """Count the images of a request that enters the engine."""
+        self.metrics.count_images(self.model_name, reports, self.kv_bytes_per_token)
+
+    def reject(self, reason: str) -> None:
+        """Count a request that is refused."""
+        self.metrics.count_rejected(self.model_name, reason)

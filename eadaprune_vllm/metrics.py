@@ -1,0 +1,89 @@
+"""What pruning saved, on vLLM's own ``/metrics``.
+
+Plain counters and histograms, so that they add up over several API servers (multiprocess mode). Names start with
+``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+LABEL = "model_name"
+_RATIOS = [i / 20 for i in range(1, 21)]
+_THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0]
+_SECONDS = [mantissa * 10.0**exponent for exponent in range(-4, 1) for mantissa in (1, 2, 5)] + [10.0]
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """What became of one image; kept with its cache entry, so that a hit reports what the first request did.
+
+    Attributes:
+        visual_tokens: tokens of the image unpruned.
+        kept_tokens: tokens that entered the engine.
+        energy_threshold: the threshold asked for.
+        energy_kept: share of the spectral energy that a budget of ``kept_tokens`` holds.
+        selector: name of the selector.
+    """
+
+    visual_tokens: int
+    kept_tokens: int
+    energy_threshold: float
+    energy_kept: float
+    selector: str
+
+
+class Metrics:
+    """The metrics of one process.
+
+    Args:
+        registry: where to register.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"eadaprune_{name}", text, [LABEL, *labels], registry=registry)
+
+        def histogram(name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
+            return Histogram(f"eadaprune_{name}", text, [LABEL, *labels], buckets=buckets, registry=registry)
+
+        self._images = counter("images", "Images of requests that entered the engine, cached ones included.")
+        self._visual_tokens = counter(
+            "visual_tokens", "Visual tokens of those images: as encoded, and as kept after pruning.", "stage"
+        )
+        self._tokens_saved = counter("tokens_saved", "Visual tokens that pruning kept out of the engine.")
+        self._bytes_saved = counter(
+            "kv_cache_bytes_saved",
+            "KV cache that the saved tokens would have taken. An upper bound: vLLM allocates whole blocks, "
+            "and tokens found in the prefix cache take no new ones.",
+        )
+        self._rejected = counter(
+            "rejected_requests", "Requests refused: 'options' for bad pruning options, 'features' for NaN.", "reason"
+        )
+        self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image.", _RATIOS)
+        self._threshold = histogram("energy_threshold", "Energy threshold asked for, per image.", _THRESHOLDS)
+        self._stage = histogram(
+            "stage_seconds", "Time of pruning one image, by stage; images found in a cache skip stages.", _SECONDS, "stage"
+        )
+
+    def count_images(self, model_name: str, reports: Iterable[ImageReport], kv_bytes_per_token: int) -> None:
+        """Count the images of one request at the moment it enters the engine."""
+        for report in reports:
+            saved = report.visual_tokens - report.kept_tokens
+            self._images.labels(model_name).inc()
+            self._visual_tokens.labels(model_name, "encoded").inc(report.visual_tokens)
+            self._visual_tokens.labels(model_name, "kept").inc(report.kept_tokens)
+            self._tokens_saved.labels(model_name).inc(saved)
+            self._bytes_saved.labels(model_name).inc(saved * kv_bytes_per_token)
+            self._kept_ratio.labels(model_name).observe(report.kept_tokens / report.visual_tokens)
+            self._threshold.labels(model_name).observe(report.energy_threshold)
+
+    def observe_stages(self, model_name: str, **seconds: float) -> None:
+        """Record how long each stage of pruning one image took; ``total`` is their sum."""
+        for stage, value in (seconds | {"total": sum(seconds.values())}).items():
+            self._stage.labels(model_name, stage).observe(value)
+
+    def count_rejected(self, model_name: str, reason: str) -> None:
+        """Count one refused request."""
+        self._rejected.labels(model_name, reason).inc()

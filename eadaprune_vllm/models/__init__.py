@@ -1,0 +1,5 @@
+"""The supported architectures: what vLLM calls them -> our class in their place."""
+
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "eadaprune_vllm.models.llava:PrunedLlavaForConditionalGeneration",
+}

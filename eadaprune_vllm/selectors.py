@@ -1,0 +1,77 @@
+"""Which k of an image's N visual tokens stay.
+
+A selector is a function ``(tokens, k) -> indices``: it gets what is known about the N tokens and returns k
+distinct int64 indices in any order. To add one, write the function and add a line to ``SELECTORS``.
+Every selector must be deterministic; at ties the lower index wins.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What the vision tower says about one image.
+
+    Attributes:
+        features: ``[N, D]``, the rows that the model's projector is fed with, in raster order.
+        attention: ``[N]`` float32, how much attention each token draws in the last used layer.
+    """
+
+    features: torch.Tensor
+    attention: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.features.shape[0]
+
+    @cached_property
+    def token_gram(self) -> torch.Tensor:
+        """``X X^T``, ``[N, N]`` float32, shared by the spectrum (where N <= D) and the ``span`` selector."""
+        rows = self.features.float()
+        return rows @ rows.T
+
+
+Selector = Callable[[VisualTokens, int], torch.Tensor]
+
+
+def attention(tokens: VisualTokens, k: int) -> torch.Tensor:
+    """The k tokens that draw the most attention (FasterVLM's score, arXiv 2412.01818)."""
+    return torch.sort(tokens.attention, descending=True, stable=True).indices[:k]
+
+
+def span(tokens: VisualTokens, k: int) -> torch.Tensor:
+    """Greedy column subset selection by pivoted Cholesky: next is the token with most energy outside the span
+    of those already chosen.
+
+    After j picks ``residual`` holds, for every token, the squared norm of its part outside that span, so that
+    it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order.
+    """
+    gram = tokens.token_gram
+    residual = gram.diagonal().clone()
+    # Below this a residual is rounding error of the float32 Gram matrix, not energy.
+    floor = residual.max() * torch.finfo(gram.dtype).eps * tokens.num_tokens
+    factor = gram.new_empty(k, tokens.num_tokens)
+    chosen: list[int] = []
+    for step in range(k):
+        pivot = int(residual.argmax())
+        if residual[pivot] <= floor:
+            taken = set(chosen)
+            chosen += [i for i in range(tokens.num_tokens) if i not in taken][: k - step]
+            break
+        chosen.append(pivot)
+        row = gram[pivot] - factor[:step, pivot] @ factor[:step]
+        row /= residual[pivot].sqrt()
+        factor[step] = row
+        residual = residual - row.square()
+        residual[chosen] = -torch.inf
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+SELECTORS: dict[str, Selector] = {
+    "attention": attention,
+    "span": span,
+}

@@ -121,7 +121,9 @@ class Checkpoint:
             return {name: path for name, shard in towers.items() if (path := paths[shard])}
         single = self._file(SINGLE)
         if single is None:
-            raise StartupError(f"neither {SINGLE} nor {INDEX} was found for {self.model}; other formats are not supported")
+            raise StartupError(
+                f"neither {SINGLE} nor {INDEX} was found for {self.model}; other formats are not supported"
+            )
         try:
             with safe_open(single, "pt") as reader:
                 return {name: single for name in reader.keys() if _tower_name(name)}  # noqa: SIM118
@@ -135,9 +137,7 @@ class Checkpoint:
             return path if (path := folder / name).is_file() else None
         try:
             return Path(
-                hf_hub_download(
-                    self.model, name, revision=self.revision, cache_dir=self.download_dir, token=self.token
-                )
+                hf_hub_download(self.model, name, revision=self.revision, cache_dir=self.download_dir, token=self.token)
             )
         except EntryNotFoundError:
             return None

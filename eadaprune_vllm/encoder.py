@@ -43,7 +43,7 @@ class TowerSpec:
         ``vision_feature_select_strategy``).
 
         Raises:
-            StartupError: if the tower, layer or strategy is not supported.
+            StartupError: if the tower or the layer is not supported.
         """
         towers = {"clip_vision_model": (CLIPVisionModel, True), "siglip_vision_model": (SiglipVisionModel, False)}
         vision = hf_config.vision_config
@@ -60,16 +60,11 @@ class TowerSpec:
             raise StartupError(
                 f"vision_feature_layer={layer} names no layer of a tower with {vision.num_hidden_layers} layers"
             )
-        strategy = hf_config.vision_feature_select_strategy
-        if strategy not in ("default", "full"):
-            raise StartupError(
-                f"vision_feature_select_strategy={strategy!r} is not supported; it must be 'default' or 'full'"
-            )
         model_class, has_cls = towers[vision.model_type]
         config = copy(vision)
         config.num_hidden_layers = depth
         config.vision_use_head = False  # SigLIP's pooling head is not used
-        return cls(model_class, config, has_cls, first=int(strategy == "default"))
+        return cls(model_class, config, has_cls, first=int(hf_config.vision_feature_select_strategy == "default"))
 
     def build(self) -> PreTrainedModel:
         """The tower with freshly initialised float32 weights (on the default device).

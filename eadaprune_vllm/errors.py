@@ -1,9 +1,9 @@
 """The errors this package raises.
 
-    EAdaPruneError(Exception)
-    ├── StartupError            the server must not start: unsupported model, flag, version or option
-    ├── InvalidOptionsError     a client asked for pruning options that do not exist or are out of range
-    └── NonFiniteFeaturesError  the vision tower produced NaN or infinity for an image
+EAdaPruneError(Exception)
+├── StartupError            the server must not start: unsupported model, flag, version or option
+├── InvalidOptionsError     a client asked for pruning options that do not exist or are out of range
+└── NonFiniteFeaturesError  the vision tower produced NaN or infinity for an image
 """
 
 

@@ -64,7 +64,10 @@ class Metrics:
         self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image.", _RATIOS)
         self._threshold = histogram("energy_threshold", "Energy threshold asked for, per image.", _THRESHOLDS)
         self._stage = histogram(
-            "stage_seconds", "Time of pruning one image, by stage; images found in a cache skip stages.", _SECONDS, "stage"
+            "stage_seconds",
+            "Time of pruning one image; images found in a cache skip stages.",
+            _SECONDS,
+            "stage",
         )
 
     def count_images(self, model_name: str, reports: Iterable[ImageReport], kv_bytes_per_token: int) -> None:

@@ -74,10 +74,7 @@ class PruningProcessor(BaseMultiModalProcessor):
     def _cached_apply_hf_processor(self, inputs: PrunedInputs, *args: Any, **kwargs: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
         inputs.reports = [
-            update.content.report
-            for items in result.prompt_updates.values()
-            for updates in items
-            for update in updates
+            update.content.report for items in result.prompt_updates.values() for updates in items for update in updates
         ]
         return result
 

@@ -1,0 +1,286 @@
+"""One pruning server as its clients and its operator see it."""
+
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from harness import Server, content
+from PIL import Image
+from shared import Reference, noise
+
+Images = dict[str, Image.Image]
+QUESTION = "What is it?"
+
+
+def text_tokens(server: Server) -> int:
+    """Tokens of the prompt around one image: what a request costs beyond its kept tokens."""
+    return server.prompt_tokens(Image.new("RGB", (336, 336)), QUESTION, options={"energy": 1}) - 576
+
+
+def test_prompt_tokens_are_text_plus_kept(pruning: Server, reference: Reference, images: Images) -> None:
+    text = text_tokens(pruning)
+    for image in images.values():
+        for options in ({"energy": 0.8}, {"energy": 0.99}, {"energy": 0.99, "selector": "span"}, {"max_tokens": 20}):
+            kept = len(reference.kept(image, **({"energy": 0.95} | options)))
+            assert pruning.prompt_tokens(image, QUESTION, options=options) == text + kept
+
+
+def test_budgets_follow_the_image(pruning: Server, images: Images) -> None:
+    counts = {name: pruning.prompt_tokens(image, options={"energy": 0.99}) for name, image in images.items()}
+    assert counts["flat"] < counts["chelsea"] < counts["noise"]
+
+
+@pytest.mark.parametrize("options", [{"energy": 1}, {"energy": 1.0}, {"enabled": False}])
+def test_the_null_case_keeps_every_token(pruning: Server, images: Images, options: dict[str, Any]) -> None:
+    assert pruning.prompt_tokens(images["flat"], options=options) == pruning.prompt_tokens(
+        images["noise"], options={"energy": 1}
+    )
+
+
+def test_several_images_and_the_same_one_twice(pruning: Server, reference: Reference, images: Images) -> None:
+    kept = {name: len(reference.kept(image, energy=0.95)) for name, image in images.items()}
+    assert len(set(kept.values())) > 3
+    parts = [images["coffee"], "and", images["noise"], images["coffee"], "or", images["flat"], QUESTION]
+    once = pruning.ask(*parts)
+    assert once.usage
+    text = pruning.prompt_tokens(*[images["flat"] if not isinstance(part, str) else part for part in parts])
+    assert once.usage.prompt_tokens == text - 4 * kept["flat"] + 2 * kept["coffee"] + kept["noise"] + kept["flat"]
+    assert pruning.ask(*parts).choices[0].message.content == once.choices[0].message.content
+
+
+def test_text_only_requests_are_served(pruning: Server) -> None:
+    assert pruning.prompt_tokens(QUESTION) < 40
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "words"),
+    [
+        ({"energy": 1.5}, "energy", "=1.5 is not allowed; it must be a number greater than 0 and at most 1"),
+        ({"energy": True}, "energy", "=True is not allowed"),
+        ({"energy": "0.5"}, "energy", "='0.5' is not allowed"),
+        ({"engery": 0.5}, "engery", "is not an option; the options are energy, min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, None, "min_tokens=9 is above max_tokens=8"),
+        ({"max_tokens": 8}, None, "min_tokens=16 is above max_tokens=8"),
+        (0.5, None, "=0.5 is not an object"),
+    ],
+)
+@pytest.mark.parametrize("with_image", [True, False])
+def test_bad_options_are_a_400(
+    pruning: Server, images: Images, options: object, param: str | None, words: str, with_image: bool
+) -> None:
+    before = pruning.metric("eadaprune_rejected_requests_total", reason="options")
+    with pytest.raises(openai.BadRequestError) as error:
+        pruning.ask(*[images["flat"]] * with_image, QUESTION, options=options)
+    assert words in error.value.message
+    assert error.value.param == "mm_processor_kwargs.eadaprune" + (f".{param}" if param else "")
+    assert pruning.metric("eadaprune_rejected_requests_total", reason="options") == before + 1
+    assert pruning.ask(QUESTION)
+
+
+def test_nan_is_a_400(pruning: Server) -> None:
+    body = '{"model": "demo", "messages": [{"role": "user", "content": "hi"}], '
+    body += '"mm_processor_kwargs": {"eadaprune": {"energy": NaN}}}'
+    response = pruning.post("/v1/chat/completions", body)
+    assert response.status_code == 400
+    assert "nan is not allowed" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"mm_processor_kwargs": {"do_resize": False}},
+        {"mm_processor_kwargs": {"eadaprune": {"energy": 0.9}, "do_resize": False}},
+        {"media_io_kwargs": {"image": {"rgba_background_color": [0, 0, 0]}}},
+    ],
+)
+def test_other_untrusted_kwargs_are_refused_as_stock_vllm_refuses_them(
+    pruning: Server, stock: Server, images: Images, extra: dict[str, Any]
+) -> None:
+    messages = []
+    for server in (pruning, stock):
+        with pytest.raises(openai.BadRequestError) as error:
+            server.ask(images["flat"], **extra)
+        messages.append(error.value.message)
+    assert messages[0] == messages[1]
+    assert "--trust-request-mm-kwargs" in messages[0]
+
+
+def test_more_images_fit(pruning: Server, images: Images) -> None:
+    four = [images["flat"], images["coffee"], images["rocket"], images["page"]]
+    assert pruning.prompt_tokens(*four) < 2048
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        pruning.prompt_tokens(*four, options={"energy": 1})
+
+
+def test_the_limit_of_images_is_vllms(pruning: Server, images: Images) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"[Aa]t most 4 image"):
+        pruning.ask(*[images["flat"]] * 5)
+
+
+def test_streaming(pruning: Server, images: Images) -> None:
+    stream = pruning.client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": content(images["coffee"], QUESTION)}],
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True, "mm_processor_kwargs": {"eadaprune": {"energy": 0.9}}},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == pruning.answer(images["coffee"], QUESTION, options={"energy": 0.9})
+    assert chunks[-1].usage
+    assert chunks[-1].usage.prompt_tokens == pruning.prompt_tokens(images["coffee"], QUESTION, options={"energy": 0.9})
+
+
+def test_prefix_cache_hits_under_the_same_options_only(pruning: Server) -> None:
+    image = noise(101, blocks=24)
+
+    def cached(options: dict[str, Any]) -> float:
+        before = pruning.metric("vllm:prefix_cache_hits_total")
+        pruning.ask(image, QUESTION, options=options)
+        return pruning.metric("vllm:prefix_cache_hits_total") - before
+
+    first = pruning.answer(image, QUESTION, options={"energy": 0.99})
+    assert cached({"energy": 0.99, "min_tokens": 16}) > 64
+    assert pruning.answer(image, QUESTION, options={"energy": 0.99}) == first
+    # The text before the image is shared; the image's tokens must not be, even where their number is the same.
+    assert cached({"energy": 0.98}) <= 16
+    assert cached({"energy": 0.99, "selector": "span"}) <= 16
+
+
+def test_concurrent_requests_with_different_thresholds(pruning: Server, images: Images) -> None:
+    cases = [(name, energy) for name in images for energy in (0.7, 0.9, 0.95, 0.99)]
+
+    def ask(case: tuple[str, float]) -> tuple[int, str | None]:
+        response = pruning.ask(images[case[0]], QUESTION, options={"energy": case[1]}, max_tokens=1)
+        assert response.usage
+        return response.usage.prompt_tokens, response.choices[0].message.content
+
+    alone = {case: ask(case) for case in cases}
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, cases * 3)) == [alone[case] for case in cases * 3]
+
+
+def test_many_images_without_a_mismatch(pruning: Server, reference: Reference) -> None:
+    text = text_tokens(pruning)
+    scenes = [noise(seed, blocks=2 + seed % 30) for seed in range(200)]
+
+    def tokens(image: Image.Image) -> int:
+        return pruning.prompt_tokens(image, QUESTION, options={"energy": 0.97, "min_tokens": 1})
+
+    with ThreadPoolExecutor(8) as pool:
+        counted = list(pool.map(tokens, scenes))
+    assert counted == [text + len(reference.kept(image, energy=0.97, min_tokens=1)) for image in scenes]
+
+
+def test_kv_cache_blocks_agree_with_the_counts(pruning: Server, images: Images) -> None:
+    """While one request runs, the engine's blocks in use are those of its prompt and answer, rounded up."""
+    pruning.wait_until_idle()
+    blocks = int(pruning.label("vllm:cache_config_info", "num_gpu_blocks"))
+    used = {}
+    for energy in (0.9, 1.0):
+        peak, running = 0.0, threading.Event()
+
+        def generate(energy: float = energy, running: threading.Event = running) -> None:
+            pruning.ask(images["moon"], options={"energy": energy}, max_tokens=400)
+            running.set()
+
+        prompt = pruning.prompt_tokens(images["moon"], options={"energy": energy})
+        threading.Thread(target=generate).start()
+        while not running.wait(0.05):
+            peak = max(peak, pruning.metric("vllm:kv_cache_usage_perc") * blocks)
+        used[energy] = peak
+        assert math.ceil(prompt / 16) - 1 <= peak <= math.ceil((prompt + 400) / 16) + 1
+    saved = (used[1.0] - used[0.9]) * 16
+    kept = {e: pruning.prompt_tokens(images["moon"], options={"energy": e}) for e in used}
+    assert saved == pytest.approx(kept[1.0] - kept[0.9], abs=5 * 16)
+
+
+def test_metrics_count_what_entered_the_engine(pruning: Server, images: Images, reference: Reference) -> None:
+    image = noise(7, blocks=40)
+    kept = len(reference.kept(image, energy=0.9))
+    names: list[tuple[str, dict[str, str]]] = [
+        ("eadaprune_images_total", {}),
+        ("eadaprune_visual_tokens_total", {"stage": "encoded"}),
+        ("eadaprune_visual_tokens_total", {"stage": "kept"}),
+        ("eadaprune_tokens_saved_total", {}),
+        ("eadaprune_kv_cache_bytes_saved_total", {}),
+        ("eadaprune_kept_ratio_count", {}),
+        ("eadaprune_kept_ratio_sum", {}),
+        ("eadaprune_energy_threshold_sum", {}),
+        ("eadaprune_stage_seconds_count", {"stage": "encode"}),
+        ("vllm:prompt_tokens_total", {}),
+    ]
+
+    def read() -> list[float]:
+        return [pruning.metric(name, model_name="demo", **labels) for name, labels in names]
+
+    before = read()
+    prompts = [pruning.prompt_tokens(image, QUESTION, options={"energy": 0.9}) for _ in range(3)]
+    change = [after - earlier for after, earlier in zip(read(), before, strict=True)]
+    saved = 576 - kept
+    per_token = 2 * 2 * 2 * 32 * 2  # key and value x layers x KV heads x head size x bytes of bf16
+    expected = [3, 3 * 576, 3 * kept, 3 * saved, 3 * saved * per_token, 3, 3 * kept / 576, 3 * 0.9, 1, sum(prompts)]
+    assert change == pytest.approx(expected)
+    for stage in ("encode", "spectrum", "select", "total"):
+        assert pruning.metric("eadaprune_stage_seconds_sum", stage=stage) > 0
+
+
+def test_tokenize_counts_the_same_and_saves_nothing(pruning: Server, images: Images) -> None:
+    before = pruning.metric("eadaprune_images_total")
+    body = {"model": "demo", "messages": [{"role": "user", "content": content(images["chelsea"])}]}
+    count = pruning.post("/tokenize", body).json()["count"]
+    assert pruning.metric("eadaprune_images_total") == before
+    assert count == pruning.prompt_tokens(images["chelsea"])
+
+
+def test_uuid_only_images_hit_under_the_same_options(pruning: Server, images: Images) -> None:
+    def ask(image: Image.Image | None, energy: float) -> openai.types.chat.ChatCompletion:
+        part = content(images["page"])[0] if image else {"type": "image_url", "image_url": None}
+        return pruning.client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": [{**part, "uuid": "page-1"}]}],
+            max_tokens=1,
+            extra_body={"mm_processor_kwargs": {"eadaprune": {"energy": energy}}},
+        )
+
+    first = ask(images["page"], 0.9)
+    again = ask(None, 0.9)
+    assert first.usage
+    assert again.usage
+    assert again.usage.prompt_tokens == first.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="data is not provided"):
+        ask(None, 0.91)
+
+
+def test_aborted_requests_leave_nothing_behind(pruning: Server, images: Images) -> None:
+    def abort(seed: int) -> None:
+        stream = pruning.client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": content(noise(1000 + seed), noise(2000 + seed))}],
+            max_tokens=500,
+            stream=True,
+            extra_body={"ignore_eos": True, "mm_processor_kwargs": {"eadaprune": {"energy": 0.999}}},
+        )
+        if seed % 2:
+            next(iter(stream))
+        stream.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(abort, range(12)))
+    pruning.wait_until_idle()
+    time.sleep(1)
+    assert pruning.metric("vllm:kv_cache_usage_perc") == 0
+    assert pruning.prompt_tokens(images["flat"]) < 60
+
+
+def test_only_the_front_end_loads_a_tower(pruning: Server) -> None:
+    loads = [line for line in pruning.log.read_text().splitlines() if "Vision tower loaded" in line]
+    assert len(loads) == 1
+    assert "APIServer" in loads[0]

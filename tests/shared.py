@@ -1,0 +1,42 @@
+"""Helpers of the tests: encoding an image without a server, and images to encode."""
+
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor
+
+from eadaprune_vllm.checkpoint import Checkpoint
+from eadaprune_vllm.encoder import TowerSpec, VisionEncoder
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Kept, prune
+
+
+def checkpoint(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto") -> Checkpoint:
+    return Checkpoint(str(model), revision=None, download_dir=None, load_format=load_format, dtype=dtype)
+
+
+class Reference:
+    """What the front end of a server should decide, computed without one."""
+
+    def __init__(self, model: Path, dtype: torch.dtype) -> None:
+        spec = TowerSpec.of(AutoConfig.from_pretrained(model))
+        self.encoder = VisionEncoder(spec, checkpoint(model, dtype).load(spec))
+        self.dtype = dtype
+        self.image_processor = AutoImageProcessor.from_pretrained(model)
+
+    def kept(self, image: Image.Image, **options: object) -> Kept:
+        pixels = self.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
+        return prune(self.encoder.encode(pixels), PruneOptions.model_validate(options))
+
+
+def photo(name: str) -> Image.Image:
+    return Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+
+
+def noise(seed: int, size: int = 336, blocks: int = 336) -> Image.Image:
+    """Random colours in ``blocks`` x ``blocks`` squares: the more blocks, the denser the scene."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (blocks, blocks, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)

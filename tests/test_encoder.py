@@ -1,0 +1,179 @@
+"""The tower in the front end against transformers' whole model, and where its weights come from."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from shared import Reference, checkpoint
+from transformers import AutoConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+
+from eadaprune_vllm.checkpoint import INDEX, Checkpoint
+from eadaprune_vllm.demo.model import make_model
+from eadaprune_vllm.encoder import TowerSpec, VisionEncoder
+from eadaprune_vllm.errors import StartupError
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("siglip")
+    make_model(folder, tower="siglip", max_shard_size="200KB")
+    return folder
+
+
+@pytest.fixture(params=["clip", "siglip"])
+def folder(request: pytest.FixtureRequest, model: Path, siglip: Path) -> Path:
+    return model if request.param == "clip" else siglip
+
+
+def load(folder: Path, **settings: Any) -> VisionEncoder:
+    spec = TowerSpec.of(AutoConfig.from_pretrained(folder))
+    return VisionEncoder(spec, checkpoint(folder, **settings).load(spec))
+
+
+def test_features_and_attention_are_those_of_the_whole_model(folder: Path) -> None:
+    whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    pixels = torch.randn(1, 3, 336, 336)
+    with torch.no_grad():
+        out = whole.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+    tokens = load(folder, dtype=torch.float32).encode(pixels)
+    cls = whole.config.vision_config.model_type == "clip_vision_model"
+    assert tokens.num_tokens == 576
+    torch.testing.assert_close(tokens.features, out.hidden_states[-2][0, int(cls) :], atol=1e-4, rtol=1e-4)
+    attention = out.attentions[-2][0].mean(0)
+    torch.testing.assert_close(tokens.attention, attention[0, 1:] if cls else attention.mean(0))
+
+
+def test_only_the_layers_in_use_are_built(folder: Path) -> None:
+    encoder = load(folder)
+    assert len(encoder.tower.encoder.layers) == 3  # the fourth feeds nothing
+    assert {weight.dtype for weight in encoder.tower.parameters()} == {torch.bfloat16}
+
+
+def test_encoding_does_not_depend_on_what_else_is_encoded(model: Path, images: dict[str, Any]) -> None:
+    first, second = Reference(model, torch.bfloat16), Reference(model, torch.bfloat16)
+    alone = {name: first.kept(image).indices.tolist() for name, image in images.items()}
+    for name in reversed(images):
+        assert second.kept(images[name]).indices.tolist() == alone[name]
+
+
+def test_threads_are_restored(model: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    load(model).encode(torch.zeros(1, 3, 336, 336))
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+def test_shards_and_hub_names_load_the_same(siglip: Path, tmp_path: Path) -> None:
+    assert (siglip / INDEX).exists()
+    weights = {}
+    for shard in siglip.glob("*.safetensors"):
+        weights |= load_file(shard)
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in weights.items()}
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, tmp_path / "model.safetensors")
+    shutil.copy(siglip / "config.json", tmp_path)
+    pixels = torch.randn(1, 3, 336, 336)
+    assert torch.equal(load(siglip).encode(pixels).features, load(tmp_path).encode(pixels).features)
+
+
+def test_only_the_files_of_the_tower_are_needed(siglip: Path, tmp_path: Path) -> None:
+    """As for a hub id: files without a weight of the tower are never asked for."""
+    shutil.copytree(siglip, tmp_path, dirs_exist_ok=True)
+    for shard in tmp_path.glob("*.safetensors"):
+        if not any("vision_tower" in name for name in load_file(shard)):
+            shard.unlink()
+    assert len(list(tmp_path.glob("*.safetensors"))) < len(list(siglip.glob("*.safetensors")))
+    load(tmp_path)
+
+
+def test_dummy_weights_are_the_same_everywhere(model: Path) -> None:
+    pixels = torch.randn(1, 3, 336, 336)
+    first, second = (load(model, load_format="dummy").encode(pixels).features for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, load(model).encode(pixels).features)
+
+
+def test_hub_ids_are_read_from_the_download_dir(siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache layout of huggingface_hub, filled by hand: offline, at a revision, in ``--download-dir``."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--some--llava"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "v2").write_text(commit)
+    shutil.copytree(siglip, repo / "snapshots" / commit)
+    spec = TowerSpec.of(AutoConfig.from_pretrained(siglip))
+    source = Checkpoint("some/llava", "v2", str(tmp_path), "auto", torch.bfloat16)
+    pixels = torch.randn(1, 3, 336, 336)
+    assert torch.equal(
+        VisionEncoder(spec, source.load(spec)).encode(pixels).features, load(siglip).encode(pixels).features
+    )
+    with pytest.raises(StartupError, match="was found for some/llava"):
+        Checkpoint("some/llava", "v3", str(tmp_path), "auto", torch.bfloat16).check(spec)
+
+
+def broken(model: Path, folder: Path, change: Any) -> Path:
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+QUERY = "encoder.layers.0.self_attn.q_proj.weight"
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(model: Path, tmp_path: Path) -> None:
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        del weights[next(name for name in weights if name.endswith(QUERY))]
+
+    with pytest.raises(StartupError, match=rf"lacks 1 of the \d+ weights .* such as vision_tower\.{QUERY}"):
+        load(broken(model, tmp_path, drop))
+
+
+def test_a_misshapen_weight_is_refused(model: Path, tmp_path: Path) -> None:
+    def cut(weights: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in weights if name.endswith(QUERY))
+        weights[name] = weights[name][:-1].clone()
+
+    with pytest.raises(StartupError, match=r"in shape \(255, 256\), where its configuration says \(256, 256\)"):
+        load(broken(model, tmp_path, cut))
+
+
+def test_a_checkpoint_without_safetensors_is_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "config.json", tmp_path)
+    with pytest.raises(StartupError, match=r"neither model\.safetensors nor"):
+        load(tmp_path)
+
+
+def test_an_unreadable_file_is_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(StartupError, match="not a readable safetensors file"):
+        load(tmp_path)
+
+
+def test_other_load_formats_are_refused(model: Path) -> None:
+    with pytest.raises(StartupError, match="--load-format tensorizer is not supported; supported are auto"):
+        load(model, load_format="tensorizer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vision_config": PixtralVisionConfig()}, "of type 'pixtral'; supported are 'clip_vision_model'"),
+        ({"vision_feature_layer": [-2, -1]}, r"\[-2, -1\] is not supported; it must be one integer"),
+        ({"vision_feature_layer": 9}, "names no layer of a tower with 4 layers"),
+        ({"vision_feature_layer": 0}, "names no layer"),
+    ],
+)
+def test_towers_that_are_not_supported_are_refused(model: Path, changes: dict[str, Any], words: str) -> None:
+    config = AutoConfig.from_pretrained(model)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(StartupError, match=words):
+        TowerSpec.of(config)

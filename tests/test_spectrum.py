@@ -1,0 +1,109 @@
+"""The budget against a float64 SVD."""
+
+import numpy as np
+import pytest
+import torch
+
+from eadaprune_vllm.errors import NonFiniteFeaturesError
+from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.spectrum import TIE_TOLERANCE, Spectrum
+
+ENERGIES = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+
+
+def spectrum(features: torch.Tensor) -> Spectrum:
+    return Spectrum.of(VisualTokens(features, torch.zeros(len(features))))
+
+
+def reference_budget(features: torch.Tensor, energy: float) -> int:
+    """By numpy's SVD in float64, rounding ties up as the budget does."""
+    squares = np.linalg.svd(features.double().numpy(), compute_uv=False) ** 2
+    reached = np.cumsum(squares) / squares.sum() >= energy + TIE_TOLERANCE
+    return int(np.argmax(reached)) + 1 if reached.any() else len(features)
+
+
+def matrix(kind: str, num_tokens: int, width: int) -> torch.Tensor:
+    gaussian = torch.randn(num_tokens, width)
+    if kind == "low rank":
+        rank = min(5, num_tokens, width)
+        return torch.randn(num_tokens, rank) @ torch.randn(rank, width)
+    if kind == "power law":
+        return gaussian * torch.arange(1, width + 1) ** -1.0
+    if kind == "dominant mean":
+        return gaussian + 10
+    return gaussian
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "low rank", "power law", "dominant mean"])
+@pytest.mark.parametrize("shape", [(1, 32), (40, 64), (64, 64), (96, 32), (5, 1)])
+def test_budget_equals_that_of_a_float64_svd(kind: str, shape: tuple[int, int]) -> None:
+    for _ in range(15):
+        features = matrix(kind, *shape)
+        for energy in ENERGIES:
+            assert spectrum(features).budget(energy) == reference_budget(features, energy)
+
+
+def test_real_size() -> None:
+    features = matrix("power law", 576, 1024) + 0.05
+    for energy in ENERGIES:
+        assert spectrum(features).budget(energy) == reference_budget(features, energy)
+
+
+def test_bfloat16_features_are_accumulated_in_float32() -> None:
+    features = matrix("power law", 200, 300).bfloat16()
+    assert spectrum(features).budget(0.99) == reference_budget(features, 0.99)
+
+
+def test_budget_is_monotone_in_energy() -> None:
+    found = spectrum(matrix("power law", 100, 80))
+    budgets = [found.budget(energy) for energy in np.linspace(0.01, 1, 500)]
+    assert budgets == sorted(budgets)
+    assert budgets[-1] == 100
+
+
+def test_budget_is_invariant_to_rotation_row_order_and_scale() -> None:
+    features = matrix("power law", 60, 90)
+    rotation, _ = torch.linalg.qr(torch.randn(90, 90))
+    for energy in ENERGIES:
+        k = spectrum(features).budget(energy)
+        assert spectrum(features @ rotation).budget(energy) == k
+        assert spectrum(features[torch.randperm(60)]).budget(energy) == k
+        assert spectrum(features * 1e-3).budget(energy) == k
+        assert spectrum(features * 1e3).budget(energy) == k
+
+
+def test_ties_round_up() -> None:
+    # Four equal singular values: three hold 0.75 of the energy exactly.
+    features = torch.eye(4)
+    assert spectrum(features).budget(0.75) == 4
+    assert spectrum(features).budget(0.75 - 2 * TIE_TOLERANCE) == 3
+
+
+def test_energy_one_keeps_every_token_whatever_the_rank() -> None:
+    assert spectrum(matrix("low rank", 50, 60)).budget(1.0) == 50
+
+
+def test_energy_just_below_one_stays_within_the_tokens() -> None:
+    assert spectrum(torch.randn(5, 8)).budget(1 - 1e-12) == 5
+
+
+def test_zero_matrix_needs_one_token() -> None:
+    found = spectrum(torch.zeros(30, 20))
+    assert found.budget(0.99) == 1
+    assert found.budget(1.0) == 30
+    assert found.energy_at(1) == 1.0
+
+
+def test_energy_at_is_the_share_of_the_top_k() -> None:
+    features = torch.diag(torch.tensor([2.0, 1.0, 1.0]))
+    assert spectrum(features).energy_at(1) == pytest.approx(4 / 6)
+    assert spectrum(features).energy_at(3) == 1.0
+    assert spectrum(features).energy_at(99) == 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_non_finite_features_are_refused(bad: float) -> None:
+    features = torch.randn(10, 12)
+    features[3, 4] = bad
+    with pytest.raises(NonFiniteFeaturesError, match="NaN or infinite"):
+        spectrum(features)

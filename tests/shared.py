@@ -1,5 +1,6 @@
 """Helpers of the tests: encoding an image without a server, and images to encode."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,9 @@ def noise(seed: int, size: int = 336, blocks: int = 336) -> Image.Image:
     """Random colours in ``blocks`` x ``blocks`` squares: the more blocks, the denser the scene."""
     pixels = np.random.default_rng(seed).integers(0, 256, (blocks, blocks, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+
+
+def towers(_: object) -> list[str]:
+    """Classes of vision towers and their layers alive anywhere in this process; run it in a worker to look there."""
+    names = {type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)}
+    return sorted(name for name in names if "Vision" in name or "Encoder" in name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from shared import Reference, checkpoint
+from shared import Reference, checkpoint, towers
 from transformers import AutoConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from eadaprune_vllm.checkpoint import INDEX, Checkpoint
@@ -19,7 +19,7 @@ from eadaprune_vllm.errors import StartupError
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("siglip")
+    folder = tmp_path_factory.mktemp("models") / "siglip"
     make_model(folder, tower="siglip", max_shard_size="200KB")
     return folder
 
@@ -68,12 +68,14 @@ def test_threads_are_restored(model: Path) -> None:
     torch.set_num_threads(before)
 
 
-def test_shards_and_hub_names_load_the_same(siglip: Path, tmp_path: Path) -> None:
+def test_shards_and_other_names_load_the_same(siglip: Path, tmp_path: Path) -> None:
     assert (siglip / INDEX).exists()
     weights = {}
     for shard in siglip.glob("*.safetensors"):
         weights |= load_file(shard)
-    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in weights.items()}
+    renamed = {
+        name.replace("vision_tower.vision_model.", "model.vision_tower."): value for name, value in weights.items()
+    }
     assert renamed.keys() != weights.keys()
     save_file(renamed, tmp_path / "model.safetensors")
     shutil.copy(siglip / "config.json", tmp_path)
@@ -177,3 +179,9 @@ def test_towers_that_are_not_supported_are_refused(model: Path, changes: dict[st
         setattr(config, name, value)
     with pytest.raises(StartupError, match=words):
         TowerSpec.of(config)
+
+
+def test_the_search_for_towers_finds_them(model: Path) -> None:
+    """The server tests rely on it finding nothing in a worker."""
+    encoder = load(model)
+    assert "CLIPVisionModel" in towers(encoder)

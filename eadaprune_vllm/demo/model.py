@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -87,7 +88,12 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -
             for name, weight in model.named_parameters():
                 if weight.ndim > 1:
                     weight.normal_(0, _scale(name, weight))
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=max_shard_size)
+    folder.mkdir(parents=True)
+    config.dtype = torch.bfloat16
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    weights = {_hub_name(name): weight.to(config.dtype) for name, weight in model.state_dict().items()}
+    save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = (
         CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
@@ -102,6 +108,19 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -
         chat_template=_CHAT_TEMPLATE,
         num_additional_image_tokens=int(tower == "clip"),
     ).save_pretrained(folder)
+
+
+def _hub_name(name: str) -> str:
+    """Names as in the checkpoints on the hub, which vLLM's loader knows; transformers 5 saves others."""
+    for ours, theirs in (
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.language_model.", "language_model.model."),
+        ("model.", ""),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
 
 
 def _scale(name: str, weight: torch.Tensor) -> float:

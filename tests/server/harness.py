@@ -16,9 +16,11 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_SECONDS = 300
+BLOCK_SIZE = 32  # the smallest that attention on a CPU takes
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -36,7 +38,7 @@ class Server:
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
         command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
-        command += ["--max-model-len", "2048", "--block-size", "16", *flags]
+        command += ["--max-model-len", "2048", "--block-size", str(BLOCK_SIZE), *flags]
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment(**env), start_new_session=True
@@ -91,15 +93,17 @@ class Server:
             return httpx.post(f"{self.url}{path}", content=body, headers={"content-type": "application/json"})
         return httpx.post(f"{self.url}{path}", json=body, timeout=60)
 
+    def samples(self) -> list[Sample]:
+        """All of ``/metrics`` at one moment."""
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=30).text)
+        return [sample for family in families for sample in family.samples]
+
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's samples whose labels include ``labels``."""
-        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
-        samples = [sample for family in families for sample in family.samples if sample.name == name]
-        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+        return total(self.samples(), name, **labels)
 
     def label(self, name: str, label: str) -> str:
-        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
-        return next(s.labels[label] for family in families for s in family.samples if s.name == name)
+        return next(sample.labels[label] for sample in self.samples() if sample.name == name)
 
     def wait_until_idle(self) -> None:
         deadline = time.monotonic() + 60
@@ -108,6 +112,10 @@ class Server:
                 return
             time.sleep(0.2)
         raise AssertionError("requests are left in the engine")
+
+
+def total(samples: list[Sample], name: str, **labels: str) -> float:
+    return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
 
 
 def content(*parts: Image.Image | str) -> list[Any]:

@@ -44,7 +44,7 @@ def test_pruning_changes_the_answer_so_that_parity_means_something(pruning: Serv
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("siglip")
+    folder = tmp_path_factory.mktemp("models") / "siglip"
     make_model(folder, tower="siglip", max_shard_size="1MB")
     return folder
 

@@ -1,0 +1,59 @@
+"""What ``test_offline`` runs in a process of its own: vLLM's offline ``LLM`` class. Prints one JSON object."""
+
+import json
+import math
+import sys
+from typing import Any
+
+from shared import noise, photo, towers
+from vllm import LLM, SamplingParams
+
+PROMPT = "<s>USER: <image>\nWhat is it? ASSISTANT:"
+
+
+def prompt(image: Any, **options: Any) -> dict[str, Any]:
+    kwargs = {"mm_processor_kwargs": {"eadaprune": options}} if options else {}
+    return {"prompt": PROMPT, "multi_modal_data": {"image": image}} | kwargs
+
+
+def counts(llm: LLM) -> dict[str, Any]:
+    """Prompt tokens by default, at another threshold, and of a refused request."""
+    image = photo("astronaut")
+    requests = [prompt(image), prompt(image, energy=0.99), prompt(image, energy=1)]
+    found: dict[str, Any] = {"tokens": [len(out.prompt_token_ids or []) for out in llm.generate(requests)]}
+    try:
+        llm.generate(prompt(image, energy=2))
+    except Exception as error:
+        found["error"] = str(error)
+    return found
+
+
+def blocks(llm: LLM) -> dict[str, Any]:
+    """Steps the engine by hand and compares its blocks in use with the request's tokens, exactly."""
+    engine: Any = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    size = scheduler.block_size
+    differences = []
+    for energy in (0.8, 0.95, 1.0):
+        free = pool.get_num_free_blocks()
+        (rendered,) = engine.renderer.render_cmpl([prompt(noise(3, blocks=20), energy=energy)])
+        engine.add_request(str(energy), rendered, SamplingParams(max_tokens=40, ignore_eos=True))
+        while engine.has_unfinished_requests():
+            engine.step()
+            for request in scheduler.running:
+                used = free - pool.get_num_free_blocks()
+                differences.append(used - math.ceil(request.num_computed_tokens / size))
+    return {"differences": differences, "free": pool.get_num_free_blocks() - free}
+
+
+if __name__ == "__main__":
+    what, model = sys.argv[1:]
+    settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "dtype": "bfloat16", "block_size": 32}
+    llm = LLM(model, mm_processor_kwargs={"eadaprune": {"energy": 0.9}}, max_num_batched_tokens=128, **settings)
+    result = counts(llm)
+    if what == "blocks":
+        result |= blocks(llm)
+    else:
+        result["towers"] = llm.apply_model(towers)
+    print("RESULT", json.dumps(result))

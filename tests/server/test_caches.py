@@ -1,0 +1,79 @@
+"""What one image decides must not depend on caches, neighbours or front ends."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from harness import Server
+from PIL import Image
+from shared import Reference, noise
+
+Images = dict[str, Image.Image]
+QUESTION = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def uncached(start: Callable[..., Server]) -> Server:
+    """Neither processor cache nor prefix cache, and other server defaults than the main server's."""
+    flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.9", "--eadaprune-min-tokens", "4"]
+    flags += ["--eadaprune-selector", "span", "--enforce-eager", "--dtype", "bfloat16"]
+    return start("uncached", *flags, "--mm-processor-cache-gb", "0", "--no-enable-prefix-caching")
+
+
+def test_without_caches(uncached: Server, pruning: Server, reference: Reference, images: Images) -> None:
+    for image in images.values():
+        explicit = {"energy": 0.97, "min_tokens": 16, "selector": "attention"}
+        for _ in range(2):
+            assert uncached.answer(image, QUESTION, options=explicit) == pruning.answer(
+                image, QUESTION, options={"energy": 0.97}
+            )
+        kept = len(reference.kept(image, energy=0.9, min_tokens=4, selector="span"))
+        full = uncached.prompt_tokens(image, options={"enabled": False})
+        assert uncached.prompt_tokens(image) == full - 576 + kept
+    assert uncached.metric("vllm:prefix_cache_hits_total") == 0
+
+
+@pytest.fixture(scope="module")
+def two_front_ends(start: Callable[..., Server]) -> Server:
+    """Two API servers, the plugin named by the environment, the defaults given as image processor options."""
+    flags = ["--mm-processor-kwargs", '{"eadaprune": {"energy": 0.9}}', "--enforce-eager", "--dtype", "bfloat16"]
+    return start("front-ends", *flags, "--api-server-count", "2", VLLM_PLUGINS="eadaprune")
+
+
+def test_two_front_ends_decide_alike(two_front_ends: Server, reference: Reference, images: Images) -> None:
+    server = two_front_ends
+    names = [name for name in images for _ in range(8)]
+    before = server.metric("eadaprune_images_total")
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(lambda name: server.prompt_tokens(images[name]), names))
+    text = server.prompt_tokens(images["flat"], options={"energy": 1}) - 576
+    kept = {name: len(reference.kept(image, energy=0.9)) for name, image in images.items()}
+    assert counts == [text + kept[name] for name in names]
+    # The metrics of both add up, and both did encode.
+    assert server.metric("eadaprune_images_total") == before + len(names) + 1
+    saved = sum(576 - kept[name] for name in names)
+    assert server.metric("eadaprune_tokens_saved_total") == pytest.approx(saved)
+    assert server.metric("eadaprune_stage_seconds_count", stage="encode") > len(images)
+
+
+def test_each_front_end_has_one_tower_and_the_engine_none(two_front_ends: Server) -> None:
+    loads = [line for line in two_front_ends.log.read_text().splitlines() if "Vision tower loaded" in line]
+    assert len(loads) == 2
+    assert all("ApiServer" in line or "APIServer" in line for line in loads)
+
+
+@pytest.mark.slow
+def test_thousands_of_images(pruning: Server, reference: Reference) -> None:
+    """More images than any cache holds, in changing company: no mismatch, always the same count."""
+    text = pruning.prompt_tokens(noise(0), QUESTION, options={"energy": 1}) - 576
+
+    def four(first: int) -> None:
+        scenes = [noise((first + offset) % 1500, blocks=2 + first % 40) for offset in (0, 1, 2, 3)]
+        options = {"energy": 0.97, "min_tokens": 1}
+        kept = sum(len(reference.kept(scene, **options)) for scene in scenes[:1])
+        assert pruning.prompt_tokens(scenes[0], QUESTION, options=options) == text + kept
+        pruning.prompt_tokens(*scenes, QUESTION, options=options | {"max_tokens": 400})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(four, range(1000)))
+    assert "mismatch" not in pruning.log.read_text()

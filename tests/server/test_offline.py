@@ -1,0 +1,50 @@
+"""vLLM's offline ``LLM`` class under ``VLLM_PLUGINS=eadaprune``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import environment
+from shared import Reference, photo
+
+SCRIPT = Path(__file__).with_name("offline.py")
+
+
+def run(what: str, model: Path, **env: str) -> dict[str, Any]:
+    path = os.pathsep.join(str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
+    output = subprocess.run(
+        [sys.executable, str(SCRIPT), what, str(model)],
+        env=environment(VLLM_PLUGINS="eadaprune", PYTHONPATH=path, VLLM_ALLOW_INSECURE_SERIALIZATION="1", **env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    results = [line.removeprefix("RESULT ") for line in output.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, output.stdout[-3000:] + output.stderr[-3000:]
+    found: dict[str, Any] = json.loads(results[0])
+    return found
+
+
+def check_counts(found: dict[str, Any], reference: Reference) -> None:
+    default, dense, full = found["tokens"]
+    assert full - 576 == default - len(reference.kept(photo("astronaut"), energy=0.9))
+    assert full - 576 == dense - len(reference.kept(photo("astronaut"), energy=0.99))
+    assert "mm_processor_kwargs.eadaprune.energy=2 is not allowed" in found["error"]
+
+
+def test_counts_and_no_tower_in_the_worker(model: Path, reference: Reference) -> None:
+    found = run("towers", model)
+    check_counts(found, reference)
+    assert found["towers"] == [[]]
+
+
+def test_kv_blocks_step_by_step(model: Path, reference: Reference) -> None:
+    """With the engine in this process, its blocks in use are exactly those of the tokens it computed."""
+    found = run("blocks", model, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    check_counts(found, reference)
+    assert len(found["differences"]) > 100
+    assert set(found["differences"]) == {0}
+    assert found["free"] == 0

@@ -82,7 +82,7 @@ class Checkpoint:
         files: dict[Path, dict[str, str]] = defaultdict(dict)
         for stored, file in self._stored_names().items():
             name = _tower_name(stored)
-            if name in expected:
+            if name is not None and name in expected:
                 files[file][name] = stored
         missing = sorted(set(expected).difference(*files.values()))
         if missing:
@@ -102,7 +102,7 @@ class Checkpoint:
         return files
 
     def _read(self, files: dict[Path, dict[str, str]]) -> dict[str, torch.Tensor]:
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for file, names in files.items():
             with safe_open(file, "pt") as reader:
                 weights |= {name: reader.get_tensor(stored) for name, stored in names.items()}

@@ -66,6 +66,11 @@ class TowerSpec:
         config.vision_use_head = False  # SigLIP's pooling head is not used
         return cls(model_class, config, has_cls, first=int(hf_config.vision_feature_select_strategy == "default"))
 
+    @property
+    def grid(self) -> int:
+        """Patches per side of the image."""
+        return int(self.config.image_size // self.config.patch_size)
+
     def build(self) -> PreTrainedModel:
         """The tower with freshly initialised float32 weights (on the default device).
 
@@ -105,7 +110,7 @@ class VisionEncoder:
         with self._threads(), _outputs(attention.q_proj, attention.k_proj) as projections:
             hidden = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state[0]
             query, key = (
-                projection[0].float().unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+                projection[0].float().view(-1, attention.num_heads, attention.head_dim).transpose(0, 1)
                 for projection in projections
             )
             if self.spec.has_cls:

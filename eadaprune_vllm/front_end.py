@@ -46,7 +46,7 @@ class FrontEnd:
         Raises:
             NonFiniteFeaturesError: if the tower's features for this image are NaN or infinite.
         """
-        pixels = pixel_values.contiguous().view(torch.uint8).numpy()
+        pixels = pixel_values.contiguous().view(torch.uint8).numpy().data
         digest = hashlib.blake2b(pixels, digest_size=16).digest()
         stages = {}
         tokens = self._memo.get(digest)

@@ -1,14 +1,24 @@
-"""Fixtures shared by all tests: the embedded model, what a server should decide, and images."""
+"""Fixtures: the embedded model, what a server should decide, images, and the servers that tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from harness import Server
 from PIL import Image
 from shared import Reference, noise, photo
 
 from eadaprune_vllm.demo.model import demo_model
+
+SERVER_TESTS = Path(__file__).parent / "server"
+Start = Callable[..., Server]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SERVER_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.server)
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +44,40 @@ def images() -> dict[str, Image.Image]:
     """Real photographs of several sizes and densities, and two extremes."""
     photos = {name: photo(name) for name in ("astronaut", "chelsea", "coffee", "rocket", "page", "moon")}
     return photos | {"flat": Image.new("RGB", (400, 300), (90, 120, 200)), "noise": noise(0)}
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def start(logs: Path, model: Path) -> Iterator[Start]:
+    """Starts servers that live until the end of the module."""
+    servers: list[Server] = []
+
+    def start(name: str, *flags: str, model: Path = model, **env: str) -> Server:
+        servers.append(Server(logs / f"{name}.log", model, *flags, **env))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def pruning(logs: Path, model: Path) -> Iterator[Server]:
+    """The main server: bf16, prefix cache, images cut over several prefill chunks, four images a prompt."""
+    flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", "bfloat16"]
+    flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
+    server = Server(logs / "pruning.log", model, *flags)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def stock(logs: Path, model: Path) -> Iterator[Server]:
+    """vLLM with this package installed and not named."""
+    server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", "bfloat16")
+    yield server
+    server.close()

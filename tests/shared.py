@@ -45,5 +45,5 @@ def noise(seed: int, size: int = 336, blocks: int = 336) -> Image.Image:
 
 def towers(_: object) -> list[str]:
     """Classes of vision towers and their layers alive anywhere in this process; run it in a worker to look there."""
-    names = {type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)}
+    names = {type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)}
     return sorted(name for name in names if "Vision" in name or "Encoder" in name)

@@ -70,7 +70,7 @@ def test_threads_are_restored(model: Path) -> None:
 
 def test_shards_and_other_names_load_the_same(siglip: Path, tmp_path: Path) -> None:
     assert (siglip / INDEX).exists()
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for shard in siglip.glob("*.safetensors"):
         weights |= load_file(shard)
     renamed = {

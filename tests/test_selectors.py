@@ -14,7 +14,8 @@ def residual_energies(features: torch.Tensor, chosen: list[int]) -> torch.Tensor
     if not chosen:
         return rows.square().sum(1)
     basis, _ = torch.linalg.qr(rows[chosen].T)
-    return (rows - rows @ basis @ basis.T).square().sum(1)
+    residual: torch.Tensor = rows - rows @ basis @ basis.T
+    return residual.square().sum(1)
 
 
 def tokens(features: torch.Tensor) -> VisualTokens:

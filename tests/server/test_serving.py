@@ -44,7 +44,15 @@ def test_several_images_and_the_same_one_twice(pruning: Server, reference: Refer
     options = {"energy": 0.99}
     kept = {name: len(reference.kept(image, **options)) for name, image in images.items()}
     assert len({kept[name] for name in ("coffee", "noise", "flat")}) == 3
-    parts = [images["coffee"], "and", images["noise"], images["coffee"], "or", images["flat"], QUESTION]
+    parts: list[Image.Image | str] = [
+        images["coffee"],
+        "and",
+        images["noise"],
+        images["coffee"],
+        "or",
+        images["flat"],
+        QUESTION,
+    ]
     once = pruning.ask(*parts, options=options)
     assert once.usage
     text = pruning.prompt_tokens(
@@ -245,10 +253,10 @@ def test_tokenize_counts_the_same_and_saves_nothing(pruning: Server, images: Ima
 
 def test_uuid_only_images_hit_under_the_same_options(pruning: Server, images: Images) -> None:
     def ask(image: Image.Image | None, energy: float) -> openai.types.chat.ChatCompletion:
-        part = content(images["page"])[0] if image else {"type": "image_url", "image_url": None}
+        part: Any = content(images["page"])[0] if image else {"type": "image_url", "image_url": None}
         return pruning.client.chat.completions.create(
             model="demo",
-            messages=[{"role": "user", "content": [{**part, "uuid": "page-1"}]}],
+            messages=[{"role": "user", "content": [part | {"uuid": "page-1"}]}],
             max_tokens=1,
             extra_body={"mm_processor_kwargs": {"eadaprune": {"energy": energy}}},
         )

@@ -9,33 +9,39 @@ Runs at interpreter start-up through ``vllm_cpu_bridge.pth``, so it imports noth
 """
 
 import sys
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_library = None  # keeps the declarations alive
+_library: Any = None  # keeps the declarations alive
 
 
 class _DeclareMissingSchemas(Loader):
-    def __init__(self, loader):
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         global _library
         self._loader.exec_module(module)
         if not module._has_ops():
             import torch
 
-            _library = torch.library.Library("torchvision", "DEF")
+            library: Any = torch.library.Library
+            _library = library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 _library.define(operator + _SCHEMA)
 
 
 class _Finder(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != "torchvision.extension":
             return None
         spec = PathFinder.find_spec(name, path, target)

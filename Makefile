@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything is installed into .venv unless EADAPRUNE_PYTHON names the Python of an
+# environment that has vLLM already (a CUDA machine's): then only this project is added to it.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-unit test-slow check format clean
+
+ifdef EADAPRUNE_PYTHON
+PY := $(EADAPRUNE_PYTHON)
+STAMP := .venv/.installed-beside-vllm
+else
+PY := .venv/bin/python
+STAMP := .venv/.installed
+endif
+BIN := $(dir $(PY))
+PYTHON ?= python3
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Install everything into .venv (vLLM for CPU, unless EADAPRUNE_PYTHON is set)
+
+.venv/.installed: pyproject.toml $(wildcard docker/cpu/*.sh docker/cpu/vllm-bridge/*)
+	$(PYTHON) -m venv .venv
+	@echo "Installing vLLM for CPU and this project into .venv (some minutes)"
+	@docker/cpu/install.sh .venv/bin/python
+	@.venv/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-beside-vllm: pyproject.toml
+	@mkdir -p .venv
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Serve the embedded model, send it pictures, show what was saved
+	@$(BIN)eadaprune demo
+
+serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
+	$(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
+
+test: $(STAMP) ## Run all tests but the slow ones (15 minutes on 2 cores)
+	$(PY) -m pytest -m "not slow"
+
+test-unit: $(STAMP) ## Run the tests that start no server (seconds)
+	$(PY) -m pytest -m "not server"
+
+test-slow: $(STAMP) ## Run the slow tests
+	$(PY) -m pytest -m slow
+
+check: $(STAMP) ## Lint, formatting and types
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+
+format: $(STAMP) ## Let ruff mend what it can
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+
+clean: ## Remove what was installed and made here
+	rm -rf .venv demo-output dist .mypy_cache .ruff_cache .pytest_cache

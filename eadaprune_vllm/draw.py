@@ -1,0 +1,46 @@
+"""Pictures of what pruning keeps."""
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_CAPTION = 26  # pixels
+_GAP = 8
+
+
+def dim_pruned(picture: Image.Image, kept: Sequence[int], side: int) -> Image.Image:
+    """The picture with its pruned patches dark and grey.
+
+    Args:
+        picture: what the vision tower saw, square.
+        kept: indices of the kept patches, in raster order of a ``side`` x ``side`` grid.
+        side: patches per row.
+    """
+    keep = np.zeros(side * side, dtype=np.uint8)
+    keep[list(kept)] = 255
+    mask = Image.fromarray(keep.reshape(side, side)).resize(picture.size, Image.Resampling.NEAREST)
+    dimmed = picture.convert("L").point(lambda level: level * 0.3).convert("RGB")
+    return Image.composite(picture, dimmed, mask)
+
+
+def row(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Captioned pictures side by side on white."""
+    width = sum(picture.width + _GAP for _, picture in panels) + _GAP
+    height = max(picture.height for _, picture in panels) + _CAPTION + _GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(15), _GAP
+    for caption, picture in panels:
+        pen.text((x, 4), caption, "black", font)
+        sheet.paste(picture, (x, _CAPTION))
+        x += picture.width + _GAP
+    return sheet
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture as a PNG in a ``data:`` URL, as OpenAI's API takes them."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -44,21 +44,13 @@ def test_several_images_and_the_same_one_twice(pruning: Server, reference: Refer
     options = {"energy": 0.99}
     kept = {name: len(reference.kept(image, **options)) for name, image in images.items()}
     assert len({kept[name] for name in ("coffee", "noise", "flat")}) == 3
-    parts: list[Image.Image | str] = [
-        images["coffee"],
-        "and",
-        images["noise"],
-        images["coffee"],
-        "or",
-        images["flat"],
-        QUESTION,
-    ]
+    coffee, dense, flat = images["coffee"], images["noise"], images["flat"]
+    parts: list[Image.Image | str] = [coffee, "and", dense, coffee, "or", flat, QUESTION]
     once = pruning.ask(*parts, options=options)
     assert once.usage
-    text = pruning.prompt_tokens(
-        *[images["flat"] if not isinstance(part, str) else part for part in parts], options=options
-    )
-    assert once.usage.prompt_tokens == text - 4 * kept["flat"] + 2 * kept["coffee"] + kept["noise"] + kept["flat"]
+    four_flat = [part if isinstance(part, str) else flat for part in parts]
+    text = pruning.prompt_tokens(*four_flat, options=options) - 4 * kept["flat"]
+    assert once.usage.prompt_tokens == text + 2 * kept["coffee"] + kept["noise"] + kept["flat"]
     assert pruning.ask(*parts, options=options).choices[0].message.content == once.choices[0].message.content
 
 

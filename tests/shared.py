@@ -20,11 +20,16 @@ def checkpoint(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: st
 
 
 class Reference:
-    """What the front end of a server should decide, computed without one."""
+    """What the front end of a server with ``--dtype dtype`` should decide, computed without one.
+
+    At float16 it is the pixels that are float16; the tower computes in float32.
+    """
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
         spec = TowerSpec.of(AutoConfig.from_pretrained(model))
-        self.encoder = VisionEncoder(spec, checkpoint(model, dtype).load(spec))
+        self.encoder = VisionEncoder(
+            spec, checkpoint(model, torch.float32 if dtype == torch.float16 else dtype).load(spec)
+        )
         self.dtype = dtype
         self.image_processor = AutoImageProcessor.from_pretrained(model)
 

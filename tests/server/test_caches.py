@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from harness import Server
 from PIL import Image
 from shared import Reference, noise
@@ -35,13 +37,13 @@ def test_without_caches(uncached: Server, pruning: Server, reference: Reference,
 
 @pytest.fixture(scope="module")
 def two_front_ends(start: Callable[..., Server]) -> Server:
-    """Two API servers, the plugin named by the environment, the defaults given as image processor options."""
-    flags = ["--mm-processor-kwargs", '{"eadaprune": {"energy": 0.9}}', "--enforce-eager", "--dtype", "bfloat16"]
+    """Two API servers in float16, the plugin named by the environment, the defaults among the processor's options."""
+    flags = ["--mm-processor-kwargs", '{"eadaprune": {"energy": 0.9}}', "--enforce-eager", "--dtype", "float16"]
     return start("front-ends", *flags, "--api-server-count", "2", VLLM_PLUGINS="eadaprune")
 
 
-def test_two_front_ends_decide_alike(two_front_ends: Server, reference: Reference, images: Images) -> None:
-    server = two_front_ends
+def test_two_front_ends_decide_alike(two_front_ends: Server, model: Path, images: Images) -> None:
+    server, reference = two_front_ends, Reference(model, torch.float16)
     names = [name for name in images for _ in range(8)]
     before = server.metric("eadaprune_images_total")
     with ThreadPoolExecutor(8) as pool:

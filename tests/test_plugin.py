@@ -1,0 +1,63 @@
+"""Naming plugins, and the metrics' names."""
+
+import os
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.metrics import ImageReport, Metrics
+from eadaprune_vllm.plugin import name_plugins
+
+# vLLM's own plugins; naming them here does not activate ours in the process of the tests.
+OTHERS = ["lora_filesystem_resolver", "lora_hf_hub_resolver"]
+
+
+def test_naming_one_plugin_does_not_switch_the_others_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    name_plugins([OTHERS[0]])
+    assert set(os.environ["VLLM_PLUGINS"].split(",")) >= {"eadaprune", *OTHERS}
+
+
+def test_naming_adds_to_a_list_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "some_platform")
+    name_plugins([OTHERS[0]])
+    name_plugins([OTHERS[0]])
+    assert os.environ["VLLM_PLUGINS"].split(",") == sorted(["some_platform", OTHERS[0]])
+
+
+def test_unknown_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    with pytest.raises(StartupError, match="--plugin nope: no such plugin is installed; installed are eadaprune, lora"):
+        name_plugins(["nope"])
+    assert "VLLM_PLUGINS" not in os.environ
+
+
+def test_metrics() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    report = ImageReport(
+        visual_tokens=576, kept_tokens=144, energy_threshold=0.99, energy_kept=0.991, selector="attention"
+    )
+    metrics.count_images("m", [report, report], kv_bytes_per_token=10)
+    metrics.observe_stages("m", encode=0.5, spectrum=0.0002, select=0.0003)
+    metrics.count_rejected("m", "options")
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "m", **labels})
+
+    assert value("eadaprune_images_total") == 2
+    assert value("eadaprune_visual_tokens_total", stage="encoded") == 1152
+    assert value("eadaprune_visual_tokens_total", stage="kept") == 288
+    assert value("eadaprune_tokens_saved_total") == 864
+    assert value("eadaprune_kv_cache_bytes_saved_total") == 8640
+    assert value("eadaprune_kept_ratio_bucket", le="0.25") == 2
+    assert value("eadaprune_kept_ratio_bucket", le="0.2") == 0
+    assert value("eadaprune_energy_threshold_bucket", le="0.985") == 0
+    assert value("eadaprune_energy_threshold_bucket", le="0.99") == 2
+    assert value("eadaprune_stage_seconds_sum", stage="total") == pytest.approx(0.5005)
+    assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0001") == 0
+    assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0002") == 1
+    assert value("eadaprune_stage_seconds_bucket", stage="encode", le="10.0") == 1
+    assert value("eadaprune_rejected_requests_total", reason="options") == 1
+    assert b"vllm:" not in generate_latest(registry)  # vLLM unregisters such names

@@ -1,13 +1,12 @@
 """One pruning server as its clients and its operator see it."""
 
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
-from harness import BLOCK_SIZE, Server, content, total
+from harness import BLOCK_SIZE, Server, content
 from PIL import Image
 from shared import Reference, noise
 
@@ -179,30 +178,6 @@ def test_many_images_without_a_mismatch(pruning: Server, reference: Reference) -
     with ThreadPoolExecutor(8) as pool:
         counted = list(pool.map(tokens, scenes))
     assert counted == [text + len(reference.kept(image, energy=0.97, min_tokens=1)) for image in scenes]
-
-
-@pytest.mark.parametrize("energy", [0.8, 1.0])
-def test_kv_cache_blocks_agree_with_the_counts(pruning: Server, energy: float) -> None:
-    """Blocks in use while requests run: at least their prompts', at most their prompts' and answers'.
-
-    ``test_offline`` checks the same without the slack, step by step.
-    """
-    pruning.wait_until_idle()
-    scenes, options, answer = [noise(seed, blocks=12) for seed in range(8)], {"energy": energy}, 600
-    prompts = [pruning.prompt_tokens(scene, options=options) for scene in scenes]
-    blocks = int(pruning.label("vllm:cache_config_info", "num_gpu_blocks"))
-    used = []
-    with ThreadPoolExecutor(8) as pool:
-        requests = [pool.submit(pruning.ask, scene, options=options, max_tokens=answer) for scene in scenes]
-        while not all(request.done() for request in requests):
-            samples = pruning.samples()
-            if total(samples, "vllm:num_requests_running") == len(scenes):
-                used.append(round(total(samples, "vllm:kv_cache_usage_perc") * blocks))
-    assert used
-    low, high = (sum(math.ceil((prompt + more) / BLOCK_SIZE) for prompt in prompts) for more in (0, answer))
-    # A request counts as running from its first chunk of prompt on.
-    assert low / 2 <= min(used) <= max(used) <= high
-    assert max(used) >= low
 
 
 def test_metrics_count_what_entered_the_engine(pruning: Server, images: Images, reference: Reference) -> None:

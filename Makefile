@@ -5,7 +5,7 @@
 
 ifdef EADAPRUNE_PYTHON
 PY := $(EADAPRUNE_PYTHON)
-STAMP := .venv/.installed-beside-vllm
+STAMP := .venv/.installed-beside-vllm-$(shell echo $(PY) | cksum | cut -d " " -f 1)
 else
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -20,12 +20,13 @@ setup: $(STAMP) ## Install everything into .venv (vLLM for CPU, unless EADAPRUNE
 
 .venv/.installed: pyproject.toml $(wildcard docker/cpu/*.sh docker/cpu/vllm-bridge/*)
 	$(PYTHON) -m venv .venv
-	@echo "Installing vLLM for CPU and this project into .venv (some minutes)"
+	@echo "Installing into .venv; 3 minutes on a fast connection:"
 	@docker/cpu/install.sh .venv/bin/python
+	@echo "This project and its tools"
 	@.venv/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev]'
 	@touch $@
 
-.venv/.installed-beside-vllm: pyproject.toml
+.venv/.installed-beside-vllm-%: pyproject.toml
 	@mkdir -p .venv
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -34,7 +35,7 @@ demo: $(STAMP) ## Serve the embedded model, send it pictures, show what was save
 	@$(BIN)eadaprune demo
 
 serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
-	$(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
 
 test: $(STAMP) ## Run all tests but the slow ones (15 minutes on 2 cores)
 	$(PY) -m pytest -m "not slow"

@@ -3,12 +3,15 @@
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -20,6 +23,7 @@ logger = logging.getLogger("vllm." + __name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = ("F64", "F32", "F16", "BF16")
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
 
@@ -91,9 +95,15 @@ class Checkpoint:
                 f"such as vision_tower.{missing[0]}"
             )
         for file, names in files.items():
-            with safe_open(file, "pt") as reader:
+            with _open(file) as reader:
                 for name, stored in names.items():
-                    shape = tuple(reader.get_slice(stored).get_shape())
+                    found = reader.get_slice(stored)
+                    if found.get_dtype() not in DTYPES:
+                        raise StartupError(
+                            f"{self.model} stores {stored} as {found.get_dtype()}; quantized vision towers are not "
+                            "supported"
+                        )
+                    shape = tuple(found.get_shape())
                     if shape != expected[name]:
                         raise StartupError(
                             f"{self.model} stores {stored} in shape {shape}, where its configuration says "
@@ -104,7 +114,7 @@ class Checkpoint:
     def _read(self, files: dict[Path, dict[str, str]]) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = {}
         for file, names in files.items():
-            with safe_open(file, "pt") as reader:
+            with _open(file) as reader:
                 weights |= {name: reader.get_tensor(stored) for name, stored in names.items()}
         return weights
 
@@ -112,7 +122,10 @@ class Checkpoint:
         """The name of every weight of the tower in the checkpoint -> its file; only these files are downloaded."""
         index = self._file(INDEX)
         if index is not None:
-            shards = json.loads(index.read_text())["weight_map"]
+            try:
+                shards = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError):
+                raise StartupError(f"{index} is not an index of safetensors files") from None
             towers = {name: shard for name, shard in shards.items() if _tower_name(name)}
             paths = {shard: self._file(shard) for shard in sorted(set(towers.values()))}
             absent = [shard for shard, path in paths.items() if path is None]
@@ -124,11 +137,8 @@ class Checkpoint:
             raise StartupError(
                 f"neither {SINGLE} nor {INDEX} was found for {self.model}; other formats are not supported"
             )
-        try:
-            with safe_open(single, "pt") as reader:
-                return {name: single for name in reader.keys() if _tower_name(name)}  # noqa: SIM118
-        except SafetensorError as error:
-            raise StartupError(f"{single} is not a readable safetensors file: {error}") from None
+        with _open(single) as reader:
+            return {name: single for name in reader.keys() if _tower_name(name)}  # noqa: SIM118
 
     def _file(self, name: str) -> Path | None:
         """Local path of one of the checkpoint's files, downloaded if need be; None if there is no such file."""
@@ -139,11 +149,23 @@ class Checkpoint:
             return Path(
                 hf_hub_download(self.model, name, revision=self.revision, cache_dir=self.download_dir, token=self.token)
             )
+        except LocalEntryNotFoundError as error:  # the hub cannot be reached
+            reason = str(error).partition("\n")[0]
+            raise StartupError(f"{name} of {self.model} cannot be fetched: {reason}") from None
         except EntryNotFoundError:
             return None
         except (HfHubHTTPError, OSError) as error:
             reason = str(error).partition("\n")[0]
             raise StartupError(f"{name} of {self.model} cannot be read: {reason}") from None
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as reader:
+            yield reader
+    except (SafetensorError, OSError) as error:
+        raise StartupError(f"{file} is not a readable safetensors file: {error}") from None
 
 
 def _tower_name(stored: str) -> str | None:

@@ -21,6 +21,14 @@ from eadaprune_vllm.selectors import VisualTokens
 MAX_THREADS = 16
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a tower computes in where the model's dtype is ``dtype``.
+
+    CPUs have no fast float16 kernels: float32 is several times faster and no less exact.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @dataclass(frozen=True)
 class TowerSpec:
     """Which tower a LLaVA-like model has, and what of it feeds the projector.
@@ -107,7 +115,7 @@ class VisionEncoder:
         """
         assert pixel_values.shape[0] == 1, "one image per call"
         attention = self.tower.encoder.layers[-1].self_attn
-        with self._threads(), _outputs(attention.q_proj, attention.k_proj) as projections:
+        with self.threads(), _outputs(attention.q_proj, attention.k_proj) as projections:
             hidden = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state[0]
             query, key = (
                 projection[0].float().view(-1, attention.num_heads, attention.head_dim).transpose(0, 1)
@@ -125,7 +133,8 @@ class VisionEncoder:
         self.encode(torch.zeros(1, 3, size, size))
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def threads(self) -> Iterator[None]:
+        """While open, torch computes with this encoder's number of threads: results may depend on it."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.num_threads)
         try:

@@ -35,15 +35,18 @@ def apply_flags(args: argparse.Namespace) -> None:
     Raises:
         StartupError: for an unknown plugin, or options without this one.
     """
-    if args.plugin:
-        name_plugins(args.plugin)
-    given = {name: value for name in PruneOptions.model_fields if (value := getattr(args, f"{KEY}_{name}")) is not None}
+    if names := getattr(args, "plugin", None):
+        name_plugins(names)
+    values = {name: getattr(args, f"{KEY}_{name}", None) for name in PruneOptions.model_fields}
+    given = {name: value for name, value in values.items() if value is not None}
     if not given:
         return
     if NAME not in (named_plugins() or ()):
         raise StartupError(f"{_flag(next(iter(given)))} does nothing without --plugin {NAME}")
     kwargs = args.mm_processor_kwargs or {}
-    args.mm_processor_kwargs = kwargs | {KEY: kwargs.get(KEY, {}) | given}
+    options = kwargs.get(KEY, {})
+    if isinstance(options, dict):  # anything else is refused where the options are resolved
+        args.mm_processor_kwargs = kwargs | {KEY: options | given}
 
 
 def _flag(name: str) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterable
+from threading import Lock
 
 import torch
 from cachetools import LRUCache
@@ -19,21 +20,27 @@ MEMO_IMAGES = 16
 
 
 class FrontEnd:
-    """Encodes, prunes and counts for one served model. Used from one thread, vLLM's multimodal executor.
+    """Encodes, prunes and counts for one served model. Thread-safe: vLLM renders on more than one thread.
 
     Args:
         encoder: the vision encoder.
+        dtype: the model's, which the rows are shipped in.
         metrics: where to count.
         model_name: label of the metrics.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
     """
 
-    def __init__(self, encoder: VisionEncoder, metrics: Metrics, model_name: str, kv_bytes_per_token: int) -> None:
+    def __init__(
+        self, encoder: VisionEncoder, dtype: torch.dtype, metrics: Metrics, model_name: str, kv_bytes_per_token: int
+    ) -> None:
         self.encoder = encoder
+        self.dtype = dtype
         self.metrics = metrics
         self.model_name = model_name
         self.kv_bytes_per_token = kv_bytes_per_token
         self._memo: LRUCache[bytes, VisualTokens] = LRUCache(MEMO_IMAGES)
+        self._lock = Lock()
+        metrics.declare(model_name)
 
     def prune(self, pixel_values: torch.Tensor, options: PruneOptions) -> tuple[torch.Tensor, Kept]:
         """Args:
@@ -41,7 +48,7 @@ class FrontEnd:
             options: resolved options.
 
         Returns:
-            The kept feature rows ``[k, D]`` in the tower's dtype, and the decision.
+            The kept feature rows ``[k, D]`` in the model's dtype, and the decision.
 
         Raises:
             NonFiniteFeaturesError: if the tower's features for this image are NaN or infinite.
@@ -49,21 +56,24 @@ class FrontEnd:
         pixels = pixel_values.contiguous().view(torch.uint8).numpy().data
         digest = hashlib.blake2b(pixels, digest_size=16).digest()
         stages = {}
-        tokens = self._memo.get(digest)
-        if tokens is None:
-            start = time.perf_counter()
-            tokens = self.encoder.encode(pixel_values)
-            stages["encode"] = time.perf_counter() - start
-        try:
-            kept = prune(tokens, options)
-        except NonFiniteFeaturesError:
-            self.reject("features")
-            raise
-        self._memo[digest] = tokens
-        self.metrics.observe_stages(
-            self.model_name, **stages, spectrum=kept.spectrum_seconds, select=kept.select_seconds
-        )
-        return tokens.features[kept.indices], kept
+        with self._lock, self.encoder.threads():
+            tokens = self._memo.get(digest)
+            if tokens is None:
+                start = time.perf_counter()
+                tokens = self.encoder.encode(pixel_values)
+                stages["encode"] = time.perf_counter() - start
+            try:
+                kept = prune(tokens, options)
+                rows = tokens.features[kept.indices].to(self.dtype)
+                if not rows.isfinite().all():  # float16 has less range than the tower computes in
+                    raise NonFiniteFeaturesError(f"features of this image are too large for {self.dtype}")
+            except NonFiniteFeaturesError:
+                self.reject("features")
+                raise
+            self._memo[digest] = tokens
+        stages |= {"spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
+        self.metrics.observe_stages(self.model_name, **stages)
+        return rows, kept
 
     def admit(self, reports: Iterable[ImageReport]) -> None:
         """Count the images of a request that enters the engine."""

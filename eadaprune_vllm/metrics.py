@@ -70,6 +70,18 @@ class Metrics:
             "stage",
         )
 
+    def declare(self, model_name: str) -> None:
+        """Start every series of a model at zero, so that rates and alerts see its first event."""
+        for metric in (self._images, self._tokens_saved, self._bytes_saved, self._kept_ratio, self._threshold):
+            metric.labels(model_name)
+        for labelled, values in (
+            (self._visual_tokens, ("encoded", "kept")),
+            (self._rejected, ("options", "features")),
+            (self._stage, ("encode", "spectrum", "select", "total")),
+        ):
+            for value in values:
+                labelled.labels(model_name, value)
+
     def count_images(self, model_name: str, reports: Iterable[ImageReport], kv_bytes_per_token: int) -> None:
         """Count the images of one request at the moment it enters the engine."""
         for report in reports:

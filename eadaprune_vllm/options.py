@@ -1,5 +1,6 @@
 """The pruning options: one schema for server flags, request fields and cache keys, resolved in one place."""
 
+import reprlib
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -67,7 +68,7 @@ def resolve(defaults: PruneOptions, override: object, where: str = "eadaprune") 
     if override is None:
         return defaults
     if not isinstance(override, dict):
-        raise InvalidOptionsError(f"{where}={override!r} is not an object of pruning options", where)
+        raise InvalidOptionsError(f"{where}={reprlib.repr(override)} is not an object of pruning options", where)
     try:
         return PruneOptions.model_validate(defaults.model_dump() | override)
     except ValidationError as error:
@@ -83,7 +84,9 @@ def _explain(error: ValidationError, where: str) -> InvalidOptionsError:
     if name not in PruneOptions.model_fields:
         known = ", ".join(PruneOptions.model_fields)
         return InvalidOptionsError(f"{field} is not an option; the options are {known}", field)
-    return InvalidOptionsError(f"{field}={first['input']!r} is not allowed; it must be {allowed(name)}", field)
+    return InvalidOptionsError(
+        f"{field}={reprlib.repr(first['input'])} is not allowed; it must be {allowed(name)}", field
+    )
 
 
 def allowed(name: str) -> str:

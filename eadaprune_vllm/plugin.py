@@ -4,12 +4,15 @@ Installed is not active: until the plugin is named, by ``--plugin eadaprune`` or
 to add its flags to vLLM's command line.
 """
 
+import logging
 import os
 from importlib.metadata import entry_points
 
 from eadaprune_vllm.errors import StartupError
 
 NAME = "eadaprune"
+logger = logging.getLogger("vllm." + __name__)
+_ENDPOINTS = "vllm.endpoint_plugins"
 _GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
 
 
@@ -17,18 +20,29 @@ def register() -> None:
     """Add the flags; if the plugin is named, activate it as well."""
     from eadaprune_vllm import hooks
 
-    hooks.install_flags()
     if NAME in (named_plugins() or ()):
         activate()
+    try:
+        hooks.install_flags()
+    except (ImportError, AttributeError):
+        # A vLLM that we do not know must not suffer from a package that is merely installed.
+        logger.warning("eadaprune: this version of vLLM is not supported; --plugin is not available")
 
 
 def activate() -> None:
-    """Put our models in the place of vLLM's and hook into configuration, requests and metrics."""
+    """Put our models in the place of vLLM's and hook into configuration, requests and metrics.
+
+    Raises:
+        StartupError: if vLLM is not of a tested version.
+    """
     from vllm import ModelRegistry
 
     from eadaprune_vllm import hooks
     from eadaprune_vllm.models import ARCHITECTURES
 
+    hooks.check_version()
+    # The tower runs on OpenMP threads before the engine process exists; a forked engine would hang in its own.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     for architecture, model in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, model)
     hooks.install()
@@ -49,14 +63,19 @@ def name_plugins(names: list[str]) -> None:
     Raises:
         StartupError: if a name is that of no installed plugin.
     """
-    installed = {entry.name for group in (*_GROUPS, "vllm.endpoint_plugins") for entry in entry_points(group=group)}
+    endpoints = {entry.name for entry in entry_points(group=_ENDPOINTS)}
+    others = {entry.name for group in _GROUPS for entry in entry_points(group=group)}
+    installed = endpoints | others
     for name in names:
         if name not in installed:
             raise StartupError(
                 f"--plugin {name}: no such plugin is installed; installed are {', '.join(sorted(installed))}"
             )
     before = named_plugins()
-    loaded = {entry.name for group in _GROUPS for entry in entry_points(group=group)} if before is None else {*before}
+    # Ours does nothing unless it is named, so it is not one of those that vLLM would have loaded anyway.
+    loaded = others - {NAME} if before is None else {*before}
+    if before is None and (mounted := loaded & endpoints - {*names}):
+        logger.warning("--plugin also names these plugins, whose HTTP routes are served now: %s", sorted(mounted))
     os.environ["VLLM_PLUGINS"] = ",".join(sorted(loaded | {*names}))
     for entry in entry_points(group=_GROUPS[0]):
         if entry.name == NAME and NAME in names:

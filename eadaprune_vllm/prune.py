@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
@@ -41,11 +42,14 @@ def prune(tokens: VisualTokens, options: PruneOptions) -> Kept:
         NonFiniteFeaturesError: if any feature is NaN or infinite.
     """
     start = time.perf_counter()
-    spectrum = Spectrum.of(tokens)
-    k = tokens.num_tokens
+    if not tokens.features.isfinite().all():
+        raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
+    k, energy = tokens.num_tokens, 1.0
     if options.enabled and options.energy < 1:
+        spectrum = Spectrum.of(tokens)
         k = max(spectrum.budget(options.energy), options.min_tokens)
         k = min(k, options.max_tokens or k, tokens.num_tokens)
+        energy = spectrum.energy_at(k)
     measured = time.perf_counter()
     if k == tokens.num_tokens:
         indices = torch.arange(k)
@@ -53,4 +57,4 @@ def prune(tokens: VisualTokens, options: PruneOptions) -> Kept:
         indices = SELECTORS[options.selector](tokens, k).sort().values
     assert len(indices) == k
     end = time.perf_counter()
-    return Kept(indices, tokens.num_tokens, spectrum.energy_at(k), measured - start, end - measured)
+    return Kept(indices, tokens.num_tokens, energy, measured - start, end - measured)

@@ -43,7 +43,7 @@ class Spectrum:
         gram = tokens.token_gram if num_tokens <= width else rows.T @ rows
         total = gram.diagonal().double().sum()
         if not torch.isfinite(total):
-            raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
+            raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
         eigenvalues = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).double()
         share = eigenvalues / total if total > 0 else torch.zeros_like(eigenvalues)
         return cls(share.cumsum(0).clamp(max=1), num_tokens)

@@ -1,25 +1,21 @@
 """Whether a configuration of vLLM can be served with pruning, and the front end it takes."""
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
 
 from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder
+from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.options import KEY, PruneOptions, resolve
 
-TESTED = SpecifierSet(">=0.32.0,<0.33")
-SKIP_VERSION_CHECK = "EADAPRUNE_SKIP_VERSION_CHECK"
-
 # What vLLM can be told that pruning in the front end cannot honour: (is it so?, why not).
+_NO_TOWER = "is not supported: the engine has no vision tower"
 _REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     (
         lambda c: c.model_config.multimodal_config.get_limit_per_prompt("image") == 0,
@@ -34,62 +30,42 @@ _REFUSED: list[tuple[Callable[[Any], Any], str]] = [
         "--video-pruning-rate is vLLM's own pruning of videos and cannot be combined with this plugin",
     ),
     (
-        lambda c: c.model_config.multimodal_config.mm_encoder_only,
-        "--mm-encoder-only is not supported: the engine has no vision tower",
-    ),
-    (
-        lambda c: c.compilation_config.cudagraph_mm_encoder,
-        "encoder CUDA graphs (cudagraph_mm_encoder) are not supported: the engine has no vision tower",
-    ),
-    (
-        lambda c: c.ec_transfer_config,
-        "encoder cache transfer (--ec-transfer-config) is not supported: the engine has no vision tower",
-    ),
-    (
-        lambda c: c.lora_config and c.lora_config.enable_tower_connector_lora,
-        "--enable-tower-connector-lora is not supported: the engine has no vision tower",
-    ),
-    (
         lambda c: (c.model_config.multimodal_config.get_mm_processor_device_type() or "cpu") != "cpu",
         "an image processor on the accelerator (--mm-processor-device) is not supported",
+    ),
+    (lambda c: c.model_config.multimodal_config.mm_encoder_only, f"--mm-encoder-only {_NO_TOWER}"),
+    (lambda c: c.model_config.multimodal_config.mm_encoder_attn_backend, f"--mm-encoder-attn-backend {_NO_TOWER}"),
+    (lambda c: c.model_config.multimodal_config.mm_encoder_attn_dtype, f"--mm-encoder-attn-dtype {_NO_TOWER}"),
+    (lambda c: c.compilation_config.cudagraph_mm_encoder, f"cudagraph_mm_encoder {_NO_TOWER}"),
+    (lambda c: c.compilation_config.compile_mm_encoder, f"compile_mm_encoder {_NO_TOWER}"),
+    (lambda c: c.ec_transfer_config, f"--ec-transfer-config {_NO_TOWER}"),
+    (
+        lambda c: c.lora_config and c.lora_config.enable_tower_connector_lora,
+        f"--enable-tower-connector-lora {_NO_TOWER}",
     ),
 ]
 
 
-def check_version() -> None:
+def check(vllm_config: Any) -> None:
     """Raises:
-    StartupError: if vLLM is not of a tested version and the check was not switched off.
+    StartupError: if the model is not one of ours, vLLM was told something that pruning in the front end cannot
+        honour, or the vision tower is of an unsupported kind or lacks weights.
     """
-    import vllm
+    import vllm.envs as envs
 
-    if not TESTED.contains(vllm.__version__, prereleases=True) and not os.environ.get(SKIP_VERSION_CHECK):
-        raise StartupError(
-            f"vLLM {vllm.__version__} is not supported; tested is {TESTED} "
-            f"(set {SKIP_VERSION_CHECK}=1 to try it all the same)"
-        )
-
-
-def check_model(model_config: Any) -> None:
-    """Raises:
-    StartupError: if the model that vLLM would run is not one of ours.
-    """
+    model_config = vllm_config.model_config
     if model_config.architecture not in ARCHITECTURES:
         raise StartupError(
             f"the architecture {model_config.architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-
-
-def check_flags(vllm_config: Any) -> None:
-    """Raises:
-    StartupError: if vLLM was told something that pruning in the front end cannot honour.
-    """
-    import vllm.envs as envs
-
     if envs.VLLM_USE_RUST_FRONTEND:
         raise StartupError("the Rust front end (VLLM_USE_RUST_FRONTEND) is not supported: it runs no Python plugin")
+    if envs.VLLM_USE_MODELSCOPE:
+        raise StartupError("ModelScope (VLLM_USE_MODELSCOPE) is not supported; serve a local folder instead")
     for applies, reason in _REFUSED:
         if applies(vllm_config):
             raise StartupError(reason)
+    _checkpoint(vllm_config).check(TowerSpec.of(model_config.hf_config))
 
 
 def server_options(given: object) -> PruneOptions:
@@ -112,30 +88,24 @@ def _checkpoint(vllm_config: Any) -> Checkpoint:
         revision=model.revision,
         download_dir=load.download_dir,
         load_format=str(load.load_format),
-        # CPUs have no fast float16 kernels; float32 is quicker and no less exact. The rows are cast on their way out.
-        dtype=torch.float32 if model.dtype == torch.float16 else model.dtype,
+        dtype=compute_dtype(model.dtype),
         token=model.hf_token,
     )
-
-
-def check_tower(vllm_config: Any) -> None:
-    """Raises:
-    StartupError: if the vision tower is of an unsupported kind or its weights are not all there.
-    """
-    _checkpoint(vllm_config).check(TowerSpec.of(vllm_config.model_config.hf_config))
 
 
 def front_end(vllm_config: Any) -> FrontEnd:
     """Load the tower into this process.
 
     Raises:
-        StartupError: if it cannot be loaded.
+        StartupError: if it cannot be loaded, or the configuration was never checked.
     """
     model = vllm_config.model_config
+    if not hasattr(model.multimodal_config, KEY):
+        raise StartupError("only vllm serve, vllm run-batch and LLM(...) are supported, not vllm launch render")
     spec = TowerSpec.of(model.hf_config)
     encoder = VisionEncoder(spec, _checkpoint(vllm_config).load(spec))
     encoder.warm_up()
-    return FrontEnd(encoder, _metrics(), model.served_model_name, kv_bytes_per_token(vllm_config))
+    return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes_per_token(vllm_config))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder
+from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
 
@@ -27,15 +27,14 @@ class Reference:
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
         spec = TowerSpec.of(AutoConfig.from_pretrained(model))
-        self.encoder = VisionEncoder(
-            spec, checkpoint(model, torch.float32 if dtype == torch.float16 else dtype).load(spec)
-        )
+        self.encoder = VisionEncoder(spec, checkpoint(model, compute_dtype(dtype)).load(spec))
         self.dtype = dtype
         self.image_processor = AutoImageProcessor.from_pretrained(model)
 
     def kept(self, image: Image.Image, **options: object) -> Kept:
         pixels = self.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
-        return prune(self.encoder.encode(pixels), PruneOptions.model_validate(options))
+        with self.encoder.threads():
+            return prune(self.encoder.encode(pixels), PruneOptions.model_validate(options))
 
 
 def photo(name: str) -> Image.Image:
@@ -52,3 +51,8 @@ def towers(_: object) -> list[str]:
     """Classes of vision towers and their layers alive anywhere in this process; run it in a worker to look there."""
     names = {type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)}
     return sorted(name for name in names if "Vision" in name or "Encoder" in name)
+
+
+def module_classes(model: torch.nn.Module) -> list[str]:
+    """Classes of a model's modules; run it on the engine's model to look for a tower."""
+    return sorted({type(module).__name__ for module in model.modules()})

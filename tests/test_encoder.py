@@ -1,5 +1,6 @@
 """The tower in the front end against transformers' whole model, and where its weights come from."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_hub_ids_are_read_from_the_download_dir(siglip: Path, tmp_path: Path, mo
     assert torch.equal(
         VisionEncoder(spec, source.load(spec)).encode(pixels).features, load(siglip).encode(pixels).features
     )
-    with pytest.raises(StartupError, match="was found for some/llava"):
+    with pytest.raises(StartupError, match="of some/llava cannot be fetched"):
         Checkpoint("some/llava", "v3", str(tmp_path), "auto", torch.bfloat16).check(spec)
 
 
@@ -157,6 +158,26 @@ def test_an_unreadable_file_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(StartupError, match="not a readable safetensors file"):
         load(tmp_path)
+
+
+def test_a_quantized_tower_is_refused(model: Path, tmp_path: Path) -> None:
+    def quantize(weights: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in weights if name.endswith(QUERY))
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+
+    with pytest.raises(StartupError, match=r"as F8_E4M3; quantized vision towers are not supported"):
+        load(broken(model, tmp_path, quantize))
+
+
+def test_files_that_were_not_pulled_are_refused(siglip: Path, tmp_path: Path) -> None:
+    """Pointers of git-lfs in the place of a shard, and of the index."""
+    shutil.copytree(siglip, tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    shard = next(file for name, file in index.items() if "vision_tower" in name)
+    for name, words in ((shard, "not a readable safetensors file"), (INDEX, "not an index")):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(StartupError, match=words):
+            load(tmp_path)
 
 
 def test_other_load_formats_are_refused(model: Path) -> None:

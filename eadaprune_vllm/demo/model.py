@@ -5,6 +5,7 @@ they say nothing about the quality of answers.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,7 +43,10 @@ def demo_model() -> Path:
         # Written beside and moved into place: a folder that exists is complete.
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
         make_model(unfinished)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
     return folder
 
 

@@ -90,7 +90,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                 rows, kept = self.front_end.prune(pixels, options)
             except NonFiniteFeaturesError as error:
                 raise VLLMServerError(str(error)) from None
-            fields[ROWS].append(rows.to(self.info.ctx.model_config.dtype))
+            fields[ROWS].append(rows)
             fields[INDICES].append(kept.indices)
             fields[ENERGY].append(torch.tensor(kept.energy, dtype=torch.float64))
         return BatchFeature(fields)

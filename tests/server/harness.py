@@ -16,6 +16,7 @@ from eadaprune_vllm.draw import data_url
 
 __all__ = ["BLOCK_SIZE", "VLLM", "Server", "content", "environment", "total"]
 
+FRESH = {"connection": "close"}  # a new connection per request, so that several API servers share them
 BLOCK_SIZE = 32  # the smallest that attention on a CPU takes
 
 
@@ -28,7 +29,9 @@ class Server(PlainServer):
     def __init__(self, log: Path, model: Path, *flags: str, **env: str) -> None:
         sizes = ["--max-model-len", "2048", "--block-size", str(BLOCK_SIZE)]
         super().__init__(log, model, *sizes, *flags, env=environment(**env))
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        self.client = OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, default_headers=FRESH
+        )
 
     def ask(
         self, *parts: Image.Image | str, options: object = None, max_tokens: int = 4, **extra: Any

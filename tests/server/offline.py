@@ -5,7 +5,7 @@ import math
 import sys
 from typing import Any
 
-from shared import noise, photo, towers
+from shared import module_classes, noise, photo, towers
 from vllm import LLM, SamplingParams
 
 PROMPT = "<s>USER: <image>\nWhat is it? ASSISTANT:"
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     llm = LLM(model, mm_processor_kwargs={"eadaprune": {"energy": 0.9}}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":
-        result |= blocks(llm)
+        result |= blocks(llm) | {"modules": llm.apply_model(module_classes)}
     else:
         result["towers"] = llm.apply_model(towers)
     print("RESULT", json.dumps(result))

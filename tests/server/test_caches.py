@@ -4,9 +4,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from harness import Server
+from harness import Server, content
 from PIL import Image
 from shared import Reference, noise
 
@@ -37,8 +38,8 @@ def test_without_caches(uncached: Server, pruning: Server, reference: Reference,
 
 @pytest.fixture(scope="module")
 def two_front_ends(start: Callable[..., Server]) -> Server:
-    """Two API servers in float16, the plugin named by the environment, the defaults among the processor's options."""
-    flags = ["--mm-processor-kwargs", '{"eadaprune": {"energy": 0.9}}', "--enforce-eager", "--dtype", "float16"]
+    """Two API servers in float16, the plugin named by the environment."""
+    flags = ["--eadaprune-energy", "0.9", "--enforce-eager", "--dtype", "float16"]
     return start("front-ends", *flags, "--api-server-count", "2", VLLM_PLUGINS="eadaprune")
 
 
@@ -64,9 +65,32 @@ def test_each_front_end_has_one_tower_and_the_engine_none(two_front_ends: Server
     assert all("ApiServer" in line or "APIServer" in line for line in loads)
 
 
+@pytest.fixture(scope="module")
+def pooling(start: Callable[..., Server]) -> Server:
+    """An embedding server with random weights, another cache, another plugin, and clients it was told to trust."""
+    flags = ["--plugin", "eadaprune", "--plugin", "lora_filesystem_resolver", "--runner", "pooling"]
+    flags += ["--load-format", "dummy", "--enforce-eager", "--mm-processor-cache-type", "shm"]
+    return start("pooling", *flags, "--trust-request-mm-kwargs")
+
+
+def test_embeddings_of_images(pooling: Server, images: Images) -> None:
+    def embed(**options: object) -> httpx.Response:
+        messages = [{"role": "user", "content": content(images["noise"], QUESTION)}]
+        body = {"model": "demo", "messages": messages, "mm_processor_kwargs": {"eadaprune": options}}
+        return pooling.post("/v1/embeddings", body)
+
+    full, pruned, again = (embed(energy=energy).json() for energy in (1.0, 0.5, 0.5))
+    assert pruned["usage"]["prompt_tokens"] < full["usage"]["prompt_tokens"] - 100
+    assert pruned["data"] == again["data"]
+    assert pooling.metric("eadaprune_images_total") == 3
+    refused = embed(energy=2)
+    assert refused.status_code == 400
+    assert "mm_processor_kwargs.eadaprune.energy=2 is not allowed" in refused.json()["error"]["message"]
+
+
 @pytest.mark.slow
 def test_thousands_of_images(pruning: Server, reference: Reference) -> None:
-    """More images than any cache holds, in changing company: no mismatch, always the same count."""
+    """Many times what the caches hold, in changing company: no mismatch, always the same count."""
     text = pruning.prompt_tokens(noise(0), QUESTION, options={"energy": 1}) - 576
 
     def four(first: int) -> None:

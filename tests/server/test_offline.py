@@ -48,3 +48,6 @@ def test_kv_blocks_step_by_step(model: Path, reference: Reference) -> None:
     assert len(found["differences"]) > 100
     assert set(found["differences"]) == {0}
     assert found["free"] == 0
+    (classes,) = found["modules"]
+    assert "LlavaMultiModalProjector" in classes
+    assert not [name for name in classes if "Vision" in name or "CLIP" in name]

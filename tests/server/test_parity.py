@@ -31,9 +31,13 @@ def difference(first: dict[str, float], second: dict[str, float]) -> float:
 
 
 def test_bfloat16(pruning: Server, stock: Server, images: Images) -> None:
+    same = []
     for image in images.values():
         assert pruning.prompt_tokens(image, QUESTION, options={"energy": 1}) == stock.prompt_tokens(image, QUESTION)
         assert difference(first_token(pruning, image, {"energy": 1}), first_token(stock, image)) < 0.15
+        same.append(pruning.answer(image, QUESTION, options={"energy": 1}) == stock.answer(image, QUESTION))
+    # Greedy text may part where two tokens are within the noise of bf16 of each other; in float32 it must not.
+    assert sum(same) >= len(same) - 2
 
 
 def test_pruning_changes_the_answer_so_that_parity_means_something(pruning: Server, images: Images) -> None:

@@ -168,16 +168,19 @@ def test_concurrent_requests_with_different_thresholds(pruning: Server, images: 
         assert list(pool.map(ask, cases * 3)) == [alone[case] for case in cases * 3]
 
 
-def test_many_images_without_a_mismatch(pruning: Server, reference: Reference) -> None:
+def test_evicted_images_are_encoded_again_and_decided_alike(pruning: Server, reference: Reference) -> None:
     text = text_tokens(pruning)
-    scenes = [noise(seed, blocks=2 + seed % 30) for seed in range(200)]
+    scenes = [noise(seed, blocks=2 + seed % 30) for seed in range(150)]
 
     def tokens(image: Image.Image) -> int:
         return pruning.prompt_tokens(image, QUESTION, options={"energy": 0.97, "min_tokens": 1})
 
+    before = pruning.metric("eadaprune_stage_seconds_count", stage="encode")
     with ThreadPoolExecutor(8) as pool:
-        counted = list(pool.map(tokens, scenes))
-    assert counted == [text + len(reference.kept(image, energy=0.97, min_tokens=1)) for image in scenes]
+        counted = list(pool.map(tokens, [*scenes, *scenes[:50]]))
+    expected = [text + len(reference.kept(image, energy=0.97, min_tokens=1)) for image in scenes]
+    assert counted == [*expected, *expected[:50]]
+    assert pruning.metric("eadaprune_stage_seconds_count", stage="encode") - before > len(scenes)
 
 
 def test_metrics_count_what_entered_the_engine(pruning: Server, images: Images, reference: Reference) -> None:

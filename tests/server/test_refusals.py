@@ -58,9 +58,9 @@ def test_the_rust_front_end(model: Path) -> None:
 def test_an_untested_version(model: Path, tmp_path: Path) -> None:
     """``sitecustomize`` stands in for another release of vLLM."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import eadaprune_vllm.startup as startup\n"
+        "import eadaprune_vllm.hooks as hooks\n"
         "from packaging.specifiers import SpecifierSet\n"
-        "startup.TESTED = SpecifierSet('>=0.99')\n"
+        "hooks.TESTED = SpecifierSet('>=0.99')\n"
     )
     said = refusal(model, *PRUNING, PYTHONPATH=str(tmp_path))
     assert "is not supported; tested is >=0.99 (set EADAPRUNE_SKIP_VERSION_CHECK=1 to try it all the same)" in said

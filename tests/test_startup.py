@@ -1,0 +1,151 @@
+"""What the checks of a configuration say, on real configurations of vLLM."""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared import Reference
+from vllm.engine.arg_utils import EngineArgs
+
+from eadaprune_vllm import startup
+from eadaprune_vllm.errors import NonFiniteFeaturesError, StartupError
+from eadaprune_vllm.flags import apply_flags
+from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.options import PruneOptions
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"limit_mm_per_prompt": {"image": 0}}, "so there is nothing to prune"),
+        ({"enable_mm_embeds": True}, "--enable-mm-embeds is not supported"),
+        ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
+        ({"mm_encoder_only": True}, "--mm-encoder-only is not supported"),
+        ({"mm_encoder_attn_backend": "TORCH_SDPA"}, "--mm-encoder-attn-backend is not supported"),
+        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder is not supported"),
+        ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder is not supported"),
+        (
+            {"enable_lora": True, "enable_tower_connector_lora": True, "max_lora_rank": 8},
+            "--enable-tower-connector-lora is not supported",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], words: str) -> None:
+    config = EngineArgs(str(model), max_model_len=1024, **settings).create_engine_config()
+    with pytest.raises(StartupError, match=words):
+        startup.check(config)
+
+
+def test_modelscope_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineArgs(str(model), max_model_len=1024).create_engine_config()
+    startup.check(config)
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    with pytest.raises(StartupError, match="ModelScope"):
+        startup.check(config)
+
+
+def test_a_configuration_that_was_not_checked_gets_no_front_end(model: Path) -> None:
+    """As ``vllm launch render`` makes one: it drops the flags that say where the weights are."""
+    config = EngineArgs(str(model), max_model_len=1024).create_engine_config()
+    with pytest.raises(StartupError, match="not vllm launch render"):
+        startup.front_end(config)
+
+
+def test_kv_bytes_per_token(model: Path) -> None:
+    """Key and value x layers x KV heads x head size x bytes."""
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        config = EngineArgs(str(model), max_model_len=1024, dtype=dtype).create_engine_config()
+        assert startup.kv_bytes_per_token(config) == 2 * 2 * 2 * 32 * size
+
+
+@pytest.fixture(scope="module")
+def front_end(model: Path) -> FrontEnd:
+    encoder = Reference(model, torch.float16).encoder
+    return FrontEnd(encoder, torch.float16, Metrics(), "m", kv_bytes_per_token=1)
+
+
+def test_rows_are_in_the_models_dtype(front_end: FrontEnd) -> None:
+    rows, kept = front_end.prune(torch.randn(1, 3, 336, 336), PruneOptions(energy=0.9))
+    assert rows.dtype == torch.float16
+    assert rows.shape == (len(kept), 256)
+
+
+def test_rows_that_overflow_the_models_dtype_are_refused(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = front_end.encoder.tower.encoder.layers[-1].mlp.fc2.weight
+    monkeypatch.setattr(weight, "data", weight * 1e6)
+    with pytest.raises(NonFiniteFeaturesError, match=r"too large for torch\.float16"):
+        front_end.prune(torch.ones(1, 3, 336, 336), PruneOptions())
+
+
+def test_concurrent_callers_get_what_each_would_get_alone(front_end: FrontEnd) -> None:
+    scenes = [torch.randn(1, 3, 336, 336) * scale for scale in (0.1, 0.5, 1, 2) for _ in range(6)]
+
+    def kept(pixels: torch.Tensor) -> list[int]:
+        return front_end.prune(pixels, PruneOptions(energy=0.97))[1].indices.tolist()
+
+    alone = [kept(pixels) for pixels in scenes]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(kept, scenes)) == alone
+
+
+NAMESPACE = """
+import argparse, sys
+from vllm.engine.arg_utils import EngineArgs
+for _ in range(2):
+    args = argparse.Namespace(model=sys.argv[1])
+    assert EngineArgs.from_cli_args(args).model == sys.argv[1]
+print("fine")
+"""
+
+
+def test_merely_installed_it_leaves_other_callers_of_vllm_alone(model: Path) -> None:
+    """A program of its own may build engine arguments from a namespace that knows nothing of our flags."""
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    found = subprocess.run(
+        [sys.executable, "-c", NAMESPACE, str(model)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert found.stdout.endswith("fine\n"), found.stderr[-2000:]
+
+
+SUPERVISOR = """
+import sys
+import vllm.entrypoints.cli.serve as serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = serve.make_arg_parser(FlexibleArgumentParser())
+args = parser.parse_args(["--plugin", "eadaprune", "--eadaprune-energy", "0.9", "--port", "18000",
+    "--data-parallel-multi-port-external-lb", "--data-parallel-size", "2", "--data-parallel-size-local", "2"])
+from vllm.entrypoints.launchers.dp_supervisor import DPSupervisor
+try:
+    DPSupervisor(args)
+finally:
+    import os
+    print(os.environ.get("VLLM_PLUGINS"), args.mm_processor_kwargs)
+"""
+
+
+def test_the_data_parallel_supervisor_hands_plugin_and_options_to_its_children() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    found = subprocess.run(
+        [sys.executable, "-c", SUPERVISOR], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert "eadaprune,lora" in found.stdout, found.stderr[-2000:]
+    assert "{'eadaprune': {'energy': 0.9}}" in found.stdout
+
+
+@pytest.mark.parametrize("given", [0.5, [], "x"])
+def test_server_options_that_are_no_object_are_refused_beside_flags(
+    given: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.setenv("VLLM_PLUGINS", "eadaprune")
+    args = argparse.Namespace(mm_processor_kwargs={"eadaprune": given}, eadaprune_energy=0.9)
+    apply_flags(args)
+    with pytest.raises(StartupError, match="is not an object"):
+        startup.server_options(args.mm_processor_kwargs["eadaprune"])

@@ -70,7 +70,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
     """The main server: bf16, prefix cache, images cut over several prefill chunks, a cache that overflows."""
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", "bfloat16"]
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
-    flags += ["--mm-processor-cache-gb", "0.01"]  # ten megabytes: images are evicted and encoded again
+    flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
     server = Server(logs / "pruning.log", model, *flags)
     yield server
     server.close()

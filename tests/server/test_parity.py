@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,11 @@ def test_float32_to_1e_5(tower: str, start: Callable[..., Server], model: Path, 
     """Also with ``torch.compile`` on in the pruning server, and off in the stock one."""
     folder = model if tower == "clip" else siglip
     eager = ["--enforce-eager"] if tower == "siglip" else []
-    stock = start(f"stock-float32-{tower}", "--dtype", "float32", "--enforce-eager", model=folder)
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--dtype", "float32"]
-    pruning = start(f"pruning-float32-{tower}", *flags, *eager, model=folder)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(start, f"stock-{tower}", "--dtype", "float32", "--enforce-eager", model=folder)
+        second = pool.submit(start, f"pruning-{tower}", *flags, *eager, model=folder)
+    stock, pruning = first.result(), second.result()
     for image in images.values():
         assert pruning.prompt_tokens(image, QUESTION) == stock.prompt_tokens(image, QUESTION)
         assert difference(first_token(pruning, image), first_token(stock, image)) < 1e-5

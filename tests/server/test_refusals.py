@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import openai
@@ -16,82 +18,109 @@ from transformers import LlamaConfig, PixtralVisionConfig
 PRUNING = ["--plugin", "eadaprune"]
 
 
-def refusal(model: Path, *flags: str, **env: str) -> str:
-    """What ``vllm serve`` says last when it refuses to start."""
-    result = subprocess.run(
-        [VLLM, "serve", str(model), "--port", "1", "--max-model-len", "1024", *flags],
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode in (1, 2), result.stderr[-2000:]
-    assert "Traceback" not in result.stderr
-    return result.stderr.strip().splitlines()[-1]
+def llama(_: Path, folder: Path) -> None:
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--eadaprune-energy", "0.9"], "eadaprune: --eadaprune-energy does nothing without --plugin eadaprune"),
-        (["--plugin", "nope"], "eadaprune: --plugin nope: no such plugin is installed; installed are"),
-        ([*PRUNING, "--eadaprune-energy", "1.9"], "eadaprune.energy=1.9 is not allowed; it must be a number greater"),
-        ([*PRUNING, "--eadaprune-energy", "high"], "argument --eadaprune-energy: invalid float value: 'high'"),
-        ([*PRUNING, "--eadaprune-enregy", "0.9"], "unrecognized arguments: --eadaprune-enregy"),
-        ([*PRUNING, "--mm-processor-kwargs", '{"eadaprune": {"x": 1}}'], "eadaprune.x is not an option"),
-        ([*PRUNING, "--language-model-only"], "so there is nothing to prune"),
-        ([*PRUNING, "--enable-mm-embeds"], "--enable-mm-embeds is not supported"),
-        ([*PRUNING, "--model-impl", "transformers"], "the architecture TransformersMultiModalForCausalLM is not"),
-        ([*PRUNING, "--load-format", "tensorizer"], "--load-format tensorizer is not supported"),
-    ],
-)
-def test_configurations_that_cannot_be_honoured(model: Path, flags: list[str], sentence: str) -> None:
-    assert sentence in refusal(model, *flags)
+def pixtral(model: Path, folder: Path) -> None:
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] = PixtralVisionConfig().to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_the_rust_front_end(model: Path) -> None:
-    binary = VLLM  # any path; it is never run
-    said = refusal(model, *PRUNING, VLLM_USE_RUST_FRONTEND="1", VLLM_RUST_FRONTEND_PATH=binary)
-    assert "the Rust front end (VLLM_USE_RUST_FRONTEND) is not supported" in said
+def lacking(model: Path, folder: Path) -> None:
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if "vision_tower" in name and "layers.0" in name)]
+    save_file(weights, folder / "model.safetensors")
 
 
-def test_an_untested_version(model: Path, tmp_path: Path) -> None:
+def other_version(model: Path, folder: Path) -> None:
     """``sitecustomize`` stands in for another release of vLLM."""
-    (tmp_path / "sitecustomize.py").write_text(
+    shutil.copytree(model, folder)
+    (folder / "sitecustomize.py").write_text(
         "import eadaprune_vllm.hooks as hooks\n"
         "from packaging.specifiers import SpecifierSet\n"
         "hooks.TESTED = SpecifierSet('>=0.99')\n"
     )
-    said = refusal(model, *PRUNING, PYTHONPATH=str(tmp_path))
-    assert "is not supported; tested is >=0.99 (set EADAPRUNE_SKIP_VERSION_CHECK=1 to try it all the same)" in said
-    said = refusal(model, *PRUNING, "--enable-mm-embeds", PYTHONPATH=str(tmp_path), EADAPRUNE_SKIP_VERSION_CHECK="1")
-    assert "--enable-mm-embeds is not supported" in said  # one step further
 
 
-def test_another_architecture(tmp_path: Path) -> None:
-    config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
-    said = refusal(tmp_path, *PRUNING, "--load-format", "dummy", "--skip-tokenizer-init")
-    assert "the architecture LlamaForCausalLM is not supported; supported are LlavaForConditionalGeneration" in said
+@dataclass(frozen=True)
+class Case:
+    sentence: str
+    flags: list[str] = field(default_factory=lambda: PRUNING)
+    env: dict[str, str] = field(default_factory=dict)
+    change: Callable[[Path, Path], None] | None = None  # makes another model of the embedded one
 
 
-def test_a_pixtral_tower(model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["vision_config"] = PixtralVisionConfig().to_dict()
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    said = refusal(tmp_path, *PRUNING)
-    assert "the vision tower of this model is of type 'pixtral'; supported are 'clip_vision_model'" in said
+CASES = [
+    Case("eadaprune: --eadaprune-energy does nothing without --plugin eadaprune", ["--eadaprune-energy", "0.9"]),
+    Case("eadaprune: --plugin nope: no such plugin is installed; installed are", ["--plugin", "nope"]),
+    Case("eadaprune.energy=1.9 is not allowed; it must be a number", [*PRUNING, "--eadaprune-energy", "1.9"]),
+    Case("argument --eadaprune-energy: invalid float value: 'high'", [*PRUNING, "--eadaprune-energy", "high"]),
+    Case("unrecognized arguments: --eadaprune-enregy", [*PRUNING, "--eadaprune-enregy", "0.9"]),
+    Case("eadaprune.x is not an option", [*PRUNING, "--mm-processor-kwargs", '{"eadaprune": {"x": 1}}']),
+    Case("so there is nothing to prune", [*PRUNING, "--language-model-only"]),
+    Case("architecture TransformersMultiModalForCausalLM is not supp", [*PRUNING, "--model-impl", "transformers"]),
+    Case("--load-format tensorizer is not supported", [*PRUNING, "--load-format", "tensorizer"]),
+    Case("so there is nothing to prune", ["--language-model-only"], {"VLLM_PLUGINS": "eadaprune"}),
+    Case(
+        "the Rust front end (VLLM_USE_RUST_FRONTEND) is not supported",
+        env={"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": VLLM},  # any path; it is never run
+    ),
+    Case(
+        "tested is >=0.99 (set EADAPRUNE_SKIP_VERSION_CHECK=1 to try it all the same)",
+        env={"PYTHONPATH": "."},
+        change=other_version,
+    ),
+    Case(
+        "so there is nothing to prune",  # one step further
+        [*PRUNING, "--language-model-only"],
+        {"PYTHONPATH": ".", "EADAPRUNE_SKIP_VERSION_CHECK": "1"},
+        change=other_version,
+    ),
+    Case(
+        "the architecture LlamaForCausalLM is not supported; supported are LlavaForConditionalGeneration",
+        [*PRUNING, "--load-format", "dummy", "--skip-tokenizer-init"],
+        change=llama,
+    ),
+    Case("tower of this model is of type 'pixtral'; supported are 'clip_vision_model'", change=pixtral),
+    Case("lacks 1 of the", [*PRUNING, "--api-server-count", "2"], change=lacking),
+]
 
 
-def test_a_tower_that_lacks_weights_with_two_front_ends(model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights[next(name for name in weights if "vision_tower" in name and "layers.0" in name)]
-    save_file(weights, tmp_path / "model.safetensors")
-    said = refusal(tmp_path, *PRUNING, "--api-server-count", "2")
-    assert "lacks 1 of the" in said
+@pytest.fixture(scope="module")
+def attempts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list["Future[subprocess.CompletedProcess[str]]"]:
+    """All at once, two at a time: most of it is waiting for imports."""
+    folder = tmp_path_factory.mktemp("refusals")
+
+    def serve(number: int, case: Case) -> "subprocess.CompletedProcess[str]":
+        served = model
+        if case.change:
+            served = folder / str(number)
+            case.change(model, served)
+        return subprocess.run(
+            [VLLM, "serve", str(served), "--port", "1", "--max-model-len", "1024", *case.flags],
+            env=environment(**case.env),
+            cwd=served,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    pool = ThreadPoolExecutor(2)
+    return [pool.submit(serve, number, case) for number, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case.sentence for case in CASES])
+def test_refused_in_one_sentence(attempts: list["Future[subprocess.CompletedProcess[str]]"], number: int) -> None:
+    found = attempts[number].result()
+    assert found.returncode in (1, 2), found.stderr[-2000:]
+    assert "Traceback" not in found.stderr
+    assert CASES[number].sentence in found.stderr.strip().splitlines()[-1]
 
 
 def test_features_that_are_not_finite_fail_their_request_only(

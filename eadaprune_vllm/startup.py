@@ -14,8 +14,8 @@ from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.options import KEY, PruneOptions, resolve
 
-# What vLLM can be told that pruning in the front end cannot honour: (is it so?, why not).
 _NO_TOWER = "is not supported: the engine has no vision tower"
+# What vLLM can be told that pruning in the front end cannot honour: (is it so?, why not).
 _REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     (
         lambda c: c.model_config.multimodal_config.get_limit_per_prompt("image") == 0,

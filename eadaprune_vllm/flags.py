@@ -5,28 +5,30 @@ from types import NoneType
 from typing import Any, get_args
 
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.options import KEY, PruneOptions
+from eadaprune_vllm.options import KEY, PruneOptions, allowed
 from eadaprune_vllm.plugin import NAME, name_plugins, named_plugins
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags on ``parser``; a flag that is not given leaves None."""
+    """Declare the flags on ``parser``; a flag that is not given leaves no attribute."""
     group = parser.add_argument_group("EAdaPrune", "Per-image visual token budgets.")
     group.add_argument(
         "--plugin",
         metavar="NAME",
         action="append",
+        default=argparse.SUPPRESS,
         help="Name a vLLM plugin to use, in addition to those loaded anyway. May be given more than once.",
     )
     for name, field in PruneOptions.model_fields.items():
         types = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
         default = "all" if field.default is None else field.default
-        settings: dict[str, Any] = {"help": f"{field.description} (default: {default})".replace("%", "%%")}
+        text = f"{field.description} {allowed(name).capitalize()}. (default: {default})"
+        settings: dict[str, Any] = {"help": text.replace("%", "%%")}
         if types == [bool]:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": types[0], "metavar": types[0].__name__.upper()}
-        group.add_argument(_flag(name), default=None, **settings)
+        group.add_argument(_flag(name), default=argparse.SUPPRESS, **settings)
 
 
 def apply_flags(args: argparse.Namespace) -> None:

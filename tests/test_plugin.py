@@ -1,12 +1,15 @@
 """Naming plugins, and the metrics' names."""
 
+import argparse
 import os
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.flags import add_flags, apply_flags
 from eadaprune_vllm.metrics import ImageReport, Metrics
+from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.plugin import name_plugins
 
 # vLLM's own plugins; naming them here does not activate ours in the process of the tests.
@@ -32,6 +35,23 @@ def test_unknown_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match="--plugin nope: no such plugin is installed; installed are eadaprune, lora"):
         name_plugins(["nope"])
     assert "VLLM_PLUGINS" not in os.environ
+
+
+def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "eadaprune")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_flags(parser)
+    assert vars(parser.parse_args([])) == {}
+    text = " ".join(parser.format_help().split())
+    assert "A number greater than 0 and at most 1. (default: 0.99)" in text
+    assert "(default: None)" not in text
+    line = "--eadaprune-energy 0.9 --eadaprune-min-tokens 2 --eadaprune-max-tokens 64 --eadaprune-selector span"
+    args = parser.parse_args([*line.split(), "--no-eadaprune-enabled"])
+    args.mm_processor_kwargs = {"eadaprune": {"energy": 0.5}}
+    apply_flags(args)
+    given = args.mm_processor_kwargs["eadaprune"]
+    assert given == {"energy": 0.9, "min_tokens": 2, "max_tokens": 64, "selector": "span", "enabled": False}
+    assert given.keys() == PruneOptions.model_fields.keys()
 
 
 def test_metrics() -> None:

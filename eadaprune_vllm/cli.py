@@ -9,11 +9,6 @@ from rich.console import Console
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Per-image visual token budgets on stock vLLM.")
 
 
-@app.callback()
-def main() -> None:
-    """Per-image visual token budgets on stock vLLM."""
-
-
 @app.command("demo-model")
 def demo_model() -> None:
     """Print the folder of the embedded model, made on first use. Its weights are random."""

@@ -54,7 +54,7 @@ class PruneOptions(BaseModel):
         return self.model_dump_json()
 
 
-def resolve(defaults: PruneOptions, override: object, where: str = "eadaprune") -> PruneOptions:
+def resolve(defaults: PruneOptions, override: object, where: str = KEY) -> PruneOptions:
     """The options of a request: the server's ``defaults``, with the client's ``override`` on top.
 
     Args:

@@ -38,9 +38,12 @@ class Spectrum:
         """Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite, or their energy overflows float32.
         """
-        rows = tokens.features.float()
-        num_tokens, width = rows.shape
-        gram = tokens.token_gram if num_tokens <= width else rows.T @ rows
+        num_tokens, width = tokens.features.shape
+        if num_tokens <= width:
+            gram = tokens.token_gram
+        else:
+            rows = tokens.features.float()
+            gram = rows.T @ rows
         total = gram.diagonal().double().sum()
         if not torch.isfinite(total):
             raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm import envs
 
 from eadaprune_vllm.checkpoint import Checkpoint
 from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
@@ -15,32 +16,41 @@ from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.options import KEY, PruneOptions, resolve
 
 _NO_TOWER = "is not supported: the engine has no vision tower"
-# What vLLM can be told that pruning in the front end cannot honour: (is it so?, why not).
-_REFUSED: list[tuple[Callable[[Any], Any], str]] = [
+# What vLLM can be told that pruning in the front end cannot honour: (is it so in the multimodal configuration, or in
+# the whole one?, why not).
+_REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     (
-        lambda c: c.model_config.multimodal_config.get_limit_per_prompt("image") == 0,
+        lambda mm, c: envs.VLLM_USE_RUST_FRONTEND,
+        "the Rust front end (VLLM_USE_RUST_FRONTEND) is not supported: it runs no Python plugin",
+    ),
+    (
+        lambda mm, c: envs.VLLM_USE_MODELSCOPE,
+        "ModelScope (VLLM_USE_MODELSCOPE) is not supported; serve a local folder instead",
+    ),
+    (
+        lambda mm, c: mm.get_limit_per_prompt("image") == 0,
         "images are switched off (--language-model-only or --limit-mm-per-prompt), so there is nothing to prune",
     ),
     (
-        lambda c: c.model_config.multimodal_config.enable_mm_embeds,
+        lambda mm, c: mm.enable_mm_embeds,
         "--enable-mm-embeds is not supported: precomputed embeddings are not pruned",
     ),
     (
-        lambda c: c.model_config.multimodal_config.video_pruning_rate,
+        lambda mm, c: mm.video_pruning_rate,
         "--video-pruning-rate is vLLM's own pruning of videos and cannot be combined with this plugin",
     ),
     (
-        lambda c: (c.model_config.multimodal_config.get_mm_processor_device_type() or "cpu") != "cpu",
+        lambda mm, c: (mm.get_mm_processor_device_type() or "cpu") != "cpu",
         "an image processor on the accelerator (--mm-processor-device) is not supported",
     ),
-    (lambda c: c.model_config.multimodal_config.mm_encoder_only, f"--mm-encoder-only {_NO_TOWER}"),
-    (lambda c: c.model_config.multimodal_config.mm_encoder_attn_backend, f"--mm-encoder-attn-backend {_NO_TOWER}"),
-    (lambda c: c.model_config.multimodal_config.mm_encoder_attn_dtype, f"--mm-encoder-attn-dtype {_NO_TOWER}"),
-    (lambda c: c.compilation_config.cudagraph_mm_encoder, f"cudagraph_mm_encoder {_NO_TOWER}"),
-    (lambda c: c.compilation_config.compile_mm_encoder, f"compile_mm_encoder {_NO_TOWER}"),
-    (lambda c: c.ec_transfer_config, f"--ec-transfer-config {_NO_TOWER}"),
+    (lambda mm, c: mm.mm_encoder_only, f"--mm-encoder-only {_NO_TOWER}"),
+    (lambda mm, c: mm.mm_encoder_attn_backend, f"--mm-encoder-attn-backend {_NO_TOWER}"),
+    (lambda mm, c: mm.mm_encoder_attn_dtype, f"--mm-encoder-attn-dtype {_NO_TOWER}"),
+    (lambda mm, c: c.compilation_config.cudagraph_mm_encoder, f"cudagraph_mm_encoder {_NO_TOWER}"),
+    (lambda mm, c: c.compilation_config.compile_mm_encoder, f"compile_mm_encoder {_NO_TOWER}"),
+    (lambda mm, c: c.ec_transfer_config, f"--ec-transfer-config {_NO_TOWER}"),
     (
-        lambda c: c.lora_config and c.lora_config.enable_tower_connector_lora,
+        lambda mm, c: c.lora_config and c.lora_config.enable_tower_connector_lora,
         f"--enable-tower-connector-lora {_NO_TOWER}",
     ),
 ]
@@ -51,19 +61,13 @@ def check(vllm_config: Any) -> None:
     StartupError: if the model is not one of ours, vLLM was told something that pruning in the front end cannot
         honour, or the vision tower is of an unsupported kind or lacks weights.
     """
-    import vllm.envs as envs
-
     model_config = vllm_config.model_config
     if model_config.architecture not in ARCHITECTURES:
         raise StartupError(
             f"the architecture {model_config.architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    if envs.VLLM_USE_RUST_FRONTEND:
-        raise StartupError("the Rust front end (VLLM_USE_RUST_FRONTEND) is not supported: it runs no Python plugin")
-    if envs.VLLM_USE_MODELSCOPE:
-        raise StartupError("ModelScope (VLLM_USE_MODELSCOPE) is not supported; serve a local folder instead")
     for applies, reason in _REFUSED:
-        if applies(vllm_config):
+        if applies(model_config.multimodal_config, vllm_config):
             raise StartupError(reason)
     _checkpoint(vllm_config).check(TowerSpec.of(model_config.hf_config))
 

@@ -9,7 +9,7 @@ from harness import Server
 from PIL import Image
 from shared import Reference, noise, photo
 
-from eadaprune_vllm.demo.model import demo_model
+from eadaprune_vllm.demo.model import demo_model, make_model
 
 SERVER_TESTS = Path(__file__).parent / "server"
 Start = Callable[..., Server]
@@ -32,6 +32,14 @@ def _seed() -> Iterator[None]:
 def model() -> Path:
     """Folder of the embedded model."""
     return demo_model()
+
+
+@pytest.fixture(scope="session")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model whose tower has no CLS token, in many shards."""
+    folder = tmp_path_factory.mktemp("models") / "siglip"
+    make_model(folder, tower="siglip", max_shard_size="200KB")
+    return folder
 
 
 @pytest.fixture(scope="session")

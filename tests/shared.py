@@ -7,34 +7,22 @@ import numpy as np
 import skimage.data
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
 
 from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
+from eadaprune_vllm.local import LocalEncoder
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Kept, prune
+from eadaprune_vllm.prune import Kept
 
 
 def checkpoint(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto") -> Checkpoint:
     return Checkpoint(str(model), revision=None, download_dir=None, load_format=load_format, dtype=dtype)
 
 
-class Reference:
-    """What the front end of a server with ``--dtype dtype`` should decide, computed without one.
-
-    At float16 it is the pixels that are float16; the tower computes in float32.
-    """
-
-    def __init__(self, model: Path, dtype: torch.dtype) -> None:
-        spec = TowerSpec.of(AutoConfig.from_pretrained(model))
-        self.encoder = VisionEncoder(spec, checkpoint(model, compute_dtype(dtype)).load(spec))
-        self.dtype = dtype
-        self.image_processor = AutoImageProcessor.from_pretrained(model)
+class Reference(LocalEncoder):
+    """What the front end of a server should decide, computed without one."""
 
     def kept(self, image: Image.Image, **options: object) -> Kept:
-        pixels = self.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
-        with self.encoder.threads():
-            return prune(self.encoder.encode(pixels), PruneOptions.model_validate(options))
+        return self.prune(image, PruneOptions.model_validate(options))
 
 
 def photo(name: str) -> Image.Image:

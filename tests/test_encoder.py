@@ -13,16 +13,8 @@ from shared import Reference, checkpoint, towers
 from transformers import AutoConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from eadaprune_vllm.checkpoint import INDEX, Checkpoint
-from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.encoder import TowerSpec, VisionEncoder
 from eadaprune_vllm.errors import StartupError
-
-
-@pytest.fixture(scope="module")
-def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "siglip"
-    make_model(folder, tower="siglip", max_shard_size="200KB")
-    return folder
 
 
 @pytest.fixture(params=["clip", "siglip"])

@@ -1,7 +1,6 @@
 """What the checks of a configuration say, on real configurations of vLLM."""
 
 import argparse
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import environment
 from shared import Reference
 from vllm.engine.arg_utils import EngineArgs
 
@@ -107,9 +107,8 @@ print("fine")
 
 def test_merely_installed_it_leaves_other_callers_of_vllm_alone(model: Path) -> None:
     """A program of its own may build engine arguments from a namespace that knows nothing of our flags."""
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
     found = subprocess.run(
-        [sys.executable, "-c", NAMESPACE, str(model)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", NAMESPACE, str(model)], capture_output=True, text=True, env=environment(), timeout=120
     )
     assert found.stdout.endswith("fine\n"), found.stderr[-2000:]
 
@@ -131,9 +130,8 @@ finally:
 
 
 def test_the_data_parallel_supervisor_hands_plugin_and_options_to_its_children() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
     found = subprocess.run(
-        [sys.executable, "-c", SUPERVISOR], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", SUPERVISOR], capture_output=True, text=True, env=environment(), timeout=120
     )
     assert "eadaprune,lora" in found.stdout, found.stderr[-2000:]
     assert "{'eadaprune': {'energy': 0.9}}" in found.stdout
@@ -143,7 +141,6 @@ def test_the_data_parallel_supervisor_hands_plugin_and_options_to_its_children()
 def test_server_options_that_are_no_object_are_refused_beside_flags(
     given: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     monkeypatch.setenv("VLLM_PLUGINS", "eadaprune")
     args = argparse.Namespace(mm_processor_kwargs={"eadaprune": given}, eadaprune_energy=0.9)
     apply_flags(args)

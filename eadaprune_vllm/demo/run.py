@@ -12,14 +12,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoConfig, AutoImageProcessor
 
-from eadaprune_vllm.checkpoint import Checkpoint
 from eadaprune_vllm.demo.server import Server, total
 from eadaprune_vllm.draw import data_url, dim_pruned, row
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder
+from eadaprune_vllm.local import LocalEncoder
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import prune
 
 THRESHOLDS = (1.0, 0.999, 0.99, 0.95)
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "page")
@@ -56,8 +53,9 @@ def run_demo(model: Path, output: Path, console: Console) -> None:
                     answers[name, energy] = ask(server, image, energy)
             progress.update(step, description="Stopping the server")
         progress.update(step, description="Drawing what was kept")
+        local = LocalEncoder(model, torch.bfloat16)
         for name, image in images.items():
-            draw(model, image, {energy: answers[name, energy] for energy in THRESHOLDS}).save(output / f"{name}.png")
+            draw(local, image, {energy: answers[name, energy] for energy in THRESHOLDS}).save(output / f"{name}.png")
     console.print(table(answers))
     console.print(
         "Random weights: the counts and bytes are real, the answers mean nothing, and the language model is too "
@@ -110,22 +108,16 @@ def ask(server: Server, image: Image.Image, energy: float) -> Answer:
     )
 
 
-def draw(model: Path, image: Image.Image, answers: dict[float, Answer]) -> Image.Image:
+def draw(local: LocalEncoder, image: Image.Image, answers: dict[float, Answer]) -> Image.Image:
     """What the tower sees of the image, and what each threshold keeps of it, decided again in this process."""
-    spec = TowerSpec.of(AutoConfig.from_pretrained(model))
-    checkpoint = Checkpoint(str(model), revision=None, download_dir=None, load_format="auto", dtype=torch.bfloat16)
-    encoder = VisionEncoder(spec, checkpoint.load(spec))
-    processor = AutoImageProcessor.from_pretrained(model)
-    tokens = encoder.encode(processor(image, return_tensors="pt")["pixel_values"].to(torch.bfloat16))
-    seen = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    picture = Image.fromarray(seen.transpose(1, 2, 0).astype(np.uint8))
+    picture = local.seen(image)
     panels = [("what the tower sees", picture)]
     for energy, answer in answers.items():
-        kept = prune(tokens, PruneOptions(energy=energy))
+        kept = local.prune(image, PruneOptions(energy=energy))
         if len(kept) != answer.kept_tokens:
             raise RuntimeError(f"the server kept {answer.kept_tokens} tokens where this process keeps {len(kept)}")
         caption = f"energy {energy}: {len(kept)} of {kept.num_tokens} tokens"
-        panels.append((caption, dim_pruned(picture, kept.indices.tolist(), side=spec.grid)))
+        panels.append((caption, dim_pruned(picture, kept.indices.tolist(), side=local.spec.grid)))
     return row(panels)
 
 

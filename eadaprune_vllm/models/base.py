@@ -80,9 +80,8 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         assert self.front_end, "images are encoded in front-end processes only"
-        hf_kwargs = dict(hf_kwargs)
-        options = PruneOptions.model_validate_json(hf_kwargs.pop(KEY))
-        fields: dict[str, list[torch.Tensor]] = {ROWS: [], INDICES: [], ENERGY: []}
+        options, hf_kwargs = _split(hf_kwargs)
+        batch: dict[str, list[torch.Tensor]] = {ROWS: [], INDICES: [], ENERGY: []}
         for image in hf_data["images"]:
             # One image per call, here as in the encoder: what comes out must not depend on its neighbours.
             pixels = super()._call_hf_processor({**hf_data, "images": [image]}, hf_kwargs)["pixel_values"]
@@ -90,10 +89,10 @@ class PruningProcessor(BaseMultiModalProcessor):
                 rows, kept = self.front_end.prune(pixels, options)
             except NonFiniteFeaturesError as error:
                 raise VLLMServerError(str(error)) from None
-            fields[ROWS].append(rows)
-            fields[INDICES].append(kept.indices)
-            fields[ENERGY].append(torch.tensor(kept.energy, dtype=torch.float64))
-        return BatchFeature(fields)
+            batch[ROWS].append(rows)
+            batch[INDICES].append(kept.indices)
+            batch[ENERGY].append(torch.tensor(kept.energy, dtype=torch.float64))
+        return BatchFeature(batch)
 
     def _get_mm_fields_config(self, *_: Any) -> Mapping[str, MultiModalFieldConfig]:
         return {
@@ -105,8 +104,7 @@ class PruningProcessor(BaseMultiModalProcessor):
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
     ) -> Sequence[PromptUpdate]:
-        hf_kwargs = {name: value for name, value in hf_processor_mm_kwargs.items() if name != KEY}
-        options = PruneOptions.model_validate_json(hf_processor_mm_kwargs[KEY])
+        options, hf_kwargs = _split(hf_processor_mm_kwargs)
 
         def pruned(update: PromptUpdate) -> PromptUpdate:
             def replacement(item_idx: int) -> PrunedDetails:
@@ -130,7 +128,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         config = self.info.get_hf_config()
         count, num_tokens = mm_counts.get("image", 0), self.info.get_max_image_tokens()
         rows = torch.zeros(num_tokens, config.vision_config.hidden_size, dtype=self.info.ctx.model_config.dtype)
-        fields = {
+        batch = {
             ROWS: [rows] * count,
             INDICES: [torch.arange(num_tokens)] * count,
             ENERGY: [torch.ones((), dtype=torch.float64)] * count,
@@ -138,12 +136,18 @@ class PruningProcessor(BaseMultiModalProcessor):
         return {
             "type": "multimodal",
             "prompt_token_ids": [config.image_token_index] * (num_tokens * count),
-            "mm_kwargs": MultiModalKwargsItems.from_hf_inputs(BatchFeature(fields), self._get_mm_fields_config()),
+            "mm_kwargs": MultiModalKwargsItems.from_hf_inputs(BatchFeature(batch), self._get_mm_fields_config()),
             "mm_hashes": {"image": [f"{KEY}-dummy-{index}" for index in range(count)]},
             "mm_placeholders": {
                 "image": [PlaceholderRange(offset=index * num_tokens, length=num_tokens) for index in range(count)]
             },
         }
+
+
+def _split(hf_kwargs: Mapping[str, Any]) -> tuple[PruneOptions, dict[str, Any]]:
+    """Our resolved options, and what is left for vLLM, which must never see them."""
+    others = dict(hf_kwargs)
+    return PruneOptions.model_validate_json(others.pop(KEY)), others
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from eadaprune_vllm.demo.server import VLLM, total
+from eadaprune_vllm.demo.server import VLLM
 from eadaprune_vllm.demo.server import Server as PlainServer
 from eadaprune_vllm.draw import data_url
 
-__all__ = ["BLOCK_SIZE", "VLLM", "Server", "content", "environment", "total"]
+__all__ = ["BLOCK_SIZE", "VLLM", "Server", "content", "environment"]
 
 FRESH = {"connection": "close"}  # a new connection per request, so that several API servers share them
 BLOCK_SIZE = 32  # the smallest that attention on a CPU takes
@@ -53,6 +53,14 @@ class Server(PlainServer):
 
     def answer(self, *parts: Image.Image | str, **settings: Any) -> str | None:
         return self.ask(*parts, max_tokens=12, **settings).choices[0].message.content
+
+    def text_tokens(self, *parts: str) -> int:
+        """Tokens of a prompt with one image besides the image's own: what a request costs beyond its kept tokens."""
+        return self.prompt_tokens(Image.new("RGB", (336, 336)), *parts, options={"energy": 1}) - 576
+
+    def tower_loads(self) -> list[str]:
+        """Lines of the log that say that some process loaded a vision tower."""
+        return [line for line in self.log.read_text().splitlines() if "Vision tower loaded" in line]
 
     def post(self, path: str, body: dict[str, Any] | str) -> httpx.Response:
         if isinstance(body, str):

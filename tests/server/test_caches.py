@@ -49,7 +49,7 @@ def test_two_front_ends_decide_alike(two_front_ends: Server, model: Path, images
     before = server.metric("eadaprune_images_total")
     with ThreadPoolExecutor(8) as pool:
         counts = list(pool.map(lambda name: server.prompt_tokens(images[name]), names))
-    text = server.prompt_tokens(images["flat"], options={"energy": 1}) - 576
+    text = server.text_tokens()
     kept = {name: len(reference.kept(image, energy=0.9)) for name, image in images.items()}
     assert counts == [text + kept[name] for name in names]
     # The metrics of both add up, and both did encode.
@@ -60,7 +60,7 @@ def test_two_front_ends_decide_alike(two_front_ends: Server, model: Path, images
 
 
 def test_each_front_end_has_one_tower_and_the_engine_none(two_front_ends: Server) -> None:
-    loads = [line for line in two_front_ends.log.read_text().splitlines() if "Vision tower loaded" in line]
+    loads = two_front_ends.tower_loads()
     assert len(loads) == 2
     assert all("ApiServer" in line or "APIServer" in line for line in loads)
 
@@ -91,7 +91,7 @@ def test_embeddings_of_images(pooling: Server, images: Images) -> None:
 @pytest.mark.slow
 def test_thousands_of_images(pruning: Server, reference: Reference) -> None:
     """Many times what the caches hold, in changing company: no mismatch, always the same count."""
-    text = pruning.prompt_tokens(noise(0), QUESTION, options={"energy": 1}) - 576
+    text = pruning.text_tokens(QUESTION)
     options = {"energy": 0.97, "min_tokens": 1}
 
     def scene(number: int) -> Image.Image:

@@ -14,13 +14,8 @@ Images = dict[str, Image.Image]
 QUESTION = "What is it?"
 
 
-def text_tokens(server: Server) -> int:
-    """Tokens of the prompt around one image: what a request costs beyond its kept tokens."""
-    return server.prompt_tokens(Image.new("RGB", (336, 336)), QUESTION, options={"energy": 1}) - 576
-
-
 def test_prompt_tokens_are_text_plus_kept(pruning: Server, reference: Reference, images: Images) -> None:
-    text = text_tokens(pruning)
+    text = pruning.text_tokens(QUESTION)
     for image in images.values():
         for options in ({"energy": 0.8}, {"energy": 0.99}, {"energy": 0.99, "selector": "span"}, {"max_tokens": 20}):
             kept = len(reference.kept(image, **({"energy": 0.95} | options)))
@@ -169,7 +164,7 @@ def test_concurrent_requests_with_different_thresholds(pruning: Server, images: 
 
 
 def test_evicted_images_are_encoded_again_and_decided_alike(pruning: Server, reference: Reference) -> None:
-    text = text_tokens(pruning)
+    text = pruning.text_tokens(QUESTION)
     scenes = [noise(seed, blocks=2 + seed % 30) for seed in range(150)]
 
     def tokens(image: Image.Image) -> int:
@@ -183,7 +178,7 @@ def test_evicted_images_are_encoded_again_and_decided_alike(pruning: Server, ref
     assert pruning.metric("eadaprune_stage_seconds_count", stage="encode") - before > len(scenes)
 
 
-def test_metrics_count_what_entered_the_engine(pruning: Server, images: Images, reference: Reference) -> None:
+def test_metrics_count_what_entered_the_engine(pruning: Server, reference: Reference) -> None:
     image = noise(7, blocks=40)
     kept = len(reference.kept(image, energy=0.9))
     names: list[tuple[str, dict[str, str]]] = [
@@ -223,7 +218,7 @@ def test_tokenize_counts_the_same_and_saves_nothing(pruning: Server, images: Ima
 
 def test_uuid_only_images_hit_under_the_same_options(pruning: Server, images: Images) -> None:
     def ask(image: Image.Image | None, energy: float) -> openai.types.chat.ChatCompletion:
-        part: Any = content(images["page"])[0] if image else {"type": "image_url", "image_url": None}
+        part: Any = content(image)[0] if image else {"type": "image_url", "image_url": None}
         return pruning.client.chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": [part | {"uuid": "page-1"}]}],
@@ -262,6 +257,6 @@ def test_aborted_requests_leave_nothing_behind(pruning: Server, images: Images) 
 
 
 def test_only_the_front_end_loads_a_tower(pruning: Server) -> None:
-    loads = [line for line in pruning.log.read_text().splitlines() if "Vision tower loaded" in line]
+    loads = pruning.tower_loads()
     assert len(loads) == 1
     assert "APIServer" in loads[0]

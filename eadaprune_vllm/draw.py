@@ -3,12 +3,19 @@
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _CAPTION = 26  # pixels
 _GAP = 8
+
+
+def seen(image_processor: Any, image: Image.Image) -> Image.Image:
+    """The image as the vision tower sees it: resized and cropped by transformers' ``image_processor``."""
+    pixels = image_processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
+    return Image.fromarray(pixels.transpose(1, 2, 0).astype(np.uint8))
 
 
 def dim_pruned(picture: Image.Image, kept: Sequence[int], side: int) -> Image.Image:

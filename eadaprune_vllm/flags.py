@@ -1,11 +1,12 @@
-"""The command line: ``--plugin NAME`` and, generated from ``PruneOptions``, one ``--eadaprune-*`` flag per option."""
+"""The command line: ``--plugin NAME`` and, generated from ``ServerOptions``, one ``--eadaprune-*`` flag per option."""
 
 import argparse
-from types import NoneType
-from typing import Any, get_args
+import json
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.options import KEY, PruneOptions, allowed
+from eadaprune_vllm.options import KEY, ServerOptions, allowed
 from eadaprune_vllm.plugin import NAME, name_plugins, named_plugins
 
 
@@ -19,16 +20,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="Name a vLLM plugin to use, in addition to those loaded anyway. May be given more than once.",
     )
-    for name, field in PruneOptions.model_fields.items():
-        types = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not NoneType]
-        default = "all" if field.default is None else field.default
-        text = f"{field.description} {allowed(name).capitalize()}. (default: {default})"
-        settings: dict[str, Any] = {"help": text.replace("%", "%%")}
-        if types == [bool]:
-            settings["action"] = argparse.BooleanOptionalAction
-        else:
-            settings |= {"type": types[0], "metavar": types[0].__name__.upper()}
-        group.add_argument(_flag(name), default=argparse.SUPPRESS, **settings)
+    for name, field in ServerOptions.model_fields.items():
+        default = "no limit" if field.default is None else field.default
+        text = f"{field.description} {allowed(name, ServerOptions).capitalize()}. (default: {default})"
+        group.add_argument(
+            _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(field.annotation)
+        )
 
 
 def apply_flags(args: argparse.Namespace) -> None:
@@ -39,7 +36,7 @@ def apply_flags(args: argparse.Namespace) -> None:
     """
     if names := getattr(args, "plugin", None):
         name_plugins(names)
-    values = {name: getattr(args, f"{KEY}_{name}", None) for name in PruneOptions.model_fields}
+    values = {name: getattr(args, f"{KEY}_{name}", None) for name in ServerOptions.model_fields}
     given = {name: value for name, value in values.items() if value is not None}
     if not given:
         return
@@ -53,3 +50,16 @@ def apply_flags(args: argparse.Namespace) -> None:
 
 def _flag(name: str) -> str:
     return f"--{KEY}-{name.replace('_', '-')}"
+
+
+def _kind(annotation: Any) -> dict[str, Any]:
+    """What argparse is told about a flag whose option is of this type."""
+    if get_origin(annotation) is UnionType:
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    if get_origin(annotation) is dict:
+        return {"type": json.loads, "metavar": "JSON"}
+    return {"type": annotation, "metavar": annotation.__name__.upper()}

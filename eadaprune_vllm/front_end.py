@@ -10,10 +10,12 @@ from cachetools import LRUCache
 
 from eadaprune_vllm.encoder import VisionEncoder
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.metrics import ImageReport, Metrics
+from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
+from eadaprune_vllm.report import ImageReport
 from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.spectrum import Spectrum
 
 # Enough for a request that repeats an image, and for the same image on its way through /tokenize and chat.
 MEMO_IMAGES = 16
@@ -53,15 +55,8 @@ class FrontEnd:
         Raises:
             NonFiniteFeaturesError: if the tower's features for this image are NaN or infinite.
         """
-        pixels = pixel_values.contiguous().view(torch.uint8).numpy().data
-        digest = hashlib.blake2b(pixels, digest_size=16).digest()
-        stages = {}
         with self._lock, self.encoder.threads():
-            tokens = self._memo.get(digest)
-            if tokens is None:
-                start = time.perf_counter()
-                tokens = self.encoder.encode(pixel_values)
-                stages["encode"] = time.perf_counter() - start
+            tokens, stages = self._encode(pixel_values)
             try:
                 kept = prune(tokens, options)
                 rows = tokens.features[kept.indices].to(self.dtype)
@@ -70,10 +65,29 @@ class FrontEnd:
             except NonFiniteFeaturesError:
                 self.reject("features")
                 raise
-            self._memo[digest] = tokens
         stages |= {"spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
         self.metrics.observe_stages(self.model_name, **stages)
         return rows, kept
+
+    def preview(self, pixel_values: torch.Tensor, options: PruneOptions) -> tuple[Kept, Spectrum]:
+        """The decision about one image that enters no engine, and what it rests on; counted nowhere.
+
+        Arguments and errors are those of ``prune``.
+        """
+        with self._lock, self.encoder.threads():
+            tokens, _ = self._encode(pixel_values)
+            return prune(tokens, options), Spectrum.of(tokens)
+
+    def _encode(self, pixel_values: torch.Tensor) -> tuple[VisualTokens, dict[str, float]]:
+        """The tokens of one image, and the time it took if they were not at hand."""
+        pixels = pixel_values.contiguous().view(torch.uint8).numpy().data
+        digest = hashlib.blake2b(pixels, digest_size=16).digest()
+        tokens = self._memo.get(digest)
+        if tokens is not None:
+            return tokens, {}
+        start = time.perf_counter()
+        tokens = self._memo[digest] = self.encoder.encode(pixel_values)
+        return tokens, {"encode": time.perf_counter() - start}
 
     def admit(self, reports: Iterable[ImageReport]) -> None:
         """Count the images of a request that enters the engine."""

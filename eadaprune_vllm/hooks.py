@@ -3,21 +3,19 @@
 Each hook wraps one function and calls the original. Installing twice is harmless.
 """
 
+import asyncio
 import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from contextvars import copy_context
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import add_flags, apply_flags
 from eadaprune_vllm.options import KEY
-
-if TYPE_CHECKING:
-    from eadaprune_vllm.models.base import PruningProcessor
 
 TESTED = SpecifierSet(">=0.32.0,<0.33")
 SKIP_VERSION_CHECK = "EADAPRUNE_SKIP_VERSION_CHECK"
@@ -100,15 +98,16 @@ def _install_supervisor() -> None:
 
 def install() -> None:
     """Hook into an active server: its configuration, its front ends, its requests."""
+    _install_configuration()
+    _install_requests()
+    _install_anthropic()
+
+
+def _install_configuration() -> None:
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.pooling.base import serving as pooling
-    from vllm.renderers import online_renderer
     from vllm.renderers.registry import RendererRegistry
-    from vllm.v1.engine.input_processor import InputProcessor
 
     from eadaprune_vllm import startup
-
-    processors: WeakSet[PruningProcessor] = WeakSet()  # this process's, for the requests it checks
 
     @wrap(EngineArgs, "create_engine_config")
     def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,9 +129,57 @@ def install() -> None:
         front_end = startup.front_end(vllm_config)
         renderer = original(registry, mode, vllm_config, *args, **kwargs)
         renderer.mm_processor.front_end = front_end
-        processors.clear()
-        processors.add(renderer.mm_processor)
         return renderer
+
+
+def _install_requests() -> None:
+    from vllm.entrypoints.launchers import run_batch
+    from vllm.entrypoints.pooling.base import io_processor as pooling_processor
+    from vllm.entrypoints.pooling.base import serving as pooling
+    from vllm.renderers import online_renderer
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from eadaprune_vllm import request as requests
+
+    # All that is chat-like is rendered by one of these two: every such door, and LLM.chat.
+    @wrap(BaseRenderer, "render_chat_async")
+    async def render_chat_async(original: Any, renderer: Any, chats: Any, *args: Any, **kwargs: Any) -> Any:
+        extras = kwargs.pop("prompt_extras", None)
+        calls = [
+            original(renderer, [chat], *args, prompt_extras=requests.chat_extras(renderer, chat, extras), **kwargs)
+            for chat in chats
+        ]
+        return requests.rendered(await asyncio.gather(*calls))
+
+    @wrap(BaseRenderer, "render_chat")
+    def render_chat(original: Any, renderer: Any, chats: Any, *args: Any, **kwargs: Any) -> Any:
+        extras = kwargs.pop("prompt_extras", None)
+        calls = [
+            original(renderer, [chat], *args, prompt_extras=requests.chat_extras(renderer, chat, extras), **kwargs)
+            for chat in chats
+        ]
+        return requests.rendered(calls)
+
+    # And the rest by these, which take no images from a request.
+    for name in ("render_cmpl", "render_cmpl_async"):
+
+        @wrap(BaseRenderer, name)
+        def render_cmpl(original: Any, renderer: Any, *args: Any, **kwargs: Any) -> Any:
+            requests.refuse_options(renderer, kwargs.get("prompt_extras"))
+            return original(renderer, *args, **kwargs)
+
+    # Pooling renders on a thread, which must find the request's context.
+    @wrap(pooling_processor, "make_async")
+    def make_async(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return lambda *a, **k: original(functools.partial(copy_context().run, function), *args, **kwargs)(*a, **k)
+
+    # These requests come from a file, past all HTTP routes.
+    @wrap(run_batch, "run_request")
+    async def run_request(original: Any, function: Any, request: Any, *args: Any) -> Any:
+        context = requests.RequestContext(options=(request.body.model_extra or {}).get(KEY))
+        with requests.request_context(context):
+            return await original(function, request, *args)
 
     # A request counts once it has passed vLLM's own checks and enters the engine.
     @wrap(InputProcessor, "process_inputs")
@@ -140,18 +187,41 @@ def install() -> None:
         original: Any, input_processor: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any
     ) -> Any:
         request = original(input_processor, request_id, prompt, *args, **kwargs)
-        if isinstance(prompt, dict) and prompt.get(KEY):
-            input_processor.renderer.mm_processor.front_end.admit(prompt[KEY])
+        if isinstance(prompt, dict) and KEY in prompt:
+            input_processor.renderer.mm_processor.front_end.admit(prompt[KEY].images)
         return request
 
-    # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked, so they
-    # may pass; it judges the rest.
+    # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they
+    # are resolved, so they may pass; it judges the rest.
     for module in (online_renderer, pooling):
 
         @wrap(module, "validate_request_mm_kwargs")
         def validate_request_mm_kwargs(original: Any, *, mm_processor_kwargs: Any, **kwargs: Any) -> None:
-            given = dict(mm_processor_kwargs or {})
-            override = given.pop(KEY, None)
-            original(mm_processor_kwargs=given, **kwargs)
-            for processor in processors:
-                processor.resolve(override)
+            others = {key: value for key, value in (mm_processor_kwargs or {}).items() if key != KEY}
+            original(mm_processor_kwargs=others, **kwargs)
+
+
+def _install_anthropic() -> None:
+    """Let options on the images of ``/v1/messages`` through: vLLM's models of that API drop what they do not know."""
+    from vllm.entrypoints.anthropic import protocol
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+    protocol.AnthropicContentBlock.model_config["extra"] = "allow"
+    for name in ("ContentBlock", "Message", "MessagesRequest", "CountTokensRequest"):
+        getattr(protocol, f"Anthropic{name}").model_rebuild(force=True)
+
+    @wrap(AnthropicServingMessages, "_convert_block", classmethod)
+    def convert_block(
+        original: Any, cls: Any, block: Any, role: str, parts: Any, calls: Any, reasoning: Any, messages: Any
+    ) -> None:
+        before = len(parts), len(messages)
+        original(cls, block, role, parts, calls, reasoning, messages)
+        # A block is one part of this message; the images in a tool's result become a message of their own.
+        sources = [block.model_extra] if block.type == "image" else block.content
+        if not isinstance(sources, list):
+            return
+        added = [*parts[before[0] :], *(part for message in messages[before[1] :] for part in message["content"])]
+        images = [part for part in added if isinstance(part, dict) and part["type"] == "image_url"]
+        for image, source in zip(images, (s for s in sources if s.get("type", "image") == "image"), strict=True):
+            if KEY in source:
+                image[KEY] = source[KEY]

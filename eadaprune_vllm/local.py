@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
+from eadaprune_vllm import draw
 from eadaprune_vllm.checkpoint import Checkpoint
 from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
 from eadaprune_vllm.options import PruneOptions
@@ -38,5 +38,4 @@ class LocalEncoder:
 
     def seen(self, image: Image.Image) -> Image.Image:
         """The image as the tower sees it: resized and cropped."""
-        pixels = self._processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-        return Image.fromarray(pixels.transpose(1, 2, 0).astype(np.uint8))
+        return draw.seen(self._processor, image)

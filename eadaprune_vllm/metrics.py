@@ -5,33 +5,15 @@ Plain counters and histograms, so that they add up over several API servers (mul
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+from eadaprune_vllm.report import ImageReport
 
 LABEL = "model_name"
 _RATIOS = [i / 20 for i in range(1, 21)]
 _THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0]
 _SECONDS = [mantissa * 10.0**exponent for exponent in range(-4, 1) for mantissa in (1, 2, 5)] + [10.0]
-
-
-@dataclass(frozen=True)
-class ImageReport:
-    """What became of one image; kept with its cache entry, so that a hit reports what the first request did.
-
-    Attributes:
-        visual_tokens: tokens of the image unpruned.
-        kept_tokens: tokens that entered the engine.
-        energy_threshold: the threshold asked for.
-        energy_kept: share of the spectral energy that a budget of ``kept_tokens`` holds.
-        selector: name of the selector.
-    """
-
-    visual_tokens: int
-    kept_tokens: int
-    energy_threshold: float
-    energy_kept: float
-    selector: str
 
 
 class Metrics:

@@ -1,7 +1,8 @@
 """The pruning options: one schema for server flags, request fields and cache keys, resolved in one place."""
 
 import reprlib
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -53,50 +54,155 @@ class PruneOptions(BaseModel):
         """Canonical JSON: equal options give equal strings. Part of every image's cache key."""
         return self.model_dump_json()
 
+    @property
+    def threshold(self) -> float:
+        """The energy in force: 1.0 when pruning is switched off."""
+        return self.energy if self.enabled else 1.0
 
-def resolve(defaults: PruneOptions, override: object, where: str = KEY) -> PruneOptions:
-    """The options of a request: the server's ``defaults``, with the client's ``override`` on top.
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of options that goes on top of others.
+
+    Attributes:
+        where: its name in error messages.
+        given: what it says: None, or a mapping of option names to values.
+        trusted: whether it is the operator's own: brought within the bounds, never refused.
+    """
+
+    where: str
+    given: object
+    trusted: bool = False
+
+
+class ServerOptions(PruneOptions):
+    """What the operator sets: the defaults of every option, presets, and bounds of what requests may ask for."""
+
+    detail_low: dict[str, Any] = Field(
+        default={"energy": 0.9, "max_tokens": 64},
+        description="Options of images that a request sends with OpenAI's detail 'low'.",
+    )
+    detail_high: dict[str, Any] = Field(
+        default={"energy": 1.0},
+        description="Options of images that a request sends with OpenAI's detail 'high' or 'original'.",
+    )
+    energy_floor: float | None = Field(default=None, gt=0, le=1, description="Least energy a request may ask for.")
+    energy_ceiling: float | None = Field(default=None, gt=0, le=1, description="Most energy a request may ask for.")
+    max_tokens_ceiling: int | None = Field(
+        default=None, ge=1, description="Most tokens a request may let an image keep."
+    )
+    out_of_bounds: Literal["reject", "clamp"] = Field(
+        default="reject", description="What becomes of a request beyond these bounds."
+    )
+    report: bool = Field(default=True, description="Whether responses say what pruning saved.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ServerOptions":
+        if self.energy_floor and self.energy_ceiling and self.energy_floor > self.energy_ceiling:
+            raise ValueError(f"energy_floor={self.energy_floor} is above energy_ceiling={self.energy_ceiling}")
+        for layer in (Layer("the default", None), *map(self.preset, ("low", "high"))):
+            self.resolve(layer)
+        return self
+
+    @property
+    def defaults(self) -> PruneOptions:
+        """The options of an image about which a request says nothing."""
+        return PruneOptions(**{name: getattr(self, name) for name in PruneOptions.model_fields})
+
+    def preset(self, detail: object, where: str = "detail") -> Layer:
+        """The layer that OpenAI's ``detail`` of an image stands for.
+
+        Raises:
+            InvalidOptionsError: if there is no such detail.
+        """
+        presets = {"auto": None, "low": self.detail_low, "high": self.detail_high, "original": self.detail_high}
+        if not isinstance(detail, str) or detail not in presets:
+            raise InvalidOptionsError(
+                f"{where}={reprlib.repr(detail)} is not allowed; it must be one of {', '.join(presets)}", where
+            )
+        return Layer(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
+
+    def resolve(self, *layers: Layer) -> PruneOptions:
+        """The one place where options are resolved: the defaults, with each layer on top of those before it.
+
+        Raises:
+            InvalidOptionsError: naming field, value and allowed range, or the bounds that a layer leaves.
+        """
+        options = self._bounded(self.defaults, Layer(KEY, None))
+        for layer in layers:
+            options = self._bounded(overlay(options, layer.given, layer.where), layer)
+        return options
+
+    def _bounded(self, options: PruneOptions, layer: Layer) -> PruneOptions:
+        energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
+        most = self.max_tokens_ceiling
+        within: dict[str, Any] = {}
+        if energy != options.threshold or (most and not options.enabled):
+            within |= {"enabled": True, "energy": energy}
+        if most:
+            within |= {"min_tokens": min(options.min_tokens, most), "max_tokens": min(options.max_tokens or most, most)}
+        outside = [name for name, value in within.items() if getattr(options, name) not in (value, None)]
+        if outside and self.out_of_bounds == "reject" and not layer.trusted:
+            field = f"{layer.where}.{outside[0]}"
+            limits = ("energy_floor", "energy_ceiling", "max_tokens_ceiling")
+            bounds = ", ".join(f"{name}={getattr(self, name):g}" for name in limits if getattr(self, name))
+            raise InvalidOptionsError(
+                f"{field}={getattr(options, outside[0])!r} is outside the bounds of this server: {bounds}", field
+            )
+        return options.model_copy(update=within)
+
+
+Options = TypeVar("Options", bound=PruneOptions)
+
+
+def overlay(options: Options, override: object, where: str) -> Options:
+    """``options`` with what ``override`` says in their place.
 
     Args:
-        defaults: options that hold where the override is silent.
-        override: what the client sent: None, or a mapping of option names to values.
+        options: what holds where the override is silent.
+        override: None, or a mapping of option names to values.
         where: name of the override in error messages.
 
     Raises:
         InvalidOptionsError: naming field, value and allowed range.
     """
     if override is None:
-        return defaults
+        return options
     if not isinstance(override, dict):
         raise InvalidOptionsError(f"{where}={reprlib.repr(override)} is not an object of pruning options", where)
     try:
-        return PruneOptions.model_validate(defaults.model_dump() | override)
+        return type(options).model_validate(options.model_dump() | override)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise _explain(error, type(options), where) from None
 
 
-def _explain(error: ValidationError, where: str) -> InvalidOptionsError:
+def _explain(error: ValidationError, model: type[PruneOptions], where: str) -> InvalidOptionsError:
     first = error.errors(include_url=False)[0]
-    if not first["loc"]:  # the cross-field check
+    if not first["loc"]:  # a check across fields
         return InvalidOptionsError(f"{where}: {first['msg'].removeprefix('Value error, ')}", where)
     name = str(first["loc"][0])
     field = f"{where}.{name}"
-    if name not in PruneOptions.model_fields:
-        known = ", ".join(PruneOptions.model_fields)
+    if name not in model.model_fields:
+        known = ", ".join(model.model_fields)
         return InvalidOptionsError(f"{field} is not an option; the options are {known}", field)
     return InvalidOptionsError(
-        f"{field}={reprlib.repr(first['input'])} is not allowed; it must be {allowed(name)}", field
+        f"{field}={reprlib.repr(first['input'])} is not allowed; it must be {allowed(name, model)}", field
     )
 
 
-def allowed(name: str) -> str:
+def allowed(name: str, model: type[PruneOptions] = PruneOptions) -> str:
     """The values an option takes, in words: 'a number greater than 0 and at most 1'."""
-    schema: dict[str, Any] = PruneOptions.model_json_schema()["properties"][name]
+    schema: dict[str, Any] = model.model_json_schema()["properties"][name]
     nullable = any(branch.get("type") == "null" for branch in schema.get("anyOf", []))
     schema = schema.get("anyOf", [schema])[0] | {k: v for k, v in schema.items() if k == "enum"}
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
-    words = {"number": "a number", "integer": "an integer", "boolean": "true or false"}[schema["type"]]
+    words = {
+        "number": "a number",
+        "integer": "an integer",
+        "boolean": "true or false",
+        "object": "an object of options",
+    }
     limits = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum": "at most"}
     bounds = [f"{text} {schema[key]:g}" for key, text in limits.items() if key in schema]
-    return " ".join([words, " and ".join(bounds)]).strip() + (" or null" if nullable else "")
+    return " ".join([words[schema["type"]], " and ".join(bounds)]).strip() + (" or null" if nullable else "")

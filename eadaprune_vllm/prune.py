@@ -36,7 +36,7 @@ class Kept:
 def prune(tokens: VisualTokens, options: PruneOptions) -> Kept:
     """Decide which of an image's tokens to keep; a pure function of its arguments, the times aside.
 
-    ``enabled=False`` is ``energy=1``: the same path, every token kept.
+    ``enabled=False`` keeps every token by the same path; ``energy=1`` does, up to ``max_tokens``.
 
     Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite.
@@ -45,7 +45,7 @@ def prune(tokens: VisualTokens, options: PruneOptions) -> Kept:
     if not tokens.features.isfinite().all():
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
     k, energy = tokens.num_tokens, 1.0
-    if options.enabled and options.energy < 1:
+    if options.enabled and (options.energy < 1 or (options.max_tokens or k) < k):
         spectrum = Spectrum.of(tokens)
         k = max(spectrum.budget(options.energy), options.min_tokens)
         k = min(k, options.max_tokens or k, tokens.num_tokens)

@@ -68,3 +68,8 @@ class Spectrum:
         if not self.cumulative[-1] > 0 or k >= len(self.cumulative):
             return 1.0
         return float(self.cumulative[k - 1])
+
+    def curve(self, points: int = 64) -> list[tuple[int, float]]:
+        """At most ``points`` pairs of k and ``energy_at(k)``, denser where k is small, the first and last included."""
+        steps = {round(len(self.cumulative) ** (i / (points - 1))) for i in range(points)}
+        return [(k, self.energy_at(k)) for k in sorted(steps)]

@@ -13,7 +13,7 @@ from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES
-from eadaprune_vllm.options import KEY, PruneOptions, resolve
+from eadaprune_vllm.options import KEY, ServerOptions, overlay
 
 _NO_TOWER = "is not supported: the engine has no vision tower"
 # What vLLM can be told that pruning in the front end cannot honour: (is it so in the multimodal configuration, or in
@@ -72,14 +72,14 @@ def check(vllm_config: Any) -> None:
     _checkpoint(vllm_config).check(TowerSpec.of(model_config.hf_config))
 
 
-def server_options(given: object) -> PruneOptions:
-    """The server's defaults, from flags and ``--mm-processor-kwargs``.
+def server_options(given: object) -> ServerOptions:
+    """What the operator set, by flags and ``--mm-processor-kwargs``.
 
     Raises:
         StartupError: naming option, value and allowed range.
     """
     try:
-        return resolve(PruneOptions(), given, where=KEY)
+        return overlay(ServerOptions(), given, where=KEY)
     except InvalidOptionsError as error:
         raise StartupError(str(error)) from None
 

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import add_flags, apply_flags
-from eadaprune_vllm.metrics import ImageReport, Metrics
+from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.report import ImageReport
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.plugin import name_plugins
 

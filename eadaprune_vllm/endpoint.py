@@ -1,0 +1,115 @@
+"""Entry point ``vllm.endpoint_plugins``: what the plugin adds to vLLM's HTTP API."""
+
+from argparse import Namespace
+from copy import copy
+from typing import Annotated, Any
+
+import vllm
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from starlette.datastructures import State
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
+
+from eadaprune_vllm import __version__
+from eadaprune_vllm.options import PruneOptions, ServerOptions
+from eadaprune_vllm.plugin import NAME
+from eadaprune_vllm.report import Preview
+from eadaprune_vllm.request import HEADER, RequestContext, image_options, image_parts, refusals, request_layers
+from eadaprune_vllm.route import DOORS, PruningRoute, openapi_extra
+from eadaprune_vllm.selectors import SELECTORS
+
+router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"])
+
+
+class EndpointPlugin:
+    """vLLM's contract of that name: what an active server adds to its application."""
+
+    name = NAME
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Put ``PruningRoute`` in the place of every route that takes a JSON body, and add our own."""
+        twins = APIRouter()
+        for route in app.routes:
+            if isinstance(route, APIRoute) and (route.body_field or route.path in DOORS):
+                twin = copy(route)
+                twin.__class__ = PruningRoute  # FastAPI builds the included route of its class
+                twin.openapi_extra = openapi_extra(route.path)
+                twins.routes.append(twin)
+        app.include_router(twins)
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        state.eadaprune = engine_client.renderer.mm_processor
+        state.eadaprune_model_config = engine_client.model_config
+
+
+class Config(BaseModel):
+    """What this server does by default, and what requests may ask for."""
+
+    version: str
+    vllm_version: str
+    models: list[str] = Field(description="Names the model is served under.")
+    architecture: str
+    options: ServerOptions
+    selectors: list[str]
+    doors: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")
+
+
+class PreviewRequest(BaseModel):
+    """Any chat request will do; what concerns generation is not looked at."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    messages: list[dict[str, Any]]
+    eadaprune: Annotated[Any, WithJsonSchema(PruneOptions.model_json_schema())] = None
+    overlay: bool = Field(default=False, description="Whether to draw what is kept.")
+
+
+@router.get("/config")
+async def config(request: Request) -> Config:
+    """The server's pruning options and what it supports."""
+    state = request.app.state
+    return Config(
+        version=__version__,
+        vllm_version=vllm.__version__,
+        models=[path.name for path in state.openai_serving_models.base_model_paths],
+        architecture=state.eadaprune_model_config.architecture,
+        options=state.eadaprune.server_options,
+        selectors=list(SELECTORS),
+        doors=[route.path for route in request.app.routes if isinstance(route, PruningRoute) and route.path in DOORS],
+    )
+
+
+@router.post("/preview", responses={code: {"model": ErrorResponse} for code in (400, 404, 500)})
+async def preview(body: PreviewRequest, request: Request) -> Preview:
+    """What pruning would make of the images of a chat request, without generating anything."""
+    state = request.app.state
+    if body.model and (error := await state.openai_serving_models.check_model(body.model)):
+        raise VLLMNotFoundError(error.error.message)
+    processor = state.eadaprune
+    with refusals(processor.front_end):
+        layers = request_layers(RequestContext(request.headers.get(HEADER), body.eadaprune), None)
+        options = image_options(processor.server_options, layers, body.messages)
+    images = await _fetch(state.eadaprune_model_config, body.messages)
+    pruning = await run_in_threadpool(processor.preview, images, options, body.overlay)
+    return Preview.of([pruning], processor.front_end.kv_bytes_per_token)
+
+
+async def _fetch(model_config: Any, messages: list[Any]) -> list[Any]:
+    """The images of a request, under vLLM's own limits."""
+    tracker = AsyncMultiModalItemTracker(model_config)
+    parser = tracker.create_parser()
+    for number, part in enumerate(image_parts(messages)):
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not isinstance(url, str) or not url:
+            raise VLLMValidationError("a preview needs the URL of every image", parameter=f"images[{number}]")
+        parser.parse_image(url)
+    data, _ = await tracker.resolve_items()
+    return list(data["image"]) if data else []

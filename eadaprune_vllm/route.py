@@ -1,0 +1,136 @@
+"""What HTTP adds to vLLM's own routes: the field and the header in, the report and its headers out.
+
+The routes are vLLM's, with their bodies, checks and handlers; only their class is another.
+"""
+
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+
+from eadaprune_vllm.errors import InvalidOptionsError
+from eadaprune_vllm.options import KEY, PruneOptions
+from eadaprune_vllm.report import Report
+from eadaprune_vllm.request import HEADER, RequestContext, refusals, request_context
+
+VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
+KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
+# The routes that take the field, and whether their answers carry the report. (What is rendered is sent on as another
+# request, so that its body stays as it is.) All others refuse it.
+DOORS = {
+    "/v1/chat/completions": True,
+    "/v1/chat/completions/batch": True,
+    "/v1/chat/completions/render": False,
+    "/v1/responses": True,
+    "/v1/responses/render": False,
+    "/v1/messages": True,
+    "/v1/messages/count_tokens": True,
+    "/v1/messages/render": False,
+    "/v1/systemone": True,
+    "/v1/embeddings": True,
+    "/v2/embed": True,
+    "/pooling": True,
+    "/classify": True,
+    "/tokenize": True,
+    "/invocations": True,
+}
+_FIRST_EVENT = re.compile(r"^data: \{", re.MULTILINE)
+
+
+class PruningRoute(APIRoute):
+    """One of vLLM's routes.
+
+    Modifications:
+    - the field ``eadaprune`` and the header ``X-EAdaPrune-Energy`` reach the place where options are resolved
+    - a route that takes no options refuses the field
+    - the report goes into body and headers
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            body = await _json(request)
+            if self.path not in DOORS and KEY.encode() in request._body and _mentions(body):
+                with refusals(request.app.state.eadaprune.front_end):
+                    raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: it is not supported there", KEY)
+            options = body.get(KEY) if isinstance(body, dict) else None
+            with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
+                response = await handler(request)
+            return _reported(response, context, request.app.state.eadaprune, in_body=DOORS.get(self.path, False))
+
+        return handle
+
+
+def openapi_extra(path: str) -> dict[str, Any]:
+    """What the OpenAPI document says about a route beyond what vLLM says."""
+    if path not in DOORS:
+        return {}
+    response: dict[str, Any] = {
+        "headers": {name: {"schema": {"type": "integer"}} for name in (VISUAL_TOKENS, KEPT_TOKENS)},
+    }
+    if DOORS[path]:
+        response["content"] = {"application/json": {"schema": {"properties": {KEY: _inline(Report)}}}}
+    field = {"schema": {"properties": {KEY: PruneOptions.model_json_schema()}}}
+    energy = PruneOptions.model_json_schema()["properties"]["energy"]
+    return {
+        "parameters": [{"name": HEADER, "in": "header", "required": False, "schema": energy}],
+        "requestBody": {"content": {"application/json": field}},
+        "responses": {"200": response},
+    }
+
+
+def _inline(model: type[Report]) -> dict[str, Any]:
+    """The model's schema without references, which would not resolve where it is put."""
+    schema = model.model_json_schema()
+    (image,) = schema.pop("$defs").values()
+    schema["properties"]["images"]["items"] = image
+    return schema
+
+
+async def _json(request: Request) -> Any:
+    """The request's body, parsed once for this route and for FastAPI; None if it is no JSON."""
+    if "json" not in request.headers.get("content-type", ""):
+        return None
+    try:
+        return await request.json()
+    except (ValueError, ClientDisconnect):
+        return None  # FastAPI says what is wrong with it
+
+
+def _mentions(value: object) -> bool:
+    if isinstance(value, dict):
+        return value.get(KEY) is not None or any(map(_mentions, value.values()))
+    return isinstance(value, list) and any(map(_mentions, value))
+
+
+def _reported(response: Response, context: RequestContext, processor: Any, in_body: bool) -> Response:
+    """The response with the report of its images, if there are any."""
+    report = Report.of(context.prunings, processor.front_end.kv_bytes_per_token)
+    if not (report.images and processor.server_options.report and response.status_code == 200):
+        return response
+    response.headers[VISUAL_TOKENS] = str(report.visual_tokens)
+    response.headers[KEPT_TOKENS] = str(report.kept_tokens)
+    if not in_body:
+        return response
+    member = f'"{KEY}":{report.model_dump_json()}'
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _with_first_event(response.body_iterator, member)
+    elif response.media_type == "application/json" and bytes(response.body).endswith(b"}"):
+        # Neither parsed nor rendered again: it may be long.
+        response.body = bytes(response.body)[:-1] + f",{member}}}".encode()
+        response.headers["content-length"] = str(len(response.body))
+    return response
+
+
+async def _with_first_event(chunks: Any, member: str) -> AsyncIterator[Any]:
+    """A stream of server-sent events whose first JSON object has one more member."""
+    waiting = True
+    async for chunk in chunks:
+        if waiting and isinstance(chunk, str) and _FIRST_EVENT.search(chunk):
+            chunk, waiting = _FIRST_EVENT.sub(lambda start: f"{start[0]}{member},", chunk, count=1), False
+        yield chunk

@@ -51,3 +51,8 @@ def data_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def picture(url: str) -> Image.Image:
+    """The picture in a ``data:`` URL."""
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))

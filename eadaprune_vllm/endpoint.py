@@ -4,6 +4,7 @@ from argparse import Namespace
 from copy import copy
 from typing import Annotated, Any
 
+import aiohttp
 import vllm
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -15,7 +16,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from eadaprune_vllm import __version__
-from eadaprune_vllm.options import PruneOptions, ServerOptions
+from eadaprune_vllm.options import ServerOptions, request_schema
 from eadaprune_vllm.plugin import NAME
 from eadaprune_vllm.report import Preview
 from eadaprune_vllm.request import HEADER, RequestContext, image_options, image_parts, refusals, request_layers
@@ -67,7 +68,7 @@ class PreviewRequest(BaseModel):
 
     model: str | None = None
     messages: list[dict[str, Any]]
-    eadaprune: Annotated[Any, WithJsonSchema(PruneOptions.model_json_schema())] = None
+    eadaprune: Annotated[Any, WithJsonSchema(request_schema())] = None
     overlay: bool = Field(default=False, description="Whether to draw what is kept.")
 
 
@@ -90,15 +91,16 @@ async def config(request: Request) -> Config:
 async def preview(body: PreviewRequest, request: Request) -> Preview:
     """What pruning would make of the images of a chat request, without generating anything."""
     state = request.app.state
-    if body.model and (error := await state.openai_serving_models.check_model(body.model)):
-        raise VLLMNotFoundError(error.error.message)
+    models = state.openai_serving_models
+    if body.model and not models.is_base_model(body.model) and body.model not in models.lora_requests:
+        raise VLLMNotFoundError(f"The model `{body.model}` does not exist.")
     processor = state.eadaprune
     with refusals(processor.front_end):
         layers = request_layers(RequestContext(request.headers.get(HEADER), body.eadaprune), None)
         options = image_options(processor.server_options, layers, body.messages)
     images = await _fetch(state.eadaprune_model_config, body.messages)
     pruning = await run_in_threadpool(processor.preview, images, options, body.overlay)
-    return Preview.of([pruning], processor.front_end.kv_bytes_per_token)
+    return Preview.of([pruning])
 
 
 async def _fetch(model_config: Any, messages: list[Any]) -> list[Any]:
@@ -111,5 +113,8 @@ async def _fetch(model_config: Any, messages: list[Any]) -> list[Any]:
         if not isinstance(url, str) or not url:
             raise VLLMValidationError("a preview needs the URL of every image", parameter=f"images[{number}]")
         parser.parse_image(url)
-    data, _ = await tracker.resolve_items()
+    try:
+        data, _ = await tracker.resolve_items()
+    except (aiohttp.ClientError, OSError) as error:
+        raise VLLMValidationError(f"an image could not be fetched: {error}", parameter="messages") from None
     return list(data["image"]) if data else []

@@ -150,7 +150,7 @@ def _install_requests() -> None:
             original(renderer, [chat], *args, prompt_extras=requests.chat_extras(renderer, chat, extras), **kwargs)
             for chat in chats
         ]
-        return requests.rendered(await asyncio.gather(*calls))
+        return requests.rendered(renderer, await asyncio.gather(*calls))
 
     @wrap(BaseRenderer, "render_chat")
     def render_chat(original: Any, renderer: Any, chats: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +159,7 @@ def _install_requests() -> None:
             original(renderer, [chat], *args, prompt_extras=requests.chat_extras(renderer, chat, extras), **kwargs)
             for chat in chats
         ]
-        return requests.rendered(calls)
+        return requests.rendered(renderer, calls)
 
     # And the rest by these, which take no images from a request.
     for name in ("render_cmpl", "render_cmpl_async"):
@@ -179,7 +179,10 @@ def _install_requests() -> None:
     async def run_request(original: Any, function: Any, request: Any, *args: Any) -> Any:
         context = requests.RequestContext(options=(request.body.model_extra or {}).get(KEY))
         with requests.request_context(context):
-            return await original(function, request, *args)
+            output = await original(function, request, *args)
+        if (report := context.report()) and output.response.body:
+            setattr(output.response.body, KEY, report)
+        return output
 
     # A request counts once it has passed vLLM's own checks and enters the engine.
     @wrap(InputProcessor, "process_inputs")

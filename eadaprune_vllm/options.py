@@ -131,7 +131,8 @@ class ServerOptions(PruneOptions):
         options = self._bounded(self.defaults, Layer(KEY, None))
         for layer in layers:
             options = self._bounded(overlay(options, layer.given, layer.where), layer)
-        return options
+        # As many as an image has is as many as it may.
+        return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
 
     def _bounded(self, options: PruneOptions, layer: Layer) -> PruneOptions:
         energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
@@ -140,8 +141,11 @@ class ServerOptions(PruneOptions):
         if energy != options.threshold or (most and not options.enabled):
             within |= {"enabled": True, "energy": energy}
         if most:
-            within |= {"min_tokens": min(options.min_tokens, most), "max_tokens": min(options.max_tokens or most, most)}
-        outside = [name for name, value in within.items() if getattr(options, name) not in (value, None)]
+            within |= {
+                "min_tokens": min(options.min_tokens, most),
+                "max_tokens": options.max_tokens and min(options.max_tokens, most),
+            }
+        outside = [name for name, value in within.items() if getattr(options, name) != value]
         if outside and self.out_of_bounds == "reject" and not layer.trusted:
             field = f"{layer.where}.{outside[0]}"
             limits = ("energy_floor", "energy_ceiling", "max_tokens_ceiling")
@@ -206,3 +210,11 @@ def allowed(name: str, model: type[PruneOptions] = PruneOptions) -> str:
     limits = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum": "at most"}
     bounds = [f"{text} {schema[key]:g}" for key, text in limits.items() if key in schema]
     return " ".join([words[schema["type"]], " and ".join(bounds)]).strip() + (" or null" if nullable else "")
+
+
+def request_schema() -> dict[str, Any]:
+    """JSON schema of the field ``eadaprune`` of a request: every option may be left to the server."""
+    schema = PruneOptions.model_json_schema()
+    for option in schema["properties"].values():
+        option.pop("default", None)
+    return schema | {"description": "How to prune the images; what is left out is the server's default."}

@@ -1,6 +1,6 @@
 """What a request is told about its images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -38,10 +38,12 @@ class Pruning:
     Attributes:
         images: one report per image, in the order of the prompt.
         seconds: time that encoding and pruning took; images found in the cache take none.
+        kv_bytes_per_token: KV cache that one token takes, over all layers.
     """
 
     images: Sequence[ImageReport]
     seconds: float
+    kv_bytes_per_token: int
 
 
 class Report(BaseModel):
@@ -55,18 +57,20 @@ class Report(BaseModel):
     seconds: float = Field(description="Time that encoding and pruning took.")
 
     @classmethod
-    def of(cls, prunings: Iterable[Pruning], kv_bytes_per_token: int) -> Self:
+    def of(cls, prunings: Sequence[Pruning]) -> Self:
         """Sum up the prompts of one request."""
-        prunings = list(prunings)
         images = [image for pruning in prunings for image in pruning.images]
         visual = sum(image.visual_tokens for image in images)
         kept = sum(image.kept_tokens for image in images)
+        saved = [sum(image.visual_tokens - image.kept_tokens for image in pruning.images) for pruning in prunings]
         return cls(
             images=images,
             visual_tokens=visual,
             kept_tokens=kept,
-            tokens_saved=visual - kept,
-            kv_cache_bytes_saved=(visual - kept) * kv_bytes_per_token,
+            tokens_saved=sum(saved),
+            kv_cache_bytes_saved=sum(
+                tokens * pruning.kv_bytes_per_token for tokens, pruning in zip(saved, prunings, strict=True)
+            ),
             seconds=round(sum(pruning.seconds for pruning in prunings), 6),
         )
 

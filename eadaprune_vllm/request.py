@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.options import KEY, Layer, PruneOptions, ServerOptions
-from eadaprune_vllm.report import Pruning
+from eadaprune_vllm.report import Pruning, Report
 
 HEADER = "X-EAdaPrune-Energy"
 # vLLM's content parts that are images: by type, or by key where the type is missing or a uuid is given.
@@ -26,12 +26,18 @@ class RequestContext:
     Attributes:
         header: value of the header ``X-EAdaPrune-Energy``.
         options: the request's field ``eadaprune``.
+        images: how many images were met so far; a batch has several prompts.
         prunings: filled in where the request is rendered.
     """
 
     header: str | None = None
     options: object = None
+    images: int = 0
     prunings: list[Pruning] = field(default_factory=list)
+
+    def report(self) -> Report | None:
+        """What to tell the client: None if there were no images, or the server does not tell."""
+        return Report.of(self.prunings) if self.prunings else None
 
 
 _current: ContextVar[RequestContext] = ContextVar(KEY)
@@ -68,20 +74,23 @@ def request_layers(context: RequestContext, processor_kwargs: object) -> list[La
     return layers
 
 
-def image_options(server: ServerOptions, layers: list[Layer], messages: list[Any]) -> tuple[PruneOptions, ...]:
+def image_options(
+    server: ServerOptions, layers: list[Layer], messages: list[Any], first: int = 0
+) -> tuple[PruneOptions, ...]:
     """The options of each image in ``messages``, in the order in which vLLM numbers them.
 
     Args:
         server: the server's options.
         layers: what the request says about all images.
         messages: chat messages; content that is a one-shot iterator is replaced by a list.
+        first: number of the first image in error messages.
 
     Raises:
         InvalidOptionsError: naming image, field, value and allowed range.
     """
     server.resolve(*layers)  # also where there is no image
     options = []
-    for number, part in enumerate(image_parts(messages)):
+    for number, part in enumerate(image_parts(messages), first):
         url = part.get("image_url")
         _refuse(url)
         # OpenAI's detail is in image_url of chat completions, and on the part itself of responses.
@@ -118,17 +127,23 @@ def chat_extras(renderer: Any, messages: list[Any], prompt_extras: Mapping[str, 
     kwargs = dict(extras.get("mm_processor_kwargs") or {})
     processor = renderer.mm_processor
     with refusals(processor.front_end):
-        layers = request_layers(current(), kwargs)
-        kwargs[KEY] = image_options(processor.server_options, layers, messages)
+        context = current()
+        layers = request_layers(context, kwargs)
+        kwargs[KEY] = options = image_options(processor.server_options, layers, messages, first=context.images)
+        context.images += len(options)
     return extras | {"mm_processor_kwargs": kwargs}
 
 
-def rendered(chats: Iterable[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
+def rendered(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
     """Conversations and engine inputs of all ``chats``; what became of their images is noted for the answer."""
-    chats = list(chats)
-    prompts = [prompt for _, prompts in chats for prompt in prompts]
-    current().prunings.extend(prompt[KEY] for prompt in prompts if KEY in prompt)
-    return [conversation for conversations, _ in chats for conversation in conversations], prompts
+    conversations: list[Any] = []
+    prompts: list[Any] = []
+    for chat in chats:
+        conversations += chat[0]
+        prompts += chat[1]
+    if renderer.mm_processor.server_options.report:
+        current().prunings.extend(prompt[KEY] for prompt in prompts if KEY in prompt)
+    return conversations, prompts
 
 
 def refuse_options(renderer: Any, prompt_extras: Mapping[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.options import KEY, PruneOptions
+from eadaprune_vllm.options import KEY, request_schema
 from eadaprune_vllm.report import Report
 from eadaprune_vllm.request import HEADER, RequestContext, refusals, request_context
 
@@ -30,7 +30,6 @@ DOORS = {
     "/v1/messages": True,
     "/v1/messages/count_tokens": True,
     "/v1/messages/render": False,
-    "/v1/systemone": True,
     "/v1/embeddings": True,
     "/v2/embed": True,
     "/pooling": True,
@@ -61,7 +60,7 @@ class PruningRoute(APIRoute):
             options = body.get(KEY) if isinstance(body, dict) else None
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
                 response = await handler(request)
-            return _reported(response, context, request.app.state.eadaprune, in_body=DOORS.get(self.path, False))
+            return _reported(response, context.report(), in_body=DOORS.get(self.path, False))
 
         return handle
 
@@ -70,16 +69,15 @@ def openapi_extra(path: str) -> dict[str, Any]:
     """What the OpenAPI document says about a route beyond what vLLM says."""
     if path not in DOORS:
         return {}
-    response: dict[str, Any] = {
-        "headers": {name: {"schema": {"type": "integer"}} for name in (VISUAL_TOKENS, KEPT_TOKENS)},
-    }
+    integer = {"schema": {"type": "integer"}}
+    response: dict[str, Any] = {"headers": {VISUAL_TOKENS: integer, KEPT_TOKENS: integer}}
     if DOORS[path]:
         response["content"] = {"application/json": {"schema": {"properties": {KEY: _inline(Report)}}}}
-    field = {"schema": {"properties": {KEY: PruneOptions.model_json_schema()}}}
-    energy = PruneOptions.model_json_schema()["properties"]["energy"]
+    options = request_schema()
+    energy = {"name": HEADER, "in": "header", "required": False, "schema": options["properties"]["energy"]}
     return {
-        "parameters": [{"name": HEADER, "in": "header", "required": False, "schema": energy}],
-        "requestBody": {"content": {"application/json": field}},
+        "parameters": [energy],
+        "requestBody": {"content": {"application/json": {"schema": {"properties": {KEY: options}}}}},
         "responses": {"200": response},
     }
 
@@ -108,10 +106,9 @@ def _mentions(value: object) -> bool:
     return isinstance(value, list) and any(map(_mentions, value))
 
 
-def _reported(response: Response, context: RequestContext, processor: Any, in_body: bool) -> Response:
-    """The response with the report of its images, if there are any."""
-    report = Report.of(context.prunings, processor.front_end.kv_bytes_per_token)
-    if not (report.images and processor.server_options.report and response.status_code == 200):
+def _reported(response: Response, report: Report | None, in_body: bool) -> Response:
+    """The response with the report of its request, if there is one."""
+    if not report or response.status_code != 200:
         return response
     response.headers[VISUAL_TOKENS] = str(report.visual_tokens)
     response.headers[KEPT_TOKENS] = str(report.kept_tokens)

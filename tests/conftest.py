@@ -79,6 +79,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", "bfloat16"]
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
     flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
+    flags += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--enable-scale-out"]
     server = Server(logs / "pruning.log", model, *flags)
     yield server
     server.close()

@@ -7,22 +7,34 @@ import numpy as np
 import skimage.data
 import torch
 from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor
 
 from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.local import LocalEncoder
+from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Kept
+from eadaprune_vllm.prune import Kept, prune
 
 
 def checkpoint(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto") -> Checkpoint:
     return Checkpoint(str(model), revision=None, download_dir=None, load_format=load_format, dtype=dtype)
 
 
-class Reference(LocalEncoder):
-    """What the front end of a server should decide, computed without one."""
+class Reference:
+    """What the front end of a server with ``--dtype dtype`` should decide, computed without one.
+
+    At float16 it is the pixels that are float16; the tower computes in float32.
+    """
+
+    def __init__(self, model: Path, dtype: torch.dtype) -> None:
+        self.spec = TowerSpec.of(AutoConfig.from_pretrained(model))
+        self.encoder = VisionEncoder(self.spec, checkpoint(model, compute_dtype(dtype)).load(self.spec))
+        self.dtype = dtype
+        self._processor = AutoImageProcessor.from_pretrained(model)
 
     def kept(self, image: Image.Image, **options: object) -> Kept:
-        return self.prune(image, PruneOptions.model_validate(options))
+        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
+        with self.encoder.threads():
+            return prune(self.encoder.encode(pixels), PruneOptions.model_validate(options))
 
 
 def photo(name: str) -> Image.Image:

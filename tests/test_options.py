@@ -6,7 +6,7 @@ import re
 import pytest
 
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
-from eadaprune_vllm.options import PruneOptions, resolve
+from eadaprune_vllm.options import Layer, PruneOptions, ServerOptions, overlay, request_schema
 from eadaprune_vllm.startup import server_options
 
 DEFAULTS = PruneOptions()
@@ -37,20 +37,20 @@ DEFAULTS = PruneOptions()
 )
 def test_bad_options_are_refused_with_field_value_and_range(override: object, field: str, words: str) -> None:
     with pytest.raises(InvalidOptionsError, match=re.escape(words)) as error:
-        resolve(DEFAULTS, override, where="x")
+        overlay(DEFAULTS, override, where="x")
     assert error.value.field == field
 
 
 def test_an_override_leaves_the_rest_to_the_defaults() -> None:
     defaults = PruneOptions(energy=0.9, min_tokens=4)
-    assert resolve(defaults, None) is defaults
-    assert resolve(defaults, {}) == defaults
-    assert resolve(defaults, {"max_tokens": 8}) == PruneOptions(energy=0.9, min_tokens=4, max_tokens=8)
+    assert overlay(defaults, None, "x") is defaults
+    assert overlay(defaults, {}, "x") == defaults
+    assert overlay(defaults, {"max_tokens": 8}, "x") == PruneOptions(energy=0.9, min_tokens=4, max_tokens=8)
 
 
 def test_equal_options_have_one_key() -> None:
     keys = {
-        resolve(DEFAULTS, override).key
+        overlay(DEFAULTS, override, "x").key
         for override in (
             {"energy": 1, "min_tokens": 4},
             {"min_tokens": 4, "energy": 1.0},
@@ -64,7 +64,7 @@ def test_equal_options_have_one_key() -> None:
 def test_different_options_have_different_keys() -> None:
     overrides = [{}, {"energy": 0.9}, {"energy": 0.9 + 1e-12}, {"min_tokens": 1}, {"max_tokens": 99}]
     overrides += [{"selector": "span"}, {"enabled": False}]
-    assert len({resolve(DEFAULTS, override).key for override in overrides}) == len(overrides)
+    assert len({overlay(DEFAULTS, override, "x").key for override in overrides}) == len(overrides)
 
 
 def test_a_key_gives_the_options_back() -> None:
@@ -76,8 +76,95 @@ def test_bad_server_options_stop_the_start() -> None:
     with pytest.raises(StartupError, match=r"^eadaprune: eadaprune\.energy=7 is not allowed") as error:
         server_options({"energy": 7})
     assert error.value.code == str(error.value)  # a process ends with the sentence and status 1
-    assert server_options(None) == DEFAULTS
+    assert server_options(None).defaults == DEFAULTS
 
 
 def test_every_option_is_described() -> None:
-    assert all(field.description for field in PruneOptions.model_fields.values())
+    assert all(field.description for field in ServerOptions.model_fields.values())
+
+
+def test_layers_are_put_on_top_of_each_other_in_order() -> None:
+    server = ServerOptions(energy=0.9, min_tokens=4)
+    layers = [Layer("header", {"energy": 0.8}), Layer("request", {"max_tokens": 99}), Layer("image", {"energy": 0.7})]
+    assert server.resolve() == PruneOptions(energy=0.9, min_tokens=4)
+    assert server.resolve(*layers) == PruneOptions(energy=0.7, min_tokens=4, max_tokens=99)
+    assert server.resolve(*layers[:2], Layer("none", None)) == PruneOptions(energy=0.8, min_tokens=4, max_tokens=99)
+
+
+def test_a_bad_layer_is_refused_even_where_a_later_one_covers_it() -> None:
+    with pytest.raises(InvalidOptionsError, match=r"request\.energy=7"):
+        ServerOptions().resolve(Layer("request", {"energy": 7}), Layer("image", {"energy": 0.7}))
+
+
+def test_presets() -> None:
+    server = ServerOptions(energy=0.95, detail_low={"energy": 0.5, "max_tokens": 32}, detail_high={"enabled": False})
+    assert server.resolve(server.preset("auto")) == server.defaults
+    assert server.resolve(server.preset("low")) == PruneOptions(energy=0.5, max_tokens=32)
+    assert server.resolve(server.preset("high")) == server.resolve(server.preset("original"))
+    assert server.resolve(server.preset("high")).threshold == 1
+    for detail in ("medium", 3, None, ["low"]):
+        with pytest.raises(InvalidOptionsError, match="must be one of auto, low, high, original") as error:
+            server.preset(detail, "images[0].detail")
+        assert error.value.field == "images[0].detail"
+
+
+BOUNDS: dict[str, object] = {"energy": 0.9, "energy_floor": 0.5, "energy_ceiling": 0.95, "max_tokens_ceiling": 200}
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "clamped"),
+    [
+        ({"energy": 0.4}, "energy", {"energy": 0.5}),
+        ({"energy": 0.99}, "energy", {"energy": 0.95}),
+        ({"enabled": False}, "enabled", {"energy": 0.95}),
+        ({"enabled": False, "energy": 0.1}, "enabled", {"energy": 0.95}),
+        ({"max_tokens": 300}, "max_tokens", {}),
+        ({"min_tokens": 300}, "min_tokens", {"min_tokens": 200}),
+    ],
+)
+def test_requests_beyond_the_bounds(override: dict[str, object], field: str, clamped: dict[str, object]) -> None:
+    with pytest.raises(InvalidOptionsError, match=rf"^x\.{field}=.* is outside the bounds of this server") as error:
+        ServerOptions.model_validate(BOUNDS).resolve(Layer("x", override))
+    assert "energy_floor=0.5, energy_ceiling=0.95, max_tokens_ceiling=200" in str(error.value)
+    server = ServerOptions.model_validate(BOUNDS | {"out_of_bounds": "clamp"})
+    expected = PruneOptions.model_validate({"energy": 0.9, "max_tokens": 200} | clamped)
+    assert server.resolve(Layer("x", override)) == expected
+
+
+def test_requests_within_the_bounds() -> None:
+    server = ServerOptions.model_validate(BOUNDS)
+    for override in (None, {}, {"energy": 0.5}, {"energy": 0.95}, {"max_tokens": 200}, {"min_tokens": 200}):
+        assert server.resolve(Layer("x", override)).max_tokens == 200
+    assert server.resolve(Layer("x", {"max_tokens": None})).max_tokens == 200  # as many as it may
+    # Presets are the operator's own: they never leave the bounds and are never refused.
+    assert server.resolve(server.preset("high")).threshold == 0.95
+    assert ServerOptions(energy_ceiling=0.99).resolve(Layer("x", {"enabled": False, "energy": 0.9}, trusted=True)) == (
+        PruneOptions(energy=0.99)
+    )
+    assert ServerOptions(max_tokens_ceiling=99).resolve() == PruneOptions(max_tokens=99)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"energy_floor": 0.9, "energy_ceiling": 0.8}, "energy_floor=0.9 is above energy_ceiling=0.8"),
+        ({"energy_ceiling": 0.9}, "eadaprune.energy=0.99 is outside the bounds of this server: energy_ceiling=0.9"),
+        ({"enabled": False, "max_tokens_ceiling": 64}, "eadaprune.enabled=False is outside the bounds"),
+        ({"detail_low": {"energy": 7}}, "eadaprune.detail_low.energy=7 is not allowed"),
+        ({"detail_high": {"x": 7}}, "eadaprune.detail_high.x is not an option; the options are energy"),
+        ({"detail_low": 3}, "eadaprune.detail_low=3 is not allowed; it must be an object"),
+        ({"out_of_bounds": "ignore"}, "eadaprune.out_of_bounds='ignore' is not allowed; it must be one of reject, cl"),
+        ({"max_tokens_ceiling": 0}, "eadaprune.max_tokens_ceiling=0 is not allowed; it must be an integer at least 1"),
+        ({"report": 1}, "eadaprune.report=1 is not allowed; it must be true or false"),
+    ],
+)
+def test_contradictions_stop_the_start(given: dict[str, object], words: str) -> None:
+    with pytest.raises(StartupError, match=re.escape(words)):
+        server_options(given)
+
+
+def test_the_schema_of_requests_has_no_defaults() -> None:
+    schema = request_schema()
+    assert schema["properties"].keys() == PruneOptions.model_fields.keys()
+    assert not any("default" in option for option in schema["properties"].values())
+    assert "required" not in schema

@@ -1,6 +1,7 @@
 """Naming plugins, and the metrics' names."""
 
 import argparse
+import json
 import os
 
 import pytest
@@ -9,9 +10,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import add_flags, apply_flags
 from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.report import ImageReport
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.options import ServerOptions
 from eadaprune_vllm.plugin import name_plugins
+from eadaprune_vllm.report import ImageReport
 
 # vLLM's own plugins; naming them here does not activate ours in the process of the tests.
 OTHERS = ["lora_filesystem_resolver", "lora_hf_hub_resolver"]
@@ -46,13 +47,20 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
     text = " ".join(parser.format_help().split())
     assert "A number greater than 0 and at most 1. (default: 0.99)" in text
     assert "(default: None)" not in text
-    line = "--eadaprune-energy 0.9 --eadaprune-min-tokens 2 --eadaprune-max-tokens 64 --eadaprune-selector span"
-    args = parser.parse_args([*line.split(), "--no-eadaprune-enabled"])
+    assert "(default: no limit)" in text
+    options: dict[str, object] = {"energy": 0.9, "min_tokens": 2, "max_tokens": 64, "selector": "span"}
+    options |= {"enabled": False, "detail_low": {"energy": 0.5}, "detail_high": {}, "energy_floor": 0.1}
+    options |= {"energy_ceiling": 1.0, "max_tokens_ceiling": 99, "out_of_bounds": "clamp", "report": True}
+    assert options.keys() == ServerOptions.model_fields.keys()
+    line = []
+    for name, value in options.items():
+        flag = f"eadaprune-{name.replace('_', '-')}"
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        line += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", text]
+    args = parser.parse_args(line)
     args.mm_processor_kwargs = {"eadaprune": {"energy": 0.5}}
     apply_flags(args)
-    given = args.mm_processor_kwargs["eadaprune"]
-    assert given == {"energy": 0.9, "min_tokens": 2, "max_tokens": 64, "selector": "span", "enabled": False}
-    assert given.keys() == PruneOptions.model_fields.keys()
+    assert args.mm_processor_kwargs["eadaprune"] == options
 
 
 def test_metrics() -> None:

@@ -6,6 +6,7 @@ import torch
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import prune
 from eadaprune_vllm.selectors import SELECTORS, VisualTokens, attention, span
+from eadaprune_vllm.spectrum import Spectrum
 
 
 def residual_energies(features: torch.Tensor, chosen: list[int]) -> torch.Tensor:
@@ -73,3 +74,11 @@ def test_null_case_keeps_every_token(options: dict[str, object]) -> None:
     kept = prune(tokens(torch.randn(30, 8)), PruneOptions.model_validate(options))
     assert kept.indices.tolist() == list(range(30))
     assert kept.energy == 1.0
+
+
+def test_every_token_means_no_more_than_the_most_allowed() -> None:
+    """So that a bound on tokens holds at any threshold, and min = max is a fixed budget."""
+    found = tokens(torch.randn(30, 8))
+    kept = prune(found, PruneOptions(energy=1.0, min_tokens=1, max_tokens=5))
+    assert len(kept) == 5
+    assert kept.energy == pytest.approx(Spectrum.of(found).energy_at(5))

@@ -3,20 +3,19 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import skimage.data
-import torch
 from openai import OpenAI
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from eadaprune_vllm.demo.server import Server, total
-from eadaprune_vllm.draw import data_url, dim_pruned, row
-from eadaprune_vllm.local import LocalEncoder
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.demo.server import Server
+from eadaprune_vllm.draw import data_url, picture, row
 
 THRESHOLDS = (1.0, 0.999, 0.99, 0.95)
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "page")
@@ -25,19 +24,24 @@ FLAGS = ("--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server and its metrics said of one request."""
+    """What the server said of one image at one threshold.
 
-    visual_tokens: int
-    kept_tokens: int
-    kv_bytes_saved: int
+    Attributes:
+        report: the field ``eadaprune`` of the answer.
+        first_token_seconds: from request to the first chunk of the stream.
+        overlay: what the vision tower sees, with the pruned patches dark and grey.
+    """
+
+    report: dict[str, Any]
     first_token_seconds: float
+    overlay: Image.Image
 
 
 def run_demo(model: Path, output: Path, console: Console) -> None:
     """Serve ``model`` (as made by ``demo_model``), print a table of what was saved, write pictures to ``output``.
 
     Raises:
-        RuntimeError: if the server does not start, or contradicts what this process computes.
+        RuntimeError: if the server does not start, or contradicts itself.
     """
     output.mkdir(parents=True, exist_ok=True)
     images = demo_images()
@@ -52,10 +56,9 @@ def run_demo(model: Path, output: Path, console: Console) -> None:
                     progress.update(step, description=f"Asking about {name} at energy {energy}")
                     answers[name, energy] = ask(server, image, energy)
             progress.update(step, description="Stopping the server")
-        progress.update(step, description="Drawing what was kept")
-        local = LocalEncoder(model, torch.bfloat16)
-        for name, image in images.items():
-            draw(local, image, {energy: answers[name, energy] for energy in THRESHOLDS}).save(output / f"{name}.png")
+    for name in images:
+        panels = [(caption(energy, answers[name, energy]), answers[name, energy].overlay) for energy in THRESHOLDS]
+        row(panels).save(output / f"{name}.png")
     console.print(table(answers))
     console.print(
         "Random weights: the counts and bytes are real, the answers mean nothing, and the language model is too "
@@ -72,53 +75,35 @@ def demo_images() -> dict[str, Image.Image]:
 
 
 def ask(server: Server, image: Image.Image, energy: float) -> Answer:
-    """One streamed chat request through the OpenAI SDK, and how it moved the server's metrics."""
+    """One streamed chat request through the OpenAI SDK, and a preview of the same request.
+
+    Raises:
+        RuntimeError: if the two do not agree.
+    """
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    before = server.samples()
+    content: list[Any] = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": "What is in this picture?"},
+    ]
+    messages: list[Any] = [{"role": "user", "content": content}]
+    options = {"eadaprune": {"energy": energy}}
     start = time.perf_counter()
     stream = client.chat.completions.create(
-        model=server.NAME,
-        messages=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": data_url(image)}},
-                    {"type": "text", "text": "What is in this picture?"},
-                ],
-            }
-        ],
-        max_tokens=8,
-        stream=True,
-        extra_body={"mm_processor_kwargs": {"eadaprune": {"energy": energy}}},
+        model=server.NAME, messages=messages, max_tokens=8, stream=True, extra_body=options
     )
-    next(iter(stream))
+    report: dict[str, Any] = (next(iter(stream)).model_extra or {})["eadaprune"]
     first_token = time.perf_counter() - start
     for _ in stream:
         pass
-    after = server.samples()
-
-    def counted(name: str, **labels: str) -> int:
-        return round(total(after, name, **labels) - total(before, name, **labels))
-
-    return Answer(
-        visual_tokens=counted("eadaprune_visual_tokens_total", stage="encoded"),
-        kept_tokens=counted("eadaprune_visual_tokens_total", stage="kept"),
-        kv_bytes_saved=counted("eadaprune_kv_cache_bytes_saved_total"),
-        first_token_seconds=first_token,
-    )
+    body = options | {"messages": messages, "overlay": True}
+    (preview,) = httpx.post(f"{server.url}/v1/eadaprune/preview", json=body, timeout=60).json()["images"]
+    if preview["kept_tokens"] != report["kept_tokens"]:
+        raise RuntimeError(f"{report['kept_tokens']} tokens were kept, but the preview says {preview['kept_tokens']}")
+    return Answer(report, first_token, picture(preview["overlay"]))
 
 
-def draw(local: LocalEncoder, image: Image.Image, answers: dict[float, Answer]) -> Image.Image:
-    """What the tower sees of the image, and what each threshold keeps of it, decided again in this process."""
-    picture = local.seen(image)
-    panels = [("what the tower sees", picture)]
-    for energy, answer in answers.items():
-        kept = local.prune(image, PruneOptions(energy=energy))
-        if len(kept) != answer.kept_tokens:
-            raise RuntimeError(f"the server kept {answer.kept_tokens} tokens where this process keeps {len(kept)}")
-        caption = f"energy {energy}: {len(kept)} of {kept.num_tokens} tokens"
-        panels.append((caption, dim_pruned(picture, kept.indices.tolist(), side=local.spec.grid)))
-    return row(panels)
+def caption(energy: float, answer: Answer) -> str:
+    return f"energy {energy}: {answer.report['kept_tokens']} of {answer.report['visual_tokens']} tokens"
 
 
 def table(answers: dict[tuple[str, float], Answer]) -> Table:
@@ -133,10 +118,10 @@ def table(answers: dict[tuple[str, float], Answer]) -> Table:
         found.add_row(
             name if name != last else "",
             f"{energy:g}",
-            str(answer.visual_tokens),
-            str(answer.kept_tokens),
-            f"{answer.kept_tokens / answer.visual_tokens:.0%}",
-            f"{answer.kv_bytes_saved / 1024:.0f} KiB",
+            str(answer.report["visual_tokens"]),
+            str(answer.report["kept_tokens"]),
+            f"{answer.report['kept_tokens'] / answer.report['visual_tokens']:.0%}",
+            f"{answer.report['kv_cache_bytes_saved'] / 1024:.0f} KiB",
             f"{answer.first_token_seconds * 1000:.0f} ms",
         )
         last = name

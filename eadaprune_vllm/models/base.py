@@ -73,10 +73,10 @@ class PruningProcessor(BaseMultiModalProcessor):
         return options
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
+        assert self.front_end, "images are encoded in front-end processes only"
         count = inputs.mm_data_items.get_count("image", strict=False)
         options = inputs.hf_processor_mm_kwargs.get(KEY)
         if not isinstance(options, tuple):  # not rendered from chat messages: offline prompts
-            assert self.front_end
             with refusals(self.front_end):
                 layers = request_layers(current(), inputs.hf_processor_mm_kwargs)
                 options = (self.server_options.resolve(*layers),) * count
@@ -85,7 +85,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         images = Images(options, [False] * count)
         others = {key: value for key, value in inputs.hf_processor_mm_kwargs.items() if key != KEY}
         result = super().apply(replace(inputs, hf_processor_mm_kwargs=others | {KEY: images}), *args, **kwargs)
-        result[KEY] = Pruning(images.reports, sum(images.seconds))
+        result[KEY] = Pruning(images.reports, sum(images.seconds), self.front_end.kv_bytes_per_token)
         return result
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,8 @@ class PruningProcessor(BaseMultiModalProcessor):
             if "data is not provided" not in str(error):
                 raise
             raise VLLMValidationError(
-                f"{error} An image sent by its uuid alone must have been sent before, under the same pruning options."
+                f"{error} An image sent by its uuid alone must have been sent before, under the same pruning options.",
+                parameter="messages",
             ) from None
 
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
@@ -124,7 +125,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         return others | {KEY: replace(images, options=tuple(missing))}
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
-        assert self.front_end, "images are encoded in front-end processes only"
+        assert self.front_end
         images, hf_kwargs = _split(hf_kwargs)
         batch: dict[str, list[torch.Tensor]] = {ROWS: [], INDICES: [], ENERGY: []}
         for image, options in zip(hf_data["images"], images.options, strict=True):
@@ -168,7 +169,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                 picture = draw.data_url(draw.dim_pruned(tower_sees, kept.indices.tolist(), grid))
             report = _report(kept.num_tokens, len(kept), kept.energy, chosen)
             previews.append(ImagePreview(**report.model_dump(), curve=spectrum.curve(), overlay=picture))
-        return Pruning(previews, time.perf_counter() - start)
+        return Pruning(previews, time.perf_counter() - start, self.front_end.kv_bytes_per_token)
 
     def _get_mm_fields_config(self, *_: Any) -> Mapping[str, MultiModalFieldConfig]:
         return {

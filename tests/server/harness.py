@@ -1,5 +1,6 @@
 """Real servers, and a client that speaks to them through the OpenAI SDK."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -36,8 +37,8 @@ class Server(PlainServer):
     def ask(
         self, *parts: Image.Image | str, options: object = None, max_tokens: int = 4, **extra: Any
     ) -> ChatCompletion:
-        """One chat turn; ``options`` go to ``mm_processor_kwargs.eadaprune``, ``extra`` into the body."""
-        kwargs = {} if options is None else {"mm_processor_kwargs": {"eadaprune": options}}
+        """One chat turn; ``options`` go to the field ``eadaprune``, ``extra`` into the body."""
+        kwargs = {} if options is None else {"eadaprune": options}
         return self.client.chat.completions.create(
             model=self.NAME,
             messages=[{"role": "user", "content": content(*parts)}],
@@ -62,10 +63,10 @@ class Server(PlainServer):
         """Lines of the log that say that some process loaded a vision tower."""
         return [line for line in self.log.read_text().splitlines() if "Vision tower loaded" in line]
 
-    def post(self, path: str, body: dict[str, Any] | str) -> httpx.Response:
-        if isinstance(body, str):
-            return httpx.post(f"{self.url}{path}", content=body, headers={"content-type": "application/json"})
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60)
+    def post(self, path: str, body: dict[str, Any] | str, **headers: str) -> httpx.Response:
+        text = body if isinstance(body, str) else json.dumps(body)
+        headers = {"content-type": "application/json"} | headers
+        return httpx.post(f"{self.url}{path}", content=text, headers=headers, timeout=120)
 
     def label(self, name: str, label: str) -> str:
         return next(sample.labels[label] for sample in self.samples() if sample.name == name)

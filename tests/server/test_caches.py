@@ -38,8 +38,9 @@ def test_without_caches(uncached: Server, pruning: Server, reference: Reference,
 
 @pytest.fixture(scope="module")
 def two_front_ends(start: Callable[..., Server]) -> Server:
-    """Two API servers in float16, the plugin named by the environment."""
-    flags = ["--eadaprune-energy", "0.9", "--enforce-eager", "--dtype", "float16"]
+    """Two API servers in float16 that report nothing and clamp; the plugin named by the environment."""
+    flags = ["--eadaprune-energy", "0.9", "--enforce-eager", "--dtype", "float16", "--no-eadaprune-report"]
+    flags += ["--eadaprune-energy-ceiling", "0.95", "--eadaprune-out-of-bounds", "clamp"]
     return start("front-ends", *flags, "--api-server-count", "2", VLLM_PLUGINS="eadaprune")
 
 
@@ -49,14 +50,31 @@ def test_two_front_ends_decide_alike(two_front_ends: Server, model: Path, images
     before = server.metric("eadaprune_images_total")
     with ThreadPoolExecutor(8) as pool:
         counts = list(pool.map(lambda name: server.prompt_tokens(images[name]), names))
-    text = server.text_tokens()
     kept = {name: len(reference.kept(image, energy=0.9)) for name, image in images.items()}
-    assert counts == [text + kept[name] for name in names]
+    text = server.prompt_tokens(images["noise"]) - kept["noise"]
+    names.append("noise")
+    assert counts == [text + kept[name] for name in names[:-1]]
     # The metrics of both add up, and both did encode.
-    assert server.metric("eadaprune_images_total") == before + len(names) + 1
+    assert server.metric("eadaprune_images_total") == before + len(names)
     saved = sum(576 - kept[name] for name in names)
     assert server.metric("eadaprune_tokens_saved_total") == pytest.approx(saved)
     assert server.metric("eadaprune_stage_seconds_count", stage="encode") > len(images)
+
+
+def test_requests_are_clamped_and_reports_are_off(two_front_ends: Server, model: Path, images: Images) -> None:
+    kept = len(Reference(model, torch.float16).kept(images["noise"], energy=0.95))
+    answers = [two_front_ends.ask(images["noise"], options={"energy": energy}) for energy in (0.95, 0.99, 1.0)]
+    assert len({answer.usage.prompt_tokens for answer in answers if answer.usage}) == 1
+    assert all("eadaprune" not in (answer.model_extra or {}) for answer in answers)
+    saved = two_front_ends.metric("eadaprune_tokens_saved_total")
+    raw = two_front_ends.client.chat.completions.with_raw_response.create(
+        model="demo",
+        messages=[{"role": "user", "content": content(images["noise"])}],
+        max_tokens=1,
+        extra_body={"eadaprune": {"enabled": False}},
+    )
+    assert two_front_ends.metric("eadaprune_tokens_saved_total") == saved + 576 - kept
+    assert not [name for name in raw.headers if "eadaprune" in name]
 
 
 def test_each_front_end_has_one_tower_and_the_engine_none(two_front_ends: Server) -> None:
@@ -76,16 +94,34 @@ def pooling(start: Callable[..., Server]) -> Server:
 def test_embeddings_of_images(pooling: Server, images: Images) -> None:
     def embed(**options: object) -> httpx.Response:
         messages = [{"role": "user", "content": content(images["noise"], QUESTION)}]
-        body = {"model": "demo", "messages": messages, "mm_processor_kwargs": {"eadaprune": options}}
+        body = {"model": "demo", "messages": messages, "eadaprune": options}
         return pooling.post("/v1/embeddings", body)
 
     full, pruned, again = (embed(energy=energy).json() for energy in (1.0, 0.5, 0.5))
     assert pruned["usage"]["prompt_tokens"] < full["usage"]["prompt_tokens"] - 100
     assert pruned["data"] == again["data"]
     assert pooling.metric("eadaprune_images_total") == 3
+    assert pruned["eadaprune"]["images"][0]["energy_threshold"] == 0.5
+    assert pruned["eadaprune"]["kept_tokens"] < full["eadaprune"]["kept_tokens"] == 576
+    assert again["eadaprune"]["images"][0]["cached"]
     refused = embed(energy=2)
     assert refused.status_code == 400
-    assert "mm_processor_kwargs.eadaprune.energy=2 is not allowed" in refused.json()["error"]["message"]
+    assert "eadaprune.energy=2 is not allowed" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/pooling", "/v1/embeddings"])
+def test_images_of_a_pooling_request_have_options_of_their_own(pooling: Server, images: Images, path: str) -> None:
+    parts = content(images["noise"], QUESTION)
+    parts[0]["eadaprune"] = {"energy": 0.6}
+    body = {"model": "demo", "messages": [{"role": "user", "content": parts}], "eadaprune": {"energy": 0.8}}
+    response = pooling.post(path, body)
+    assert response.json()["eadaprune"]["images"][0]["energy_threshold"] == 0.6
+    assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(response.json()["eadaprune"]["kept_tokens"])
+    text = pooling.post(path, {"model": "demo", "input": "hi", "eadaprune": {"energy": 0.8}})
+    assert text.status_code == 400
+    assert "eadaprune does nothing here: only chat messages take images" in text.json()["error"]["message"]
+    parts[0]["eadaprune"] = {"energy": 6}
+    assert pooling.post(path, body).json()["error"]["param"] == "images[0].eadaprune.energy"
 
 
 @pytest.mark.slow

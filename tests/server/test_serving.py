@@ -72,14 +72,14 @@ def test_bad_options_are_a_400(
     with pytest.raises(openai.BadRequestError) as error:
         pruning.ask(*[images["flat"]] * with_image, QUESTION, options=options)
     assert words in error.value.message
-    assert error.value.param == "mm_processor_kwargs.eadaprune" + (f".{param}" if param else "")
+    assert error.value.param == "eadaprune" + (f".{param}" if param else "")
     assert pruning.metric("eadaprune_rejected_requests_total", reason="options") == before + 1
     assert pruning.ask(QUESTION)
 
 
 def test_nan_is_a_400(pruning: Server) -> None:
     body = '{"model": "demo", "messages": [{"role": "user", "content": "hi"}], '
-    body += '"mm_processor_kwargs": {"eadaprune": {"energy": NaN}}}'
+    body += '"eadaprune": {"energy": NaN}}'
     response = pruning.post("/v1/chat/completions", body)
     assert response.status_code == 400
     assert "nan is not allowed" in response.json()["error"]["message"]
@@ -223,7 +223,7 @@ def test_uuid_only_images_hit_under_the_same_options(pruning: Server, images: Im
             model="demo",
             messages=[{"role": "user", "content": [part | {"uuid": "page-1"}]}],
             max_tokens=1,
-            extra_body={"mm_processor_kwargs": {"eadaprune": {"energy": energy}}},
+            extra_body={"eadaprune": {"energy": energy}},
         )
 
     first = ask(images["page"], 0.9)
@@ -231,7 +231,10 @@ def test_uuid_only_images_hit_under_the_same_options(pruning: Server, images: Im
     assert first.usage
     assert again.usage
     assert again.usage.prompt_tokens == first.usage.prompt_tokens
-    with pytest.raises(openai.BadRequestError, match="data is not provided"):
+    with pytest.raises(
+        openai.BadRequestError,
+        match="must have been sent before, under the same pruning options",
+    ):
         ask(None, 0.91)
 
 
@@ -242,7 +245,7 @@ def test_aborted_requests_leave_nothing_behind(pruning: Server, images: Images) 
             messages=[{"role": "user", "content": content(noise(1000 + seed), noise(2000 + seed))}],
             max_tokens=500,
             stream=True,
-            extra_body={"ignore_eos": True, "mm_processor_kwargs": {"eadaprune": {"energy": 0.999}}},
+            extra_body={"ignore_eos": True, "eadaprune": {"energy": 0.999}},
         )
         if seed % 2:
             next(iter(stream))

@@ -1,0 +1,178 @@
+"""Every door of the server: the field works there, or is refused; it is never ignored."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import VLLM, Server, content, environment
+from PIL import Image
+from shared import Reference
+
+Images = dict[str, Image.Image]
+Body = dict[str, Any]
+BOTH, OWN = {"energy": 0.99}, {"energy": 0.9, "min_tokens": 4}  # the request's options, and one image's
+TEXT = "What is it?"
+
+
+def chat(images: Images, own: object = OWN, **extra: Any) -> Body:
+    """Two images, of which the second has options of its own."""
+    first, second, text = content(images["astronaut"], images["noise"], TEXT)
+    if own is not None:
+        second["eadaprune"] = own
+    return {"model": "demo", "messages": [{"role": "user", "content": [first, second, text]}], **extra}
+
+
+def batch(images: Images, own: object = OWN, **extra: Any) -> Body:
+    first, second, text = chat(images, own)["messages"][0]["content"]
+    messages = [[{"role": "user", "content": [image, text]}] for image in (first, second)]
+    return {"model": "demo", "messages": messages, **extra}
+
+
+def responses(images: Images, own: object = OWN, **extra: Any) -> Body:
+    *parts, _ = chat(images, own)["messages"][0]["content"]
+    parts = [part | {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "auto"} for part in parts]
+    return {"model": "demo", "input": [{"role": "user", "content": [*parts, {"type": "input_text", "text": TEXT}]}]} | (
+        extra
+    )
+
+
+def anthropic(images: Images, own: object = OWN, **extra: Any) -> Body:
+    """The second image is the result of a tool."""
+    first, second = (
+        part
+        | {
+            "type": "image",
+            "source": {"type": "base64", "media_type": "image/png", "data": part["image_url"]["url"].split(",")[1]},
+        }
+        for part in chat(images, own)["messages"][0]["content"][:2]
+    )
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "a"}, second]}
+    turns = [
+        {"role": "user", "content": [first, {"type": "text", "text": TEXT}]},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "look", "input": {}}]},
+        {"role": "user", "content": [result]},
+    ]
+    return {"model": "demo", "system": "Be brief.", "messages": turns, **extra}
+
+
+SHORT = {"max_tokens": 1}
+WORKING: dict[str, tuple[Callable[..., Body], Body]] = {
+    "/v1/chat/completions": (chat, SHORT),
+    "/v1/chat/completions/batch": (batch, SHORT),
+    "/v1/chat/completions/render": (chat, SHORT),
+    "/v1/responses": (responses, {"max_output_tokens": 1}),
+    "/v1/responses/render": (responses, {"max_output_tokens": 1}),
+    "/v1/messages": (anthropic, SHORT),
+    "/v1/messages/count_tokens": (anthropic, {}),
+    "/v1/messages/render": (anthropic, SHORT),
+    "/tokenize": (chat, {}),
+    "/invocations": (chat, SHORT),
+}
+
+
+@pytest.mark.parametrize("path", WORKING)
+def test_the_field_works(pruning: Server, reference: Reference, images: Images, path: str) -> None:
+    build, extra = WORKING[path]
+    kept = [len(reference.kept(images[n], **options)) for n, options in (("astronaut", BOTH), ("noise", BOTH | OWN))]
+    response = pruning.post(path, build(images, eadaprune=BOTH, **extra))
+    assert response.status_code == 200, response.text
+    assert response.headers["X-EAdaPrune-Visual-Tokens"] == str(2 * 576)
+    assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(sum(kept))
+    if path.endswith("/render"):
+        assert "eadaprune" not in response.json()
+        return
+    report = response.json()["eadaprune"]
+    assert [image["kept_tokens"] for image in report["images"]] == kept
+    assert [image["energy_threshold"] for image in report["images"]] == [0.99, 0.9]
+    # Without images of its own options the header, and without that the server's default.
+    for headers, energy in (({"X-EAdaPrune-Energy": "0.8"}, 0.8), ({}, 0.95)):
+        report = pruning.post(path, build(images, own=None, **extra), **headers).json()["eadaprune"]
+        assert [image["energy_threshold"] for image in report["images"]] == [energy, energy]
+
+
+@pytest.mark.parametrize("path", WORKING)
+def test_bad_options_are_a_400(pruning: Server, images: Images, path: str) -> None:
+    build, extra = WORKING[path]
+    for own, request, field in (
+        (OWN, {"energy": 7}, "eadaprune.energy"),
+        ({"energy": 7}, BOTH, "images[1].eadaprune.energy"),
+    ):
+        response = pruning.post(path, build(images, own, eadaprune=request, **extra))
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert f"{field}=7 is not allowed; it must be a number greater than 0 and at most 1" in error["message"]
+        if build is not anthropic:  # whose errors have no such field
+            assert error["param"] == field
+
+
+TOKENS = {"model": "demo", "token_ids": [5, 6], "sampling_params": {"max_tokens": 1}}
+REFUSING: dict[str, Body] = {
+    "/v1/completions": {"model": "demo", "prompt": "hi", "max_tokens": 1},
+    "/v1/completions/render": {"model": "demo", "prompt": "hi", "max_tokens": 1},
+    "/inference/v1/generate": TOKENS,
+    "/tokenize": {"model": "demo", "prompt": "hi"},
+    "/detokenize": {"model": "demo", "tokens": [5]},
+    "/invocations": {"model": "demo", "prompt": "hi", "max_tokens": 1},
+    "/v1/systemone": {"model": "demo", "state": "", "questions": {}},
+    "/generative_scoring": {"model": "demo", "query": "a", "items": ["b"], "label_token_ids": [5, 6]},
+}
+
+
+@pytest.mark.parametrize("path", REFUSING)
+def test_the_field_is_refused(pruning: Server, path: str) -> None:
+    before = pruning.metric("eadaprune_rejected_requests_total", reason="options")
+    response = pruning.post(path, REFUSING[path] | {"eadaprune": {"energy": 0.5}})
+    assert response.status_code == 400
+    assert "eadaprune does nothing" in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "eadaprune"
+    assert pruning.metric("eadaprune_rejected_requests_total", reason="options") == before + 1
+    if path != "/v1/systemone":  # which vLLM does not offer for this model
+        assert pruning.post(path, REFUSING[path] | {"eadaprune": None}).status_code == 200
+
+
+def test_generate_refuses_it_on_parts_and_serves_what_was_rendered(
+    pruning: Server, images: Images, reference: Reference
+) -> None:
+    image = images["astronaut"]
+    url = content(image)[0]["image_url"]["url"]
+    parts = [{"type": "image_url", "url": url, "eadaprune": {"energy": 0.5}}]
+    response = pruning.post("/inference/v1/generate", TOKENS | {"content_parts": parts})
+    assert "eadaprune does nothing at /inference/v1/generate" in response.json()["error"]["message"]
+    body = {"model": "demo", "messages": [{"role": "user", "content": content(image, TEXT)}], "max_tokens": 4}
+    prompt = pruning.post("/v1/chat/completions/render", body | {"eadaprune": {"energy": 0.9}, "temperature": 0}).json()
+    answer = pruning.post("/inference/v1/generate", prompt).json()
+    assert answer["usage"]["prompt_tokens"] == pruning.prompt_tokens(image, TEXT, options={"energy": 0.9})
+
+
+def test_run_batch(model: Path, images: Images, reference: Reference, tmp_path: Path) -> None:
+    bodies = [
+        chat(images, eadaprune=BOTH, max_tokens=1),
+        chat(images, own=None, max_tokens=1),
+        chat(images, own={"energy": 7}, max_tokens=1),
+    ]
+    lines = [
+        {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for number, body in enumerate(bodies)
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--served-model-name", "demo", "--max-model-len", "2048", "--enforce-eager", "--dtype", "bfloat16"]
+    flags += ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--limit-mm-per-prompt", '{"image": 4}']
+    done = subprocess.run(
+        [VLLM, "run-batch", "-i", str(source), "-o", str(target), "--model", str(model), "--block-size", "32", *flags],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {line["custom_id"]: line for line in map(json.loads, target.read_text().splitlines())}
+    kept = [len(reference.kept(images[n], **options)) for n, options in (("astronaut", BOTH), ("noise", BOTH | OWN))]
+    report = found["0"]["response"]["body"]["eadaprune"]
+    assert [image["kept_tokens"] for image in report["images"]] == kept
+    assert [image["energy_threshold"] for image in found["1"]["response"]["body"]["eadaprune"]["images"]] == [0.95] * 2
+    assert found["2"]["response"]["status_code"] == 400
+    assert "images[1].eadaprune.energy=7 is not allowed" in found["2"]["error"]["error"]["message"]

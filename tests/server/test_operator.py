@@ -1,0 +1,160 @@
+"""What the operator sets, and the routes of the plugin's own."""
+
+import base64
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from harness import Server, content
+from PIL import Image
+from shared import Reference
+
+from eadaprune_vllm.options import ServerOptions
+
+Images = dict[str, Image.Image]
+KEY = {"Authorization": "Bearer sesame"}
+OPTIONS: dict[str, Any] = {"energy": 0.9, "energy_floor": 0.5, "energy_ceiling": 0.95, "max_tokens_ceiling": 150}
+
+
+@pytest.fixture(scope="module")
+def guarded(start: Callable[..., Server]) -> Server:
+    """A key, and bounds that requests must keep."""
+    flags = ["--plugin", "eadaprune", "--enforce-eager", "--dtype", "bfloat16", "--api-key", "sesame"]
+    for name, value in OPTIONS.items():
+        flags += [f"--eadaprune-{name.replace('_', '-')}", str(value)]
+    return start("guarded", *flags, "--limit-mm-per-prompt", '{"image": 2}')
+
+
+def chat(*images: Image.Image, **extra: Any) -> dict[str, Any]:
+    return {"model": "demo", "messages": [{"role": "user", "content": content(*images, "What?")}], **extra}
+
+
+def test_routes_sit_behind_the_key(guarded: Server, images: Images) -> None:
+    body = chat(images["flat"])
+    for path in ("/v1/eadaprune/preview", "/v1/chat/completions"):
+        assert guarded.post(path, body).status_code == 401
+        assert guarded.post(path, body | {"max_tokens": 1}, **KEY).status_code == 200
+    assert httpx.get(f"{guarded.url}/v1/eadaprune/config").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"energy": 0.4}, "eadaprune.energy=0.4 is outside the bounds of this server: energy_floor=0.5, energy_ceil"),
+        ({"energy": 0.99}, "eadaprune.energy=0.99 is outside the bounds of this server"),
+        ({"enabled": False}, "eadaprune.enabled=False is outside the bounds of this server"),
+        ({"max_tokens": 151}, "eadaprune.max_tokens=151 is outside the bounds of this server"),
+    ],
+)
+def test_requests_beyond_the_bounds_are_refused(
+    guarded: Server, images: Images, options: dict[str, Any], words: str
+) -> None:
+    response = guarded.post("/v1/chat/completions", chat(images["noise"], eadaprune=options, max_tokens=1), **KEY)
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == f"eadaprune.{next(iter(options))}"
+
+
+def test_presets_stay_within_the_bounds(guarded: Server, images: Images, reference: Reference) -> None:
+    body = chat(images["noise"], max_tokens=1)
+    body["messages"][0]["content"][0]["image_url"]["detail"] = "high"
+    report = guarded.post("/v1/chat/completions", body, **KEY).json()["eadaprune"]
+    assert report["images"][0]["energy_threshold"] == 0.95
+    assert report["kept_tokens"] == len(reference.kept(images["noise"], energy=0.95, max_tokens=150))
+
+
+def test_config(guarded: Server) -> None:
+    found = httpx.get(f"{guarded.url}/v1/eadaprune/config", headers=KEY).json()
+    assert found["options"] == ServerOptions(**OPTIONS).model_dump()
+    assert found["models"] == ["demo"]
+    assert found["architecture"] == "LlavaForConditionalGeneration"
+    assert found["selectors"] == ["attention", "span"]
+    assert "/v1/chat/completions" in found["doors"]
+    assert "/v1/completions" not in found["doors"]
+
+
+def test_preview_says_what_a_request_would_get(guarded: Server, images: Images) -> None:
+    body = chat(images["astronaut"], images["noise"], eadaprune={"energy": 0.8})
+    body["messages"][0]["content"][1]["eadaprune"] = {"energy": 0.6, "selector": "span"}
+    before = guarded.metric("eadaprune_images_total")
+    found = guarded.post("/v1/eadaprune/preview", body | {"overlay": True}, **KEY).json()
+    assert guarded.metric("eadaprune_images_total") == before  # nothing entered the engine
+    report = guarded.post("/v1/chat/completions", body | {"max_tokens": 1}, **KEY).json()["eadaprune"]
+    for name in ("visual_tokens", "kept_tokens", "tokens_saved", "kv_cache_bytes_saved"):
+        assert found[name] == report[name]
+    for image, same in zip(found["images"], report["images"], strict=True):
+        assert same.items() <= image.items()
+        curve = image["curve"]
+        assert len(curve) <= 64
+        assert curve[0][0] == 1
+        assert curve == sorted(curve)
+        assert curve[-1][1] == pytest.approx(1)
+        # The curve explains the count: it reaches the threshold there and not before, unless clamped to the fewest.
+        reached = [k for k, energy in curve if energy >= image["energy_threshold"]]
+        assert image["kept_tokens"] <= max(reached[0], 16)
+        picture = Image.open(io.BytesIO(base64.b64decode(image["overlay"].removeprefix("data:image/png;base64,"))))
+        assert picture.size == (336, 336)
+        bright = sum(patch_shown(picture, index) for index in range(576))
+        assert bright == pytest.approx(image["kept_tokens"], abs=2)
+
+
+def patch_shown(picture: Image.Image, index: int) -> bool:
+    """Whether a patch is in colour: the others are grey."""
+    row, column = divmod(index, 24)
+    colours = picture.crop((14 * column, 14 * row, 14 * column + 14, 14 * row + 14)).getdata()
+    return any(len({*colour}) > 1 for colour in colours)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"eadaprune": {"energy": 0.1}}, 400, "outside the bounds"),
+        ({"eadaprune": []}, 400, "[] is not an object of pruning options"),
+        ({"model": "other"}, 404, "The model `other` does not exist"),
+        ({"overlay": "maybe"}, 400, "valid boolean"),
+        ({"messages": 3}, 400, "valid list"),
+        ({"messages": [{"content": [{"type": "image_url", "image_url": {}}]}]}, 400, "needs the URL of every image"),
+        ({"messages": [{"content": [{"type": "image_url", "image_url": "zz"}]}]}, 400, "must be either a HTTP, data"),
+        (
+            {"messages": [{"content": [{"type": "image_url", "image_url": "http://127.0.0.1:1/a.png"}]}]},
+            400,
+            "an image could not be fetched",
+        ),
+        ({"messages": [{"content": [{"image_url": "data:,", "uuid": "a"}] * 3}]}, 400, "At most 2 image(s)"),
+    ],
+)
+def test_a_preview_that_cannot_be_given(guarded: Server, change: Any, status: int, words: str) -> None:
+    response = guarded.post("/v1/eadaprune/preview", {"messages": []} | change, **KEY)
+    assert response.status_code == status, response.text
+    assert words in response.json()["error"]["message"]
+
+
+def test_a_preview_without_images(guarded: Server) -> None:
+    found = guarded.post("/v1/eadaprune/preview", {"messages": [{"role": "user", "content": "hi"}]}, **KEY).json()
+    assert found["images"] == []
+
+
+def test_openapi_says_what_is_typed(guarded: Server) -> None:
+    paths = httpx.get(f"{guarded.url}/openapi.json").json()["paths"]
+    chat = paths["/v1/chat/completions"]["post"]
+    schema = chat["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["$ref"] == "#/components/schemas/ChatCompletionRequest"
+    assert schema["properties"]["eadaprune"]["properties"]["energy"]["maximum"] == 1
+    assert "X-EAdaPrune-Energy" in [parameter["name"] for parameter in chat["parameters"]]
+    report = chat["responses"]["200"]["content"]["application/json"]["schema"]["properties"]["eadaprune"]
+    assert "kept_tokens" in report["properties"]["images"]["items"]["properties"]
+    assert "eadaprune" not in str(paths["/v1/completions"])
+
+
+def test_no_input_of_our_routes_is_a_server_error(guarded: Server, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "schemathesis", "run", f"{guarded.url}/openapi.json"]
+    command += ["--include-path-regex", "^/v1/eadaprune/", "-H", "Authorization: Bearer sesame", "--seed", "1"]
+    command += ["--max-examples", "60", "--checks", "not_a_server_error,response_schema_conformance", "--no-color"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "/v1/eadaprune" in done.stdout or "2 selected" in done.stdout, done.stdout

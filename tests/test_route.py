@@ -1,0 +1,137 @@
+"""The route class on a small application: what goes in, what comes out, and what stays behind."""
+
+import asyncio
+import gc
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from eadaprune_vllm.report import ImageReport, Pruning
+from eadaprune_vllm.request import RequestContext, current
+from eadaprune_vllm.route import PruningRoute
+
+DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
+IMAGE = ImageReport(visual_tokens=576, kept_tokens=76, energy_threshold=0.9, energy_kept=0.91, selector="span")
+
+
+class Body(BaseModel):
+    """As vLLM's: what is not declared is dropped here."""
+
+    stream: bool = False
+    wait: bool = False
+    images: int = 1
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    app.state.eadaprune = SimpleNamespace(front_end=SimpleNamespace(reject=lambda reason: None))
+
+    async def handler(body: Body) -> Any:
+        context = current()
+        if body.images:
+            context.prunings.append(Pruning([IMAGE] * body.images, 0.25, kv_bytes_per_token=10))
+        if body.wait:
+            await asyncio.sleep(60)
+        if body.stream:
+            return StreamingResponse(events(), media_type="text/event-stream")
+        return {"options": context.options, "header": context.header}
+
+    async def events() -> AsyncIterator[str]:
+        yield ": keep-alive\n\n"
+        for number in range(3):
+            yield f'event: x\ndata: {{"number": {number}}}\n\n'
+        yield "data: [DONE]\n\n"
+
+    for path in (DOOR, OTHER, RENDER):
+        app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
+    return app
+
+
+def post(app: FastAPI, path: str, *bodies: Any, **settings: Any) -> list[httpx.Response]:
+    async def all_of_them() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [await client.post(path, json=body, **settings) for body in bodies]
+
+    return asyncio.run(all_of_them())
+
+
+def test_field_and_header_go_in_and_the_report_comes_out(app: FastAPI) -> None:
+    (response,) = post(app, DOOR, {"eadaprune": {"energy": 0.5}, "images": 2}, headers={"x-eadaprune-energy": "0.7"})
+    body = response.json()
+    assert list(body) == ["options", "header", "eadaprune"]
+    assert (body["options"], body["header"]) == ({"energy": 0.5}, "0.7")
+    report = body["eadaprune"]
+    assert report["images"] == [IMAGE.model_dump()] * 2
+    assert [report[name] for name in ("visual_tokens", "kept_tokens", "tokens_saved")] == [1152, 152, 1000]
+    assert report["kv_cache_bytes_saved"] == 10_000
+    assert report["seconds"] == 0.25
+    assert response.headers["X-EAdaPrune-Visual-Tokens"] == "1152"
+    assert response.headers["X-EAdaPrune-Kept-Tokens"] == "152"
+
+
+def test_the_report_is_in_the_first_event_and_only_there(app: FastAPI) -> None:
+    (response,) = post(app, DOOR, {"stream": True})
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    first, *others = [json.loads(line) for line in lines[:-1]]
+    assert first.pop("eadaprune")["kept_tokens"] == 76
+    assert [first, *others] == [{"number": number} for number in range(3)]
+    assert response.text.startswith(": keep-alive\n\nevent: x\ndata: {")
+    assert lines[-1] == "[DONE]"
+    assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
+
+
+def test_what_is_rendered_stays_as_it_is(app: FastAPI) -> None:
+    (response,) = post(app, RENDER, {})
+    assert response.json().keys() == {"options", "header"}
+    assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
+
+
+def test_no_images_no_report(app: FastAPI) -> None:
+    (response,) = post(app, DOOR, {"images": 0})
+    assert response.json().keys() == {"options", "header"}
+    assert not [name for name in response.headers if "eadaprune" in name]
+
+
+@pytest.mark.parametrize("body", [{"eadaprune": {}}, {"parts": [{"type": "image_url", "eadaprune": {"energy": 1}}]}])
+def test_other_routes_refuse_the_field(app: FastAPI, body: Any) -> None:
+    with pytest.raises(Exception, match="eadaprune does nothing at /v1/completions"):
+        post(app, OTHER, body)
+    for allowed in ({}, {"eadaprune": None}, {"prompt": "eadaprune"}):
+        assert post(app, OTHER, allowed)[0].status_code == 200
+
+
+def test_other_bodies_are_left_to_fastapi(app: FastAPI) -> None:
+    async def send(content: bytes, kind: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post(DOOR, content=content, headers={"content-type": kind})
+
+    for content, kind in ((b"{", "application/json"), (b"\xff", "application/json"), (b"a=1", "text/plain")):
+        assert asyncio.run(send(content, kind)).status_code in (400, 422)
+    assert asyncio.run(send(b"[]", "application/json")).status_code == 422
+
+
+def test_nothing_is_left_of_thousands_of_aborted_requests(app: FastAPI) -> None:
+    async def abort_many() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for _ in range(20):
+                tasks = [asyncio.create_task(client.post(DOOR, json={"wait": True})) for _ in range(100)]
+                await asyncio.sleep(0.1)
+                assert any(type(thing) is RequestContext for thing in gc.get_objects())
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(abort_many())
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) in (RequestContext, Pruning)]
+    assert current().prunings == []

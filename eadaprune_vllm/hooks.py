@@ -143,23 +143,23 @@ def _install_requests() -> None:
     from eadaprune_vllm import request as requests
 
     # All that is chat-like is rendered by one of these two: every such door, and LLM.chat.
-    @wrap(BaseRenderer, "render_chat_async")
-    async def render_chat_async(original: Any, renderer: Any, chats: Any, *args: Any, **kwargs: Any) -> Any:
-        extras = kwargs.pop("prompt_extras", None)
-        calls = [
-            original(renderer, [chat], *args, prompt_extras=requests.chat_extras(renderer, chat, extras), **kwargs)
-            for chat in chats
+    def render_each(
+        original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """One call per conversation: the options are those of its own images."""
+        extras = [requests.chat_extras(renderer, conversation, prompt_extras) for conversation in conversations]
+        return [
+            original(renderer, [conversation], *args, prompt_extras=own, **kwargs)
+            for conversation, own in zip(conversations, extras, strict=True)
         ]
-        return requests.rendered(renderer, await asyncio.gather(*calls))
+
+    @wrap(BaseRenderer, "render_chat_async")
+    async def render_chat_async(original: Any, renderer: Any, *args: Any, **kwargs: Any) -> Any:
+        return requests.rendered(renderer, await asyncio.gather(*render_each(original, renderer, *args, **kwargs)))
 
     @wrap(BaseRenderer, "render_chat")
-    def render_chat(original: Any, renderer: Any, chats: Any, *args: Any, **kwargs: Any) -> Any:
-        extras = kwargs.pop("prompt_extras", None)
-        calls = [
-            original(renderer, [chat], *args, prompt_extras=requests.chat_extras(renderer, chat, extras), **kwargs)
-            for chat in chats
-        ]
-        return requests.rendered(renderer, calls)
+    def render_chat(original: Any, renderer: Any, *args: Any, **kwargs: Any) -> Any:
+        return requests.rendered(renderer, render_each(original, renderer, *args, **kwargs))
 
     # And the rest by these, which take no images from a request.
     for name in ("render_cmpl", "render_cmpl_async"):

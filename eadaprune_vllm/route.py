@@ -31,7 +31,6 @@ DOORS = {
     "/v1/messages/count_tokens": True,
     "/v1/messages/render": False,
     "/v1/embeddings": True,
-    "/v2/embed": True,
     "/pooling": True,
     "/classify": True,
     "/tokenize": True,

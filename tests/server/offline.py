@@ -5,8 +5,11 @@ import math
 import sys
 from typing import Any
 
+from PIL import Image
 from shared import module_classes, noise, photo, towers
 from vllm import LLM, SamplingParams
+
+from eadaprune_vllm.draw import data_url
 
 PROMPT = "<s>USER: <image>\nWhat is it? ASSISTANT:"
 
@@ -16,11 +19,18 @@ def prompt(image: Any, **options: Any) -> dict[str, Any]:
     return {"prompt": PROMPT, "multi_modal_data": {"image": image}} | kwargs
 
 
+def chat(image: Image.Image, **options: Any) -> list[Any]:
+    part = {"type": "image_url", "image_url": {"url": data_url(image)}}
+    return [{"role": "user", "content": [part | ({"eadaprune": options} if options else {})]}]
+
+
 def counts(llm: LLM) -> dict[str, Any]:
-    """Prompt tokens by default, at another threshold, and of a refused request."""
+    """Prompt tokens by default and at another threshold, of prompts and of chats, and a refused request."""
     image = photo("astronaut")
     requests = [prompt(image), prompt(image, energy=0.99), prompt(image, energy=1)]
     found: dict[str, Any] = {"tokens": [len(out.prompt_token_ids or []) for out in llm.generate(requests)]}
+    conversations = [chat(image), chat(image, energy=0.99)]
+    found["chat"] = [len(out.prompt_token_ids or []) for out in llm.chat(conversations)]
     try:
         llm.generate(prompt(image, energy=2))
     except Exception as error:

@@ -11,6 +11,7 @@ from harness import FRESH, VLLM, Server, content, environment
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 from PIL import Image
+from pydantic import SecretStr
 from shared import Reference
 
 Images = dict[str, Image.Image]
@@ -132,7 +133,10 @@ def test_anthropic(pruning: Server, reference: Reference, images: Images) -> Non
 def test_langchain(pruning: Server, images: Images) -> None:
     for energy in (0.8, 1.0):
         model = ChatOpenAI(
-            base_url=f"{pruning.url}/v1", api_key="none", model="demo", extra_body={"eadaprune": {"energy": energy}}
+            base_url=f"{pruning.url}/v1",
+            api_key=SecretStr("none"),
+            model="demo",
+            extra_body={"eadaprune": {"energy": energy}},
         )
         answer = model.bind(max_tokens=2).invoke([HumanMessage(content=content(images["noise"], TEXT))])
         assert answer.usage_metadata

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from harness import Server, content
 from PIL import Image
@@ -106,8 +107,8 @@ def test_preview_says_what_a_request_would_get(guarded: Server, images: Images) 
 def patch_shown(picture: Image.Image, index: int) -> bool:
     """Whether a patch is in colour: the others are grey."""
     row, column = divmod(index, 24)
-    colours = picture.crop((14 * column, 14 * row, 14 * column + 14, 14 * row + 14)).getdata()
-    return any(len({*colour}) > 1 for colour in colours)
+    pixels = np.asarray(picture)[14 * row : 14 * row + 14, 14 * column : 14 * column + 14]
+    return bool(np.ptp(pixels, axis=2).any())
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,10 @@ def test_openapi_says_what_is_typed(guarded: Server) -> None:
 
 
 def test_no_input_of_our_routes_is_a_server_error(guarded: Server, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "schemathesis", "run", f"{guarded.url}/openapi.json"]
+    schemathesis = Path(sys.executable).with_name("schemathesis")
+    command = [str(schemathesis), "run", f"{guarded.url}/openapi.json"]
     command += ["--include-path-regex", "^/v1/eadaprune/", "-H", "Authorization: Bearer sesame", "--seed", "1"]
     command += ["--max-examples", "60", "--checks", "not_a_server_error,response_schema_conformance", "--no-color"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "/v1/eadaprune" in done.stdout or "2 selected" in done.stdout, done.stdout
+    assert "2 selected" in done.stdout

@@ -1,9 +1,12 @@
 """One pruning server as its clients and its operator see it."""
 
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from harness import BLOCK_SIZE, Server, content
@@ -257,6 +260,37 @@ def test_aborted_requests_leave_nothing_behind(pruning: Server, images: Images) 
     time.sleep(1)
     assert pruning.metric("vllm:kv_cache_usage_perc") == 0
     assert pruning.prompt_tokens(images["flat"]) < 60
+
+
+@pytest.mark.slow
+def test_thousands_of_aborted_requests_leave_no_memory_behind(pruning: Server, images: Images) -> None:
+    """Streams closed at once and after their first event, clients that do not wait, and refused requests."""
+    status = Path(f"/proc/{pruning.process.pid}/status")
+    body = {"model": "demo", "messages": [{"role": "user", "content": content(images["flat"])}], "max_tokens": 200}
+    impatient = httpx.Client(timeout=0.02)
+
+    def abort(number: int) -> None:
+        if number % 4 == 0:
+            pruning.post("/v1/chat/completions", body | {"eadaprune": {"energy": 7}})
+        elif number % 4 == 1:
+            with contextlib.suppress(httpx.TimeoutException):
+                impatient.post(f"{pruning.url}/v1/chat/completions", json=body)
+        else:
+            with httpx.stream("POST", f"{pruning.url}/v1/chat/completions", json=body | {"stream": True}) as stream:
+                if number % 4 == 2:
+                    next(stream.iter_lines())
+
+    def resident(requests: range) -> int:
+        """Kibibytes after so many more aborted requests."""
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(abort, requests))
+        pruning.wait_until_idle()
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmRSS")).split()[1])
+
+    first = resident(range(1000))
+    last = resident(range(4000))
+    assert last - first < 20 * 1024
+    assert pruning.metric("vllm:kv_cache_usage_perc") == 0
 
 
 def test_only_the_front_end_loads_a_tower(pruning: Server) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import aiohttp
 import vllm
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
+from PIL.Image import DecompressionBombError
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.datastructures import State
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -16,11 +16,12 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from eadaprune_vllm import __version__
+from eadaprune_vllm.hooks import on_render_thread
 from eadaprune_vllm.options import ServerOptions, request_schema
 from eadaprune_vllm.plugin import NAME
 from eadaprune_vllm.report import Preview
-from eadaprune_vllm.request import HEADER, RequestContext, image_options, image_parts, refusals, request_layers
-from eadaprune_vllm.route import DOORS, PruningRoute, openapi_extra
+from eadaprune_vllm.request import DOORS, HEADER, RequestContext, image_options, image_parts, refusals, request_layers
+from eadaprune_vllm.route import PruningRoute, openapi_extra
 from eadaprune_vllm.selectors import SELECTORS
 
 router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"])
@@ -45,6 +46,7 @@ class EndpointPlugin:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        state.eadaprune_renderer = engine_client.renderer
         state.eadaprune = engine_client.renderer.mm_processor
         state.eadaprune_model_config = engine_client.model_config
 
@@ -61,13 +63,21 @@ class Config(BaseModel):
     doors: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")
 
 
+class Message(BaseModel):
+    """A chat message; only the images in its content matter."""
+
+    model_config = ConfigDict(extra="allow")
+
+    content: str | list[str | dict[str, Any]] | None = None
+
+
 class PreviewRequest(BaseModel):
     """Any chat request will do; what concerns generation is not looked at."""
 
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     eadaprune: Annotated[Any, WithJsonSchema(request_schema())] = None
     overlay: bool = Field(default=False, description="Whether to draw what is kept.")
 
@@ -83,7 +93,11 @@ async def config(request: Request) -> Config:
         architecture=state.eadaprune_model_config.architecture,
         options=state.eadaprune.server_options,
         selectors=list(SELECTORS),
-        doors=[route.path for route in request.app.routes if isinstance(route, PruningRoute) and route.path in DOORS],
+        doors=[
+            route.path
+            for route in request.app.routes
+            if isinstance(route, PruningRoute) and route.path in DOORS and route.include_in_schema
+        ],
     )
 
 
@@ -95,11 +109,13 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
     if body.model and not models.is_base_model(body.model) and body.model not in models.lora_requests:
         raise VLLMNotFoundError(f"The model `{body.model}` does not exist.")
     processor = state.eadaprune
+    messages = [message.model_dump() for message in body.messages]
     with refusals(processor.front_end):
-        layers = request_layers(RequestContext(request.headers.get(HEADER), body.eadaprune), None)
-        options = image_options(processor.server_options, layers, body.messages)
-    images = await _fetch(state.eadaprune_model_config, body.messages)
-    pruning = await run_in_threadpool(processor.preview, images, options, body.overlay)
+        context = RequestContext(request.headers.get(HEADER), body.eadaprune)
+        layers = request_layers(context, (body.model_extra or {}).get("mm_processor_kwargs"))
+        options = image_options(processor.server_options, layers, messages)
+    images = await _fetch(state.eadaprune_model_config, messages)
+    pruning = await on_render_thread(state.eadaprune_renderer, processor.preview, images, options, body.overlay)
     return Preview.of([pruning])
 
 
@@ -115,6 +131,6 @@ async def _fetch(model_config: Any, messages: list[Any]) -> list[Any]:
         parser.parse_image(url)
     try:
         data, _ = await tracker.resolve_items()
-    except (aiohttp.ClientError, OSError) as error:
+    except (aiohttp.ClientError, OSError, DecompressionBombError) as error:
         raise VLLMValidationError(f"an image could not be fetched: {error}", parameter="messages") from None
     return list(data["image"]) if data else []

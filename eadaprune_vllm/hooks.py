@@ -136,6 +136,7 @@ def _install_requests() -> None:
     from vllm.entrypoints.launchers import run_batch
     from vllm.entrypoints.pooling.base import io_processor as pooling_processor
     from vllm.entrypoints.pooling.base import serving as pooling
+    from vllm.exceptions import VLLMValidationError
     from vllm.renderers import online_renderer
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.engine.input_processor import InputProcessor
@@ -161,22 +162,29 @@ def _install_requests() -> None:
     def render_chat(original: Any, renderer: Any, *args: Any, **kwargs: Any) -> Any:
         return requests.rendered(renderer, render_each(original, renderer, *args, **kwargs))
 
-    # And the rest by these, which take no images from a request.
+    # And the rest by these, which take no images over HTTP.
     for name in ("render_cmpl", "render_cmpl_async"):
 
         @wrap(BaseRenderer, name)
-        def render_cmpl(original: Any, renderer: Any, *args: Any, **kwargs: Any) -> Any:
-            requests.refuse_options(renderer, kwargs.get("prompt_extras"))
-            return original(renderer, *args, **kwargs)
+        def render_cmpl(
+            original: Any, renderer: Any, prompts: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+        ) -> Any:
+            requests.refuse_options(renderer, prompts, prompt_extras)
+            return original(renderer, prompts, *args, prompt_extras=prompt_extras, **kwargs)
 
     # Pooling renders on a thread, which must find the request's context.
     @wrap(pooling_processor, "make_async")
     def make_async(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         return lambda *a, **k: original(functools.partial(copy_context().run, function), *args, **kwargs)(*a, **k)
 
-    # These requests come from a file, past all HTTP routes.
+    # These requests come from a file, past all HTTP routes; what the function raises becomes the line's error.
     @wrap(run_batch, "run_request")
     async def run_request(original: Any, function: Any, request: Any, *args: Any) -> Any:
+        async def refuse(_: Any) -> None:
+            raise VLLMValidationError(f"{KEY} does nothing at {request.url}", parameter=KEY)
+
+        if request.url not in requests.DOORS and any(requests.mentions(request.body.model_dump())):
+            function = refuse
         context = requests.RequestContext(options=(request.body.model_extra or {}).get(KEY))
         with requests.request_context(context):
             output = await original(function, request, *args)
@@ -208,6 +216,9 @@ def _install_anthropic() -> None:
     """Let options on the images of ``/v1/messages`` through: vLLM's models of that API drop what they do not know."""
     from vllm.entrypoints.anthropic import protocol
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.exceptions import VLLMValidationError
+
+    from eadaprune_vllm import request as requests
 
     protocol.AnthropicContentBlock.model_config["extra"] = "allow"
     for name in ("ContentBlock", "Message", "MessagesRequest", "CountTokensRequest"):
@@ -220,11 +231,27 @@ def _install_anthropic() -> None:
         before = len(parts), len(messages)
         original(cls, block, role, parts, calls, reasoning, messages)
         # A block is one part of this message; the images in a tool's result become a message of their own.
-        sources = [block.model_extra] if block.type == "image" else block.content
-        if not isinstance(sources, list):
+        blocks = block.content if isinstance(block.content, list) else []
+        sources = (
+            [block.model_extra or {}] if block.type == "image" else [b for b in blocks if b.get("type") == "image"]
+        )
+        if not any(KEY in source for source in sources):
             return
         added = [*parts[before[0] :], *(part for message in messages[before[1] :] for part in message["content"])]
         images = [part for part in added if isinstance(part, dict) and part["type"] == "image_url"]
-        for image, source in zip(images, (s for s in sources if s.get("type", "image") == "image"), strict=True):
+        if len(images) != len(sources):
+            raise VLLMValidationError(f"{KEY} on an image without data", parameter=KEY)
+        for image, source in zip(images, sources, strict=True):
             if KEY in source:
                 image[KEY] = source[KEY]
+
+    # This renders other texts than the client's while serving it, and remembers whether that went well.
+    @wrap(AnthropicServingMessages, "_render_probe_prompt")
+    async def render_probe_prompt(original: Any, serving: Any, effort: Any) -> Any:
+        with requests.request_context(requests.RequestContext()):
+            return await original(serving, effort)
+
+
+async def on_render_thread(renderer: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function`` where vLLM processes images: on the one thread that may set torch's number of threads."""
+    return await asyncio.get_running_loop().run_in_executor(renderer._mm_executor, function, *args)

@@ -89,7 +89,9 @@ class ServerOptions(PruneOptions):
     energy_floor: float | None = Field(default=None, gt=0, le=1, description="Least energy a request may ask for.")
     energy_ceiling: float | None = Field(default=None, gt=0, le=1, description="Most energy a request may ask for.")
     max_tokens_ceiling: int | None = Field(
-        default=None, ge=1, description="Most tokens a request may let an image keep."
+        default=None,
+        ge=1,
+        description="Most tokens a request may let an image keep, at any energy and whatever its min_tokens.",
     )
     out_of_bounds: Literal["reject", "clamp"] = Field(
         default="reject", description="What becomes of a request beyond these bounds."
@@ -162,6 +164,8 @@ Options = TypeVar("Options", bound=PruneOptions)
 def overlay(options: Options, override: object, where: str) -> Options:
     """``options`` with what ``override`` says in their place.
 
+    A ``max_tokens`` that comes alone lowers ``min_tokens`` with it: who asks for at most 8 need not know of the 16.
+
     Args:
         options: what holds where the override is silent.
         override: None, or a mapping of option names to values.
@@ -174,8 +178,11 @@ def overlay(options: Options, override: object, where: str) -> Options:
         return options
     if not isinstance(override, dict):
         raise InvalidOptionsError(f"{where}={reprlib.repr(override)} is not an object of pruning options", where)
+    values = options.model_dump() | override
+    if "max_tokens" in override and "min_tokens" not in override and isinstance(values["max_tokens"], int):
+        values["min_tokens"] = max(1, min(values["min_tokens"], values["max_tokens"]))
     try:
-        return type(options).model_validate(options.model_dump() | override)
+        return type(options).model_validate(values)
     except ValidationError as error:
         raise _explain(error, type(options), where) from None
 

@@ -14,8 +14,25 @@ from eadaprune_vllm.options import KEY, Layer, PruneOptions, ServerOptions
 from eadaprune_vllm.report import Pruning, Report
 
 HEADER = "X-EAdaPrune-Energy"
+# The routes that take the field, and whether their answers carry the report. (What is rendered is sent on as another
+# request, so that its body stays as it is.) All others refuse it.
+DOORS = {
+    "/v1/chat/completions": True,
+    "/v1/chat/completions/batch": True,
+    "/v1/chat/completions/render": False,
+    "/v1/responses": True,
+    "/v1/responses/render": False,
+    "/v1/messages": True,
+    "/v1/messages/count_tokens": True,
+    "/v1/messages/render": False,
+    "/v1/embeddings": True,
+    "/pooling": True,
+    "/classify": True,
+    "/tokenize": True,
+    "/invocations": True,
+}
 # vLLM's content parts that are images: by type, or by key where the type is missing or a uuid is given.
-_IMAGE_TYPES = ("image_url", "input_image", "image_pil", "image_embeds")
+_IMAGE_TYPES = ("image_url", "input_image", "image_pil", "image_embeds", "image")
 _IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
 
 
@@ -89,12 +106,14 @@ def image_options(
         InvalidOptionsError: naming image, field, value and allowed range.
     """
     server.resolve(*layers)  # also where there is no image
+    parts = list(image_parts(messages))
+    check_places(messages)
     options = []
-    for number, part in enumerate(image_parts(messages), first):
-        url = part.get("image_url")
-        _refuse(url)
+    for number, part in enumerate(parts, first):
         # OpenAI's detail is in image_url of chat completions, and on the part itself of responses.
-        detail = (url.get("detail") if isinstance(url, dict) else None) or part.get("detail") or "auto"
+        url = part.get("image_url")
+        details = [place.get("detail") for place in (url, part) if isinstance(place, dict)]
+        detail = next((detail for detail in details if detail is not None), "auto")
         where = f"images[{number}]"
         preset = server.preset(detail, f"{where}.detail")
         options.append(server.resolve(*layers, preset, Layer(f"{where}.{KEY}", part.get(KEY))))
@@ -102,23 +121,35 @@ def image_options(
 
 
 def image_parts(messages: list[Any]) -> Iterator[dict[str, Any]]:
-    """The content parts that are images, in the order in which vLLM numbers them.
-
-    Raises:
-        InvalidOptionsError: if options are given where they do nothing.
-    """
+    """The content parts that are images, in the order in which vLLM numbers them."""
     for message in messages:
-        _refuse(message)
         content = message.get("content") if isinstance(message, dict) else None
         if content is None or isinstance(content, str):
             continue
         if not isinstance(content, list):
             content = message["content"] = list(content)
-        for part in content:
-            if _is_image(part):
-                yield part
-            else:
-                _refuse(part)
+        yield from filter(is_image, content)
+
+
+def mentions(value: object) -> Iterator[dict[str, Any]]:
+    """The objects anywhere in a JSON value that have our field."""
+    stack = [value]
+    while stack:
+        match stack.pop():
+            case dict() as place:
+                if place.get(KEY) is not None:
+                    yield place
+                stack.extend(place.values())
+            case list() as places:
+                stack.extend(places)
+
+
+def check_places(messages: object) -> None:
+    """Raises:
+    InvalidOptionsError: if options are given where they do nothing.
+    """
+    if not all(map(is_image, mentions(messages))):
+        raise InvalidOptionsError(f"{KEY} belongs to the request, or to a content part that is an image", KEY)
 
 
 def chat_extras(renderer: Any, messages: list[Any], prompt_extras: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -146,14 +177,15 @@ def rendered(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tup
     return conversations, prompts
 
 
-def refuse_options(renderer: Any, prompt_extras: Mapping[str, Any] | None) -> None:
+def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping[str, Any] | None) -> None:
     """Raises:
-    VLLMValidationError: if a request that takes no images says how to prune them.
+    VLLMValidationError: if a request without images says how to prune them.
     """
     kwargs = (prompt_extras or {}).get("mm_processor_kwargs") or {}
-    if current().options is not None or KEY in kwargs:
+    given = current().options is not None or KEY in kwargs
+    if given and not any(isinstance(prompt, dict) and prompt.get("multi_modal_data") for prompt in prompts):
         with refusals(renderer.mm_processor.front_end):
-            raise InvalidOptionsError(f"{KEY} does nothing here: only chat messages take images", KEY)
+            raise InvalidOptionsError(f"{KEY} does nothing here: this request takes no images", KEY)
 
 
 @contextmanager
@@ -166,13 +198,8 @@ def refusals(front_end: FrontEnd) -> Iterator[None]:
         raise VLLMValidationError(str(error), parameter=error.field) from None
 
 
-def _refuse(place: object) -> None:
-    """Options do nothing here."""
-    if isinstance(place, dict) and KEY in place:
-        raise InvalidOptionsError(f"{KEY} belongs to the request, or to a content part that is an image", KEY)
-
-
-def _is_image(part: object) -> bool:
+def is_image(part: object) -> bool:
+    """Whether this is a content part that vLLM, or its Anthropic API, takes for an image."""
     if not isinstance(part, dict):
         return False
     kind = part.get("type")

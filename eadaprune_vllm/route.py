@@ -15,27 +15,10 @@ from starlette.requests import ClientDisconnect
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.options import KEY, request_schema
 from eadaprune_vllm.report import Report
-from eadaprune_vllm.request import HEADER, RequestContext, refusals, request_context
+from eadaprune_vllm.request import DOORS, HEADER, RequestContext, check_places, mentions, refusals, request_context
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
-# The routes that take the field, and whether their answers carry the report. (What is rendered is sent on as another
-# request, so that its body stays as it is.) All others refuse it.
-DOORS = {
-    "/v1/chat/completions": True,
-    "/v1/chat/completions/batch": True,
-    "/v1/chat/completions/render": False,
-    "/v1/responses": True,
-    "/v1/responses/render": False,
-    "/v1/messages": True,
-    "/v1/messages/count_tokens": True,
-    "/v1/messages/render": False,
-    "/v1/embeddings": True,
-    "/pooling": True,
-    "/classify": True,
-    "/tokenize": True,
-    "/invocations": True,
-}
 _FIRST_EVENT = re.compile(r"^data: \{", re.MULTILINE)
 
 
@@ -53,15 +36,28 @@ class PruningRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             body = await _json(request)
-            if self.path not in DOORS and KEY.encode() in request._body and _mentions(body):
+            # Most bodies do not even hold the word, and may be long.
+            if body is not None and KEY.encode() in await request.body():
                 with refusals(request.app.state.eadaprune.front_end):
-                    raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: it is not supported there", KEY)
+                    self._check(body)
+            if self.path not in DOORS:
+                return await handler(request)
             options = body.get(KEY) if isinstance(body, dict) else None
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
                 response = await handler(request)
-            return _reported(response, context.report(), in_body=DOORS.get(self.path, False))
+            return _reported(response, context.report(), in_body=DOORS[self.path])
 
         return handle
+
+    def _check(self, body: Any) -> None:
+        """Raises:
+        InvalidOptionsError: if the field is somewhere in the body where it would be ignored.
+        """
+        chat = isinstance(body, dict) and self.path in DOORS and ("messages" in body or "input" in body)
+        if chat:
+            check_places([body.get(key) for key in ("messages", "input", "system")])
+        elif any(mentions(body)):
+            raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images", KEY)
 
 
 def openapi_extra(path: str) -> dict[str, Any]:
@@ -91,18 +87,12 @@ def _inline(model: type[Report]) -> dict[str, Any]:
 
 async def _json(request: Request) -> Any:
     """The request's body, parsed once for this route and for FastAPI; None if it is no JSON."""
-    if "json" not in request.headers.get("content-type", ""):
+    if "json" not in request.headers.get("content-type", "").lower():
         return None
     try:
         return await request.json()
-    except (ValueError, ClientDisconnect):
+    except (ValueError, RecursionError, ClientDisconnect):
         return None  # FastAPI says what is wrong with it
-
-
-def _mentions(value: object) -> bool:
-    if isinstance(value, dict):
-        return value.get(KEY) is not None or any(map(_mentions, value.values()))
-    return isinstance(value, list) and any(map(_mentions, value))
 
 
 def _reported(response: Response, report: Report | None, in_body: bool) -> Response:

@@ -30,7 +30,7 @@ DEFAULTS = PruneOptions()
         ({"enabled": "yes"}, "x.enabled", "true or false"),
         ({"engery": 0.9}, "x.engery", "the options are energy, min_tokens, max_tokens, selector, enabled"),
         ({"min_tokens": 9, "max_tokens": 8}, "x", "min_tokens=9 is above max_tokens=8"),
-        ({"max_tokens": 8}, "x", "min_tokens=16 is above max_tokens=8"),
+        ({"min_tokens": 8, "max_tokens": 0}, "x.max_tokens", "an integer at least 1 or null"),
         (0.9, "x", "0.9 is not an object"),
         ([], "x", "[] is not an object"),
     ],
@@ -46,6 +46,16 @@ def test_an_override_leaves_the_rest_to_the_defaults() -> None:
     assert overlay(defaults, None, "x") is defaults
     assert overlay(defaults, {}, "x") == defaults
     assert overlay(defaults, {"max_tokens": 8}, "x") == PruneOptions(energy=0.9, min_tokens=4, max_tokens=8)
+
+
+def test_at_most_so_many_lowers_at_least_so_many() -> None:
+    assert overlay(DEFAULTS, {"max_tokens": 8}, "x") == PruneOptions(min_tokens=8, max_tokens=8)
+    assert overlay(DEFAULTS, {"max_tokens": None}, "x") == DEFAULTS
+    # So that a preset can always be had, whatever a request says of the fewest tokens.
+    server = ServerOptions(min_tokens=100)
+    assert server.resolve(Layer("x", {"min_tokens": 200}), server.preset("low")).min_tokens == 64
+    with pytest.raises(InvalidOptionsError, match="min_tokens=100 is above max_tokens=64"):
+        server.resolve(server.preset("low"), Layer("x", {"min_tokens": 100}))
 
 
 def test_equal_options_have_one_key() -> None:

@@ -75,6 +75,7 @@ def test_content_that_can_be_read_once_is_still_there_afterwards() -> None:
     [
         ([user(image(), image(eadaprune={"energy": 2}))], {}, "=2 is not allowed", "images[1].eadaprune.energy"),
         ([user(image(eadaprune=0.9))], {}, "=0.9 is not an object", "images[0].eadaprune"),
+        ([user(detail(""))], {}, "='' is not allowed; it must be one of auto", "images[0].detail"),
         ([user(detail("medium"))], {}, "='medium' is not allowed; it must be one of auto", "images[0].detail"),
         ([], {"options": {"energy": 0}}, "=0 is not allowed", "eadaprune.energy"),
         ([], {"header": "much"}, "='much' is not allowed; it must be a number", "X-EAdaPrune-Energy.energy"),

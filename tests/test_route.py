@@ -65,11 +65,12 @@ def post(app: FastAPI, path: str, *bodies: Any, **settings: Any) -> list[httpx.R
 
 
 def test_field_and_header_go_in_and_the_report_comes_out(app: FastAPI) -> None:
-    (response,) = post(app, DOOR, {"eadaprune": {"energy": 0.5}, "images": 2}, headers={"x-eadaprune-energy": "0.7"})
-    body = response.json()
-    assert list(body) == ["options", "header", "eadaprune"]
-    assert (body["options"], body["header"]) == ({"energy": 0.5}, "0.7")
-    report = body["eadaprune"]
+    body = {"messages": [], "eadaprune": {"energy": 0.5}, "images": 2}
+    (response,) = post(app, DOOR, body, headers={"x-eadaprune-energy": "0.7"})
+    found = response.json()
+    assert list(found) == ["options", "header", "eadaprune"]
+    assert (found["options"], found["header"]) == ({"energy": 0.5}, "0.7")
+    report = found["eadaprune"]
     assert report["images"] == [IMAGE.model_dump()] * 2
     assert [report[name] for name in ("visual_tokens", "kept_tokens", "tokens_saved")] == [1152, 152, 1000]
     assert report["kv_cache_bytes_saved"] == 10_000
@@ -89,6 +90,28 @@ def test_the_report_is_in_the_first_event_and_only_there(app: FastAPI) -> None:
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
 
 
+def test_the_type_of_a_body_may_be_written_in_capitals(app: FastAPI) -> None:
+    (response,) = post(
+        app, DOOR, {"messages": [], "eadaprune": {"energy": 0.5}}, headers={"Content-Type": "Application/JSON"}
+    )
+    assert response.json()["options"] == {"energy": 0.5}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "eadaprune": {}}]}]},
+        {"messages": [{"role": "user", "eadaprune": {}}]},
+        {"input": [{"type": "function_call_output", "output": [], "eadaprune": {}}]},
+        {"messages": [], "system": [{"type": "text", "text": "a", "eadaprune": {}}]},
+        {"messages": [{"content": [{"type": "image", "source": {"eadaprune": {}}}]}]},
+    ],
+)
+def test_options_in_the_wrong_place_are_refused(app: FastAPI, body: Any) -> None:
+    with pytest.raises(Exception, match="eadaprune belongs to the request, or to a content part that is an image"):
+        post(app, DOOR, body)
+
+
 def test_what_is_rendered_stays_as_it_is(app: FastAPI) -> None:
     (response,) = post(app, RENDER, {})
     assert response.json().keys() == {"options", "header"}
@@ -102,21 +125,23 @@ def test_no_images_no_report(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("body", [{"eadaprune": {}}, {"parts": [{"type": "image_url", "eadaprune": {"energy": 1}}]}])
-def test_other_routes_refuse_the_field(app: FastAPI, body: Any) -> None:
-    with pytest.raises(Exception, match="eadaprune does nothing at /v1/completions"):
-        post(app, OTHER, body)
+def test_requests_without_images_refuse_the_field(app: FastAPI, body: Any) -> None:
+    for path in (OTHER, DOOR):
+        with pytest.raises(Exception, match=f"eadaprune does nothing at {path}: this request takes no images"):
+            post(app, path, body)
     for allowed in ({}, {"eadaprune": None}, {"prompt": "eadaprune"}):
         assert post(app, OTHER, allowed)[0].status_code == 200
 
 
 def test_other_bodies_are_left_to_fastapi(app: FastAPI) -> None:
-    async def send(content: bytes, kind: str) -> httpx.Response:
+    async def send(path: str, content: bytes, kind: str) -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return await client.post(DOOR, content=content, headers={"content-type": kind})
+            return await client.post(path, content=content, headers={"content-type": kind})
 
-    for content, kind in ((b"{", "application/json"), (b"\xff", "application/json"), (b"a=1", "text/plain")):
-        assert asyncio.run(send(content, kind)).status_code in (400, 422)
-    assert asyncio.run(send(b"[]", "application/json")).status_code == 422
+    for path in (DOOR, OTHER):
+        for content in (b"{", b"\xff", b"[]", b"3", b"", b"[" * 100_000):
+            assert asyncio.run(send(path, content, "application/json")).status_code in (400, 422)
+        assert asyncio.run(send(path, b"eadaprune=1", "application/x-www-form-urlencoded")).status_code == 422
 
 
 def test_nothing_is_left_of_thousands_of_aborted_requests(app: FastAPI) -> None:
@@ -134,4 +159,3 @@ def test_nothing_is_left_of_thousands_of_aborted_requests(app: FastAPI) -> None:
     asyncio.run(abort_many())
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) in (RequestContext, Pruning)]
-    assert current().prunings == []

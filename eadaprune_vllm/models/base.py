@@ -23,7 +23,7 @@ from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.options import KEY, PruneOptions, ServerOptions
 from eadaprune_vllm.report import ImagePreview, ImageReport, Pruning
-from eadaprune_vllm.request import current, refusals, request_layers
+from eadaprune_vllm.request import RequestContext, refusals, request_layers
 
 # Fields of one image on their way to the engine. Only the rows are for the model.
 ROWS = "image_features"  # [k, D], the model's dtype
@@ -76,9 +76,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         assert self.front_end, "images are encoded in front-end processes only"
         count = inputs.mm_data_items.get_count("image", strict=False)
         options = inputs.hf_processor_mm_kwargs.get(KEY)
-        if not isinstance(options, tuple):  # not rendered from chat messages: offline prompts
+        if not isinstance(options, tuple):  # no chat messages: a prompt of LLM.generate, or of raw tokens over HTTP
             with refusals(self.front_end):
-                layers = request_layers(current(), inputs.hf_processor_mm_kwargs)
+                layers = request_layers(RequestContext(), inputs.hf_processor_mm_kwargs)
                 options = (self.server_options.resolve(*layers),) * count
         if len(options) != count:
             raise VLLMServerError(f"{len(options)} sets of pruning options for {count} images")
@@ -100,11 +100,12 @@ class PruningProcessor(BaseMultiModalProcessor):
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         images, others = _split(inputs.hf_processor_mm_kwargs)
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        hashes["image"] = [
-            MultiModalHasher.hash_kwargs(algorithm, image=image, **{KEY: options.key})
-            for image, options in zip(hashes["image"], images.options, strict=True)
-        ]
+        if images.options:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            hashes["image"] = [
+                MultiModalHasher.hash_kwargs(algorithm, image=image, **{KEY: options.key})
+                for image, options in zip(hashes["image"], images.options, strict=True)
+            ]
         return hashes
 
     def _get_cache_missing_items(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,7 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
         images, others = _split(inputs.hf_processor_mm_kwargs)
-        images.cached = mm_is_cached["image"]
+        images.cached = mm_is_cached.get("image", images.cached)
         missing = [options for options, cached in zip(images.options, images.cached, strict=True) if not cached]
         return others | {KEY: replace(images, options=tuple(missing))}
 

@@ -29,6 +29,8 @@ def counts(llm: LLM) -> dict[str, Any]:
     image = photo("astronaut")
     requests = [prompt(image), prompt(image, energy=0.99), prompt(image, energy=1)]
     found: dict[str, Any] = {"tokens": [len(out.prompt_token_ids or []) for out in llm.generate(requests)]}
+    (whole,) = llm.generate([prompt(image)], mm_processor_kwargs={"eadaprune": {"energy": 0.99}})
+    found["whole"] = len(whole.prompt_token_ids or [])
     conversations = [chat(image), chat(image, energy=0.99)]
     found["chat"] = [len(out.prompt_token_ids or []) for out in llm.chat(conversations)]
     try:

@@ -119,9 +119,23 @@ def test_images_of_a_pooling_request_have_options_of_their_own(pooling: Server, 
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(response.json()["eadaprune"]["kept_tokens"])
     text = pooling.post(path, {"model": "demo", "input": "hi", "eadaprune": {"energy": 0.8}})
     assert text.status_code == 400
-    assert "eadaprune does nothing here: only chat messages take images" in text.json()["error"]["message"]
+    assert "eadaprune does nothing here: this request takes no images" in text.json()["error"]["message"]
     parts[0]["eadaprune"] = {"energy": 6}
     assert pooling.post(path, body).json()["error"]["param"] == "images[0].eadaprune.energy"
+
+
+@pytest.mark.parametrize("path", ["/v2/embed", "/score", "/v1/score", "/rerank", "/v1/rerank", "/invocations"])
+def test_other_pooling_routes_refuse_the_field(pooling: Server, images: Images, path: str) -> None:
+    part = content(images["flat"])[0]
+    pair = {"model": "demo", "query": "a", "documents": ["b"], "data_1": "a", "data_2": "b", "inputs": []}
+    for change in (
+        {"eadaprune": {"energy": 0.5}},
+        {"data_2": {"content": [part | {"eadaprune": {"energy": 0.5}}]}},
+        {"mm_processor_kwargs": {"eadaprune": {"energy": 0.5}}},
+    ):
+        response = pooling.post(path, pair | change)
+        assert response.status_code == 400
+        assert f"eadaprune does nothing at {path}" in response.json()["error"]["message"]
 
 
 @pytest.mark.slow
@@ -134,11 +148,13 @@ def test_thousands_of_images(pruning: Server, reference: Reference) -> None:
         return noise(number % 800, blocks=2 + number % 40)
 
     kept = [len(reference.kept(scene(number), **options)) for number in range(800)]
+    first_four = [scene(number) for number in range(4)]
+    text_of_four = pruning.prompt_tokens(*first_four, options=options) - sum(kept[:4])
 
     def ask(first: int) -> None:
         assert pruning.prompt_tokens(scene(first), QUESTION, options=options) == text + kept[first % 800]
         four = pruning.prompt_tokens(*[scene(first + offset) for offset in range(4)], options=options)
-        assert four > sum(kept[(first + offset) % 800] for offset in range(4))
+        assert four == text_of_four + sum(kept[(first + offset) % 800] for offset in range(4))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(1000)))

@@ -83,14 +83,15 @@ def test_the_field_works(pruning: Server, reference: Reference, images: Images, 
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(sum(kept))
     if path.endswith("/render"):
         assert "eadaprune" not in response.json()
-        return
-    report = response.json()["eadaprune"]
-    assert [image["kept_tokens"] for image in report["images"]] == kept
-    assert [image["energy_threshold"] for image in report["images"]] == [0.99, 0.9]
-    # Without images of its own options the header, and without that the server's default.
+    else:
+        report = response.json()["eadaprune"]
+        assert [image["kept_tokens"] for image in report["images"]] == kept
+        assert [image["energy_threshold"] for image in report["images"]] == [0.99, 0.9]
+    # Without options of its own, a request gets the header's, and without that the server's.
     for headers, energy in (({"X-EAdaPrune-Energy": "0.8"}, 0.8), ({}, 0.95)):
-        report = pruning.post(path, build(images, own=None, **extra), **headers).json()["eadaprune"]
-        assert [image["energy_threshold"] for image in report["images"]] == [energy, energy]
+        response = pruning.post(path, build(images, own=None, **extra), **headers)
+        total = sum(len(reference.kept(images[name], energy=energy)) for name in ("astronaut", "noise"))
+        assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(total)
 
 
 @pytest.mark.parametrize("path", WORKING)
@@ -106,6 +107,20 @@ def test_bad_options_are_a_400(pruning: Server, images: Images, path: str) -> No
         assert f"{field}=7 is not allowed; it must be a number greater than 0 and at most 1" in error["message"]
         if build is not anthropic:  # whose errors have no such field
             assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "text", "text": "hi", "eadaprune": {}}, "belongs to the request, or to a content part that is an im"),
+        ({"type": "image", "source": {}, "eadaprune": {}}, "on an image without data"),
+    ],
+)
+def test_options_on_other_blocks_of_a_message_are_a_400(pruning: Server, part: Body, words: str) -> None:
+    body = {"model": "demo", "max_tokens": 1, "messages": [{"role": "user", "content": [part]}]}
+    response = pruning.post("/v1/messages", body)
+    assert response.status_code == 400
+    assert f"eadaprune {words}" in response.text
 
 
 TOKENS = {"model": "demo", "token_ids": [5, 6], "sampling_params": {"max_tokens": 1}}
@@ -140,7 +155,9 @@ def test_generate_refuses_it_on_parts_and_serves_what_was_rendered(
     url = content(image)[0]["image_url"]["url"]
     parts = [{"type": "image_url", "url": url, "eadaprune": {"energy": 0.5}}]
     response = pruning.post("/inference/v1/generate", TOKENS | {"content_parts": parts})
-    assert "eadaprune does nothing at /inference/v1/generate" in response.json()["error"]["message"]
+    assert (
+        "eadaprune does nothing at /inference/v1/generate: this request takes no" in response.json()["error"]["message"]
+    )
     body = {"model": "demo", "messages": [{"role": "user", "content": content(image, TEXT)}], "max_tokens": 4}
     prompt = pruning.post("/v1/chat/completions/render", body | {"eadaprune": {"energy": 0.9}, "temperature": 0}).json()
     answer = pruning.post("/inference/v1/generate", prompt).json()

@@ -32,6 +32,7 @@ def check_counts(found: dict[str, Any], reference: Reference) -> None:
     default, dense, full = found["tokens"]
     assert full - 576 == default - len(reference.kept(photo("astronaut"), energy=0.9))
     assert full - 576 == dense - len(reference.kept(photo("astronaut"), energy=0.99))
+    assert found["whole"] == dense
     assert found["chat"][1] - found["chat"][0] == dense - default > 0
     assert "mm_processor_kwargs.eadaprune.energy=2 is not allowed" in found["error"]
 

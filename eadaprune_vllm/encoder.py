@@ -22,11 +22,14 @@ MAX_THREADS = 16
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a tower computes in where the model's dtype is ``dtype``.
+    """What a tower computes in on this CPU where the model's dtype is ``dtype``.
 
-    CPUs have no fast float16 kernels: float32 is several times faster and no less exact.
+    No CPU has fast float16 kernels, and not every one has instructions for bfloat16; without them float32 is several
+    times faster, and no less exact.
     """
-    return torch.float32 if dtype == torch.float16 else dtype
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return dtype if dtype == torch.bfloat16 and native else torch.float32
 
 
 @dataclass(frozen=True)

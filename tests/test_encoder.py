@@ -13,7 +13,7 @@ from shared import Reference, checkpoint, towers
 from transformers import AutoConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from eadaprune_vllm.checkpoint import INDEX, Checkpoint
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder
+from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
 from eadaprune_vllm.errors import StartupError
 
 
@@ -44,6 +44,15 @@ def test_only_the_layers_in_use_are_built(folder: Path) -> None:
     encoder = load(folder)
     assert len(encoder.tower.encoder.layers) == 3  # the fourth feeds nothing
     assert {weight.dtype for weight in encoder.tower.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("instruction", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_the_tower_computes_in_what_the_cpu_is_fast_at(
+    monkeypatch: pytest.MonkeyPatch, instruction: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
+    found = {given: compute_dtype(given) for given in (torch.bfloat16, torch.float16, torch.float32)}
+    assert found == {torch.bfloat16: dtype, torch.float16: torch.float32, torch.float32: torch.float32}
 
 
 def test_encoding_does_not_depend_on_what_else_is_encoded(model: Path, images: dict[str, Any]) -> None:

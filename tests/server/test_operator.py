@@ -146,6 +146,15 @@ def test_a_preview_that_cannot_be_given(guarded: Server, change: Any, status: in
     assert words in response.json()["error"]["message"]
 
 
+def test_a_preview_of_what_is_no_json(guarded: Server) -> None:
+    for body in ("{", "\ud800".encode("utf-8", "surrogatepass"), "[" * 100_000):
+        response = httpx.post(
+            f"{guarded.url}/v1/eadaprune/preview", content=body, headers=KEY | {"content-type": "application/json"}
+        )
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "body"
+
+
 def test_a_preview_without_images(guarded: Server) -> None:
     found = guarded.post("/v1/eadaprune/preview", {"messages": [{"role": "user", "content": "hi"}]}, **KEY).json()
     assert found["images"] == []

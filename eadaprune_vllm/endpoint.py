@@ -67,7 +67,6 @@ class EndpointPlugin:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.eadaprune_renderer = engine_client.renderer
         state.eadaprune = engine_client.renderer.mm_processor
-        state.eadaprune_model_config = engine_client.model_config
 
 
 class Config(BaseModel):
@@ -109,7 +108,7 @@ async def config(request: Request) -> Config:
         version=__version__,
         vllm_version=vllm.__version__,
         models=[path.name for path in state.openai_serving_models.base_model_paths],
-        architecture=state.eadaprune_model_config.architecture,
+        architecture=state.eadaprune_renderer.model_config.architecture,
         options=state.eadaprune.server_options,
         selectors=list(SELECTORS),
         doors=[
@@ -133,7 +132,7 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
         layers = request_layers(context, (body.model_extra or {}).get("mm_processor_kwargs"))
         options = image_options(processor.server_options, layers, messages)
-    images = await _fetch(state.eadaprune_model_config, messages)
+    images = await _fetch(state.eadaprune_renderer.model_config, messages)
     pruning = await on_render_thread(state.eadaprune_renderer, processor.preview, images, options, body.overlay)
     return Preview.of([pruning])
 

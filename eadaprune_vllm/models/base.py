@@ -83,8 +83,8 @@ class PruningProcessor(BaseMultiModalProcessor):
         if len(options) != count:
             raise VLLMServerError(f"{len(options)} sets of pruning options for {count} images")
         images = Images(options, [False] * count)
-        others = {key: value for key, value in inputs.hf_processor_mm_kwargs.items() if key != KEY}
-        result = super().apply(replace(inputs, hf_processor_mm_kwargs=others | {KEY: images}), *args, **kwargs)
+        kwargs_with_images = {**inputs.hf_processor_mm_kwargs, KEY: images}
+        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs_with_images), *args, **kwargs)
         result[KEY] = Pruning(images.reports, sum(images.seconds), self.front_end.kv_bytes_per_token)
         return result
 

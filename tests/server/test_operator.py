@@ -1,7 +1,5 @@
 """What the operator sets, and the routes of the plugin's own."""
 
-import base64
-import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from harness import Server, content
 from PIL import Image
 from shared import Reference
 
+from eadaprune_vllm.draw import picture
 from eadaprune_vllm.options import ServerOptions
 
 Images = dict[str, Image.Image]
@@ -105,9 +104,10 @@ def test_preview_says_what_a_request_would_get(guarded: Server, images: Images, 
         reached = [k for k, energy in curve if energy >= image["energy_threshold"]]
         assert below[-1] < reached[0]
         assert min(max(below[-1] + 1, 16), 150) <= image["kept_tokens"] <= max(reached[0], 16)
-        picture = Image.open(io.BytesIO(base64.b64decode(image["overlay"].removeprefix("data:image/png;base64,"))))
-        assert picture.size == (336, 336)
-        shown = [index for index in range(576) if patch_shown(picture, index)]
+        assert image["overlay"].startswith("data:image/png;base64,")
+        overlay = picture(image["overlay"])
+        assert overlay.size == (336, 336)
+        shown = [index for index in range(576) if patch_shown(overlay, index)]
         # A patch that is kept may be grey itself.
         assert set(shown) <= set(kept.indices.tolist())
         assert len(shown) >= 0.9 * len(kept)

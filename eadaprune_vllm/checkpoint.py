@@ -1,9 +1,9 @@
-"""Reads a vision tower, and nothing else, from the checkpoint that vLLM serves."""
+"""Reads a vision encoder, and nothing else, from the checkpoint that vLLM serves."""
 
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from eadaprune_vllm.encoder import TowerSpec
+from eadaprune_vllm.encoder import VisionEncoder
 from eadaprune_vllm.errors import StartupError
 
 logger = logging.getLogger("vllm." + __name__)
@@ -47,34 +46,37 @@ class Checkpoint:
     dtype: torch.dtype
     token: str | bool | None = None
 
-    def check(self, spec: TowerSpec) -> None:
-        """Make sure that the tower's weights are all there, reading headers only.
+    def check(self, build: Callable[[], VisionEncoder]) -> None:
+        """Make sure that the encoder's weights are all there, reading headers only.
+
+        Args:
+            build: makes the encoder with fresh weights on the default device.
 
         Raises:
             StartupError: in the words of ``load``.
         """
-        self._locate(spec)
+        self._locate(build)
 
-    def load(self, spec: TowerSpec) -> PreTrainedModel:
-        """The tower on the CPU, in ``dtype``. With ``load_format="dummy"`` its weights are random, the same everywhere.
+    def load(self, build: Callable[[], VisionEncoder]) -> VisionEncoder:
+        """The encoder on the CPU, in ``dtype``; its weights are random, the same everywhere, if they are dummies.
 
         Raises:
             StartupError: if a weight is missing, misshapen or unreadable.
         """
-        files = self._locate(spec)
+        files = self._locate(build)
         if self.load_format == "dummy":
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                tower = spec.build()
+                encoder = build()
         else:
             with no_init_weights():
-                tower = spec.build()
-            tower.load_state_dict(self._read(files), assign=True)
-        logger.info("Vision tower loaded: %d layers, %s", spec.config.num_hidden_layers, self.dtype)
-        return tower.to(self.dtype)
+                encoder = build()
+            encoder.load_state_dict(self._read(files), assign=True)
+        logger.info("Vision tower loaded: %s, %s", type(encoder).__name__, self.dtype)
+        return encoder.to(self.dtype).eval().requires_grad_(False)
 
-    def _locate(self, spec: TowerSpec) -> dict[Path, dict[str, str]]:
-        """For each file that holds weights of the tower, the tower's name of a weight -> the file's name of it."""
+    def _locate(self, build: Callable[[], VisionEncoder]) -> dict[Path, dict[str, str]]:
+        """For each file that holds weights of the encoder, the encoder's name of a weight -> the file's name of it."""
         if self.load_format not in LOAD_FORMATS:
             raise StartupError(
                 f"--load-format {self.load_format} is not supported; supported are {', '.join(LOAD_FORMATS)}"
@@ -82,17 +84,15 @@ class Checkpoint:
         if self.load_format == "dummy":
             return {}
         with torch.device("meta"):
-            expected = {name: tuple(weight.shape) for name, weight in spec.build().state_dict().items()}
+            expected = {name: tuple(weight.shape) for name, weight in build().state_dict().items()}
         files: dict[Path, dict[str, str]] = defaultdict(dict)
-        for stored, file in self._stored_names().items():
-            name = _tower_name(stored)
-            if name is not None and name in expected:
-                files[file][name] = stored
+        for stored, file in self._stored_names(expected).items():
+            files[file][_encoder_name(stored)] = stored
         missing = sorted(set(expected).difference(*files.values()))
         if missing:
             raise StartupError(
-                f"{self.model} lacks {len(missing)} of the {len(expected)} weights of its vision tower, "
-                f"such as vision_tower.{missing[0]}"
+                f"{self.model} lacks {len(missing)} of the {len(expected)} weights of its vision encoder, "
+                f"such as {missing[0]}"
             )
         for file, names in files.items():
             with _open(file) as reader:
@@ -100,7 +100,7 @@ class Checkpoint:
                     found = reader.get_slice(stored)
                     if found.get_dtype() not in DTYPES:
                         raise StartupError(
-                            f"{self.model} stores {stored} as {found.get_dtype()}; quantized vision towers are not "
+                            f"{self.model} stores {stored} as {found.get_dtype()}; quantized vision encoders are not "
                             "supported"
                         )
                     shape = tuple(found.get_shape())
@@ -118,27 +118,27 @@ class Checkpoint:
                 weights |= {name: reader.get_tensor(stored) for name, stored in names.items()}
         return weights
 
-    def _stored_names(self) -> dict[str, Path]:
-        """The name of every weight of the tower in the checkpoint -> its file; only these files are downloaded."""
+    def _stored_names(self, expected: Collection[str]) -> dict[str, Path]:
+        """The stored name of every ``expected`` weight -> its file; only these files are downloaded."""
         index = self._file(INDEX)
         if index is not None:
             try:
                 shards = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError):
                 raise StartupError(f"{index} is not an index of safetensors files") from None
-            towers = {name: shard for name, shard in shards.items() if _tower_name(name)}
-            paths = {shard: self._file(shard) for shard in sorted(set(towers.values()))}
+            ours = {name: shard for name, shard in shards.items() if _encoder_name(name) in expected}
+            paths = {shard: self._file(shard) for shard in sorted(set(ours.values()))}
             absent = [shard for shard, path in paths.items() if path is None]
             if absent:
                 raise StartupError(f"{self.model} lacks the file {absent[0]} that its index names")
-            return {name: path for name, shard in towers.items() if (path := paths[shard])}
+            return {name: path for name, shard in ours.items() if (path := paths[shard])}
         single = self._file(SINGLE)
         if single is None:
             raise StartupError(
                 f"neither {SINGLE} nor {INDEX} was found for {self.model}; other formats are not supported"
             )
         with _open(single) as reader:
-            return {name: single for name in reader.keys() if _tower_name(name)}  # noqa: SIM118
+            return {name: single for name in reader.keys() if _encoder_name(name) in expected}  # noqa: SIM118
 
     def _file(self, name: str) -> Path | None:
         """Local path of one of the checkpoint's files, downloaded if need be; None if there is no such file."""
@@ -168,11 +168,11 @@ def _open(file: Path) -> Iterator[Any]:
         raise StartupError(f"{file} is not a readable safetensors file: {error}") from None
 
 
-def _tower_name(stored: str) -> str | None:
-    """The tower's own name of a stored weight, or None if the weight is not the tower's.
+def _encoder_name(stored: str) -> str:
+    """The encoder's own name of a stored weight.
 
-    Checkpoints say ``vision_tower.vision_model.*``, transformers 5 saves ``vision_tower.*``, newer ones put
-    ``model.`` in front.
+    Checkpoints say ``vision_tower.vision_model.*`` and ``visual.*``; transformers 5 saves ``vision_tower.*``, and since
+    4.52 it puts ``model.`` in front.
     """
-    _, found, name = stored.removeprefix("model.").partition("vision_tower.")
-    return name.removeprefix("vision_model.") if found and not _ else None
+    name = stored.removeprefix("model.")
+    return name.replace("vision_tower.vision_model.", "vision_tower.", 1)

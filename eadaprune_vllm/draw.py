@@ -18,19 +18,24 @@ def seen(image_processor: Any, image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels.transpose(1, 2, 0).astype(np.uint8))
 
 
-def dim_pruned(picture: Image.Image, kept: Sequence[int], side: int) -> Image.Image:
-    """The picture with its pruned patches dark and grey.
+def dim_pruned(pictures: Sequence[Image.Image], kept: Sequence[int], grids: Sequence[tuple[int, int]]) -> Image.Image:
+    """The pictures with their pruned patches dark and grey; side by side if there are several.
 
     Args:
-        picture: what the vision tower saw, square.
-        kept: indices of the kept patches, in raster order of a ``side`` x ``side`` grid.
-        side: patches per row.
+        pictures: what each grid lies over.
+        kept: indices of the kept tokens, which fill the grids one after the other.
+        grids: height and width of each grid.
     """
-    keep = np.zeros(side * side, dtype=np.uint8)
+    keep = np.zeros(sum(height * width for height, width in grids), dtype=np.uint8)
     keep[list(kept)] = 255
-    mask = Image.fromarray(keep.reshape(side, side)).resize(picture.size, Image.Resampling.NEAREST)
-    dimmed = picture.convert("L").point(lambda level: level * 0.3).convert("RGB")
-    return Image.composite(picture, dimmed, mask)
+    dimmed, first = [], 0
+    for picture, (height, width) in zip(pictures, grids, strict=True):
+        shown = keep[first : first + height * width].reshape(height, width)
+        mask = Image.fromarray(shown).resize(picture.size, Image.Resampling.NEAREST)
+        grey = picture.convert("L").point(lambda level: level * 0.3).convert("RGB")
+        dimmed.append(Image.composite(picture, grey, mask))
+        first += height * width
+    return dimmed[0] if len(dimmed) == 1 else row([("", picture) for picture in dimmed])
 
 
 def row(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -1,24 +1,29 @@
-"""The vision tower in the front-end process: transformers' own model, only as deep as the feature layer needs.
+"""The vision encoder in the front-end process: transformers' own modules, as much of them as pruning needs.
 
 Torch and transformers only. One image per call: bf16 matrix products are not batch-invariant, and the budget
-must be a pure function of the image.
+must be a pure function of the image. The tiles of an image, or the frames of a video, form its batch.
 """
 
 import os
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
+from transformers import AttentionInterface, CLIPVisionModel, SiglipVisionModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.prune import Encoding
 from eadaprune_vllm.selectors import VisualTokens
 
 # A tower of this size stops gaining from more threads; the engine needs the other cores.
 MAX_THREADS = 16
+OBSERVED = "eadaprune_observed"  # our name of an attention implementation
+_OBSERVER = "_eadaprune_observer"
+_ATTENTION_WEIGHTS = 2**24  # how many are held at a time
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,30 +37,78 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and native else torch.float32
 
 
-@dataclass(frozen=True)
-class TowerSpec:
-    """Which tower a LLaVA-like model has, and what of it feeds the projector.
+class VisionEncoder(torch.nn.Module, ABC):
+    """What a front end runs of a model. Its weights are named as in the model's checkpoints.
+
+    Args:
+        hf_config: the model's configuration.
 
     Attributes:
-        model_class: transformers' class of the tower.
-        config: the tower's configuration, cut to the layers in use.
-        has_cls: whether row 0 of the tower's output is a CLS token.
-        first: number of leading rows that the projector is not fed with.
+        modalities: what it can encode.
+        projected: whether the engine is sent rows past the projector.
+        takes_embeddings: whether ``embedded`` can tell what embeddings mean.
+        num_threads: torch threads of one encoding: what this process may use, at most ``MAX_THREADS``. Fixed for
+            the life of the encoder.
+
+    Raises:
+        StartupError: if the tower, or how the model uses it, is not supported.
     """
 
-    model_class: type[PreTrainedModel]
-    config: PreTrainedConfig
-    has_cls: bool
-    first: int
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    projected: ClassVar[bool]
+    takes_embeddings: ClassVar[bool] = False
+
+    def __init__(self, hf_config: Any) -> None:
+        super().__init__()
+        self.hf_config = hf_config
+        self.num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+    @abstractmethod
+    def encode(self, inputs: Mapping[str, Any]) -> Encoding:
+        """Args:
+        inputs: of one image or video, as the model's processor makes them, pixels in any dtype.
+        """
 
     @classmethod
-    def of(cls, hf_config: Any) -> "TowerSpec":
-        """Read it off a model's configuration (``vision_config``, ``vision_feature_layer`` and
-        ``vision_feature_select_strategy``).
+    @abstractmethod
+    def row_width(cls, hf_config: Any) -> int:
+        """How many numbers the engine is sent of each token."""
 
-        Raises:
-            StartupError: if the tower or the layer is not supported.
+    def embedded(self, embeddings: torch.Tensor, inputs: Mapping[str, Any]) -> Encoding:
+        """Embeddings that a client made in our place, past the projector, as if encoded here.
+
+        Args:
+            embeddings: ``[N, W]``, of one image or video.
+            inputs: what came with them.
         """
+        raise NotImplementedError("takes_embeddings says so")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """While open, torch computes with this encoder's number of threads: results may depend on it."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+class LlavaVisionEncoder(VisionEncoder):
+    """The tower of a LLaVA-like model, only as deep as the layer that feeds the projector.
+
+    The final norm is left out: the projector is fed with that layer's plain output, as in vLLM.
+    """
+
+    projected = False
+    takes_embeddings = True
+
+    def __init__(self, hf_config: Any) -> None:
+        super().__init__(hf_config)
         towers = {"clip_vision_model": (CLIPVisionModel, True), "siglip_vision_model": (SiglipVisionModel, False)}
         vision = hf_config.vision_config
         if vision.model_type not in towers:
@@ -71,88 +124,89 @@ class TowerSpec:
             raise StartupError(
                 f"vision_feature_layer={layer} names no layer of a tower with {vision.num_hidden_layers} layers"
             )
-        model_class, has_cls = towers[vision.model_type]
-        config = copy(vision)
+        model_class, self.has_cls = towers[vision.model_type]
+        config = observed(vision)
         config.num_hidden_layers = depth
         config.vision_use_head = False  # SigLIP's pooling head is not used
-        return cls(model_class, config, has_cls, first=int(hf_config.vision_feature_select_strategy == "default"))
+        self.vision_tower = model_class(config)
+        self.vision_tower.post_layernorm = torch.nn.Identity()
+        # Leading rows that the projector is not fed with.
+        self.first = int(hf_config.vision_feature_select_strategy == "default")
+        self.side = int(vision.image_size // vision.patch_size)
 
-    @property
-    def grid(self) -> int:
-        """Patches per side of the image."""
-        return int(self.config.image_size // self.config.patch_size)
+    @classmethod
+    def row_width(cls, hf_config: Any) -> int:
+        return int(hf_config.vision_config.hidden_size)
 
-    def build(self) -> PreTrainedModel:
-        """The tower with freshly initialised float32 weights (on the default device).
-
-        The final norm is left out: the projector is fed with the last layer's plain output, as in vLLM.
-        """
-        tower = self.model_class(self.config)
-        tower.post_layernorm = torch.nn.Identity()
-        return tower.eval().requires_grad_(False)
-
-
-class VisionEncoder:
-    """Encodes one image at a time on the CPU.
-
-    Args:
-        spec: what the tower is.
-        tower: the tower, with its weights.
-        num_threads: torch threads of one encoding; by default what this process may use, at most ``MAX_THREADS``.
-            Fixed for the life of the encoder.
-    """
-
-    def __init__(self, spec: TowerSpec, tower: PreTrainedModel, num_threads: int | None = None) -> None:
-        self.spec = spec
-        self.tower = tower
-        self.num_threads = num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-
-    @torch.inference_mode()
-    def encode(self, pixel_values: torch.Tensor) -> VisualTokens:
+    def tower(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Args:
-            pixel_values: ``[1, 3, H, W]``, as the model's image processor makes them.
+            pixel_values: ``[T, 3, H, W]``, the tiles of one image or the frames of one video.
 
         Returns:
-            Features in the tower's dtype and the attention each draws: that of the CLS token in the last used
-            layer, averaged over heads; in towers without one that of all tokens, averaged over heads and queries.
+            Features ``[T, N, D]`` in the tower's dtype, and the attention each draws, ``[T, N]`` float32: that of the
+            CLS token in the last used layer, averaged over heads; in towers without one that of all tokens, averaged
+            over heads and queries.
         """
-        assert pixel_values.shape[0] == 1, "one image per call"
-        attention = self.tower.encoder.layers[-1].self_attn
-        with self.threads(), _outputs(attention.q_proj, attention.k_proj) as projections:
-            hidden = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state[0]
-            query, key = (
-                projection[0].float().view(-1, attention.num_heads, attention.head_dim).transpose(0, 1)
-                for projection in projections
-            )
-            if self.spec.has_cls:
-                query = query[:, :1]
-            weights = (query @ key.transpose(-1, -2) * attention.scale).softmax(-1)
-        first = self.spec.first
-        return VisualTokens(hidden[first:].contiguous(), weights.mean((0, 1))[first:])
+        with observing(self.vision_tower.encoder.layers[-1].self_attn) as calls:
+            hidden = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state
+        ((query, key, scale),) = calls
+        attention = torch.stack(
+            [drawn(q[:, : 1 if self.has_cls else None], k, scale) for q, k in zip(query, key, strict=True)]
+        )
+        return hidden[:, self.first :].contiguous(), attention[:, self.first :]
 
-    def warm_up(self) -> None:
-        """Encode a blank image, so that the first request does not pay for what torch sets up once."""
-        size = self.spec.config.image_size
-        self.encode(torch.zeros(1, 3, size, size))
+    @torch.inference_mode()
+    def encode(self, inputs: Mapping[str, Any]) -> Encoding:
+        (features,), (attention,) = self.tower(inputs["pixel_values"])
+        return whole(VisualTokens(features, attention), (self.side, self.side))
 
-    @contextmanager
-    def threads(self) -> Iterator[None]:
-        """While open, torch computes with this encoder's number of threads: results may depend on it."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.num_threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    def embedded(self, embeddings: torch.Tensor, inputs: Mapping[str, Any]) -> Encoding:
+        return whole(VisualTokens(embeddings, None), (1, len(embeddings)))
+
+
+def whole(tokens: VisualTokens, grid: tuple[int, int]) -> Encoding:
+    """An image that has one part and no newlines."""
+    return Encoding(tokens, torch.zeros(tokens.num_tokens, dtype=torch.int64), (grid,))
+
+
+def observed(vision_config: Any) -> Any:
+    """A copy of a tower's configuration with attention that can be observed."""
+    config = copy(vision_config)
+    config._attn_implementation = OBSERVED
+    return config
 
 
 @contextmanager
-def _outputs(*modules: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what each module returns while the context is open, in the order of the calls."""
-    collected: list[torch.Tensor] = []
-    handles = [module.register_forward_hook(lambda _, __, output: collected.append(output)) for module in modules]
+def observing(attention: torch.nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, float]]]:
+    """Collects query and key ``[B, heads, n, d]`` and scale of each call of an attention module while open."""
+    calls: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+    setattr(attention, _OBSERVER, calls)
     try:
-        yield collected
+        yield calls
     finally:
-        for handle in handles:
-            handle.remove()
+        delattr(attention, _OBSERVER)
+
+
+def _observed_attention(module: Any, query: Any, key: Any, *args: Any, scaling: float, **kwargs: Any) -> Any:
+    if (calls := getattr(module, _OBSERVER, None)) is not None:
+        calls.append((query, key, scaling))
+    return sdpa_attention_forward(module, query, key, *args, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(OBSERVED, _observed_attention)
+
+
+def drawn(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """How much attention each token draws, ``[n]`` float32, averaged over heads and queries.
+
+    Args:
+        query: ``[heads, q, d]``.
+        key: ``[heads, n, d]``.
+        scale: of their products.
+    """
+    heads, queries, _ = query.shape
+    keys = key.float().transpose(1, 2)
+    total = torch.zeros(key.shape[1])
+    for some in torch.split(query, max(1, _ATTENTION_WEIGHTS // (heads * key.shape[1])), 1):
+        total += (some.float() @ keys * scale).softmax(-1).sum((0, 1))
+    return total / (heads * queries)

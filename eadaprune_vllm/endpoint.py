@@ -1,7 +1,7 @@
 """Entry point ``vllm.endpoint_plugins``: what the plugin adds to vLLM's HTTP API."""
 
 from argparse import Namespace
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from copy import copy
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from eadaprune_vllm.hooks import on_render_thread
 from eadaprune_vllm.options import ServerOptions, request_schema
 from eadaprune_vllm.plugin import NAME
 from eadaprune_vllm.report import Preview
-from eadaprune_vllm.request import DOORS, HEADER, RequestContext, image_options, image_parts, refusals, request_layers
+from eadaprune_vllm.request import DOORS, HEADER, RequestContext, item_options, item_parts, refusals, request_layers
 from eadaprune_vllm.route import PruningRoute, openapi_extra
 from eadaprune_vllm.selectors import SELECTORS
 
@@ -82,7 +82,7 @@ class Config(BaseModel):
 
 
 class Message(BaseModel):
-    """A chat message; only the images in its content matter."""
+    """A chat message; only the images and videos in its content matter."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -121,7 +121,7 @@ async def config(request: Request) -> Config:
 
 @router.post("/preview", responses={code: {"model": ErrorResponse} for code in (400, 404, 500)})
 async def preview(body: PreviewRequest, request: Request) -> Preview:
-    """What pruning would make of the images of a chat request, without generating anything."""
+    """What pruning would make of the images and videos of a chat request, without generating anything."""
     state = request.app.state
     models = state.openai_serving_models
     if body.model and not models.is_base_model(body.model) and body.model not in models.lora_requests:
@@ -131,24 +131,24 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
     with refusals(processor.front_end):
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
         layers = request_layers(context, (body.model_extra or {}).get("mm_processor_kwargs"))
-        options = image_options(processor.server_options, layers, messages)
-    images = await _fetch(state.eadaprune_renderer.model_config, messages)
-    pruning = await on_render_thread(state.eadaprune_renderer, processor.preview, images, options, body.overlay)
+        options = item_options(processor.server_options, layers, messages, context.met)
+    items = await _fetch(state.eadaprune_renderer.model_config, messages)
+    pruning = await on_render_thread(state.eadaprune_renderer, processor.preview, items, options, body.overlay)
     return Preview.of([pruning])
 
 
-async def _fetch(model_config: Any, messages: list[Any]) -> list[Any]:
-    """The images of a request, under vLLM's own limits."""
+async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
+    """The images and videos of a request by modality, under vLLM's own limits."""
     tracker = AsyncMultiModalItemTracker(model_config)
     parser = tracker.create_parser()
-    for number, part in enumerate(image_parts(messages)):
-        url = part.get("image_url")
+    for modality, part in item_parts(messages):
+        url = part.get(f"{modality}_url")
         url = url.get("url") if isinstance(url, dict) else url
         if not isinstance(url, str) or not url:
-            raise VLLMValidationError("a preview needs the URL of every image", parameter=f"images[{number}]")
-        parser.parse_image(url)
+            raise VLLMValidationError("a preview needs the URL of every image and video", parameter="messages")
+        getattr(parser, f"parse_{modality}")(url)
     try:
         data, _ = await tracker.resolve_items()
     except (aiohttp.ClientError, OSError, DecompressionBombError) as error:
         raise VLLMValidationError(f"an image could not be fetched: {error}", parameter="messages") from None
-    return list(data["image"]) if data else []
+    return data or {}

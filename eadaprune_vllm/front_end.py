@@ -1,9 +1,11 @@
 """What a front-end process holds: the vision encoder, a memo of its latest encodings, and the metrics."""
 
 import hashlib
+import pickle
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from threading import Lock
+from typing import Any
 
 import torch
 from cachetools import LRUCache
@@ -12,13 +14,12 @@ from eadaprune_vllm.encoder import VisionEncoder
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Kept, prune
-from eadaprune_vllm.report import ImageReport
-from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.spectrum import Spectrum
+from eadaprune_vllm.prune import Encoding, Kept, prune
+from eadaprune_vllm.report import Pruning
 
-# Enough for a request that repeats an image, and for the same image on its way through /tokenize and chat.
-MEMO_IMAGES = 16
+# For a request that repeats an image, and for the same image on its way through /tokenize and chat: 30 images of
+# LLaVA-1.5.
+MEMO_BYTES = 128 * 2**20
 
 
 class FrontEnd:
@@ -40,26 +41,26 @@ class FrontEnd:
         self.metrics = metrics
         self.model_name = model_name
         self.kv_bytes_per_token = kv_bytes_per_token
-        self._memo: LRUCache[bytes, VisualTokens] = LRUCache(MEMO_IMAGES)
+        self._memo: LRUCache[bytes, Encoding] = LRUCache(MEMO_BYTES, getsizeof=lambda encoding: encoding.nbytes)
         self._lock = Lock()
         metrics.declare(model_name)
 
-    def prune(self, pixel_values: torch.Tensor, options: PruneOptions) -> tuple[torch.Tensor, Kept]:
+    def prune(self, source: Mapping[str, Any] | Encoding, options: PruneOptions) -> tuple[torch.Tensor, Kept]:
         """Args:
-            pixel_values: ``[1, 3, H, W]``, one image.
+            source: what the encoder is fed with, of one image or video; or what was encoded elsewhere.
             options: resolved options.
 
         Returns:
-            The kept feature rows ``[k, D]`` in the model's dtype, and the decision.
+            The rows that the engine is sent, ``[p, W]`` in the model's dtype, and the decision.
 
         Raises:
-            NonFiniteFeaturesError: if the tower's features for this image are NaN or infinite.
+            NonFiniteFeaturesError: if the features are NaN or infinite.
         """
         with self._lock, self.encoder.threads():
-            tokens, stages = self._encode(pixel_values)
+            encoding, stages = self._encode(source)
             try:
-                kept = prune(tokens, options)
-                rows = tokens.features[kept.indices].to(self.dtype)
+                kept = prune(encoding, options)
+                rows = encoding.rows_of(kept).to(self.dtype)
                 if not rows.isfinite().all():  # float16 has less range than the tower computes in
                     raise NonFiniteFeaturesError(f"features of this image are too large for {self.dtype}")
             except NonFiniteFeaturesError:
@@ -69,30 +70,56 @@ class FrontEnd:
         self.metrics.observe_stages(self.model_name, **stages)
         return rows, kept
 
-    def preview(self, pixel_values: torch.Tensor, options: PruneOptions) -> tuple[Kept, Spectrum]:
-        """The decision about one image that enters no engine, and what it rests on; counted nowhere.
+    def warm_up(self, source: Mapping[str, Any] | Encoding) -> None:
+        """Encode for nothing."""
+        with self._lock, self.encoder.threads():
+            self._encode(source)
+
+    def preview(self, source: Mapping[str, Any] | Encoding, options: PruneOptions) -> tuple[Kept, Encoding]:
+        """The decision about one image or video that enters no engine, and what it rests on; counted nowhere.
 
         Arguments and errors are those of ``prune``.
         """
         with self._lock, self.encoder.threads():
-            tokens, _ = self._encode(pixel_values)
-            return prune(tokens, options), Spectrum.of(tokens)
+            encoding, _ = self._encode(source)
+            kept = prune(encoding, options)
+            encoding.spectrum(options.scope)
+            return kept, encoding
 
-    def _encode(self, pixel_values: torch.Tensor) -> tuple[VisualTokens, dict[str, float]]:
-        """The tokens of one image, and the time it took if they were not at hand."""
-        pixels = pixel_values.contiguous().view(torch.uint8).numpy().data
-        digest = hashlib.blake2b(pixels, digest_size=16).digest()
-        tokens = self._memo.get(digest)
-        if tokens is not None:
-            return tokens, {}
+    def _encode(self, source: Mapping[str, Any] | Encoding) -> tuple[Encoding, dict[str, float]]:
+        """The encoding, and the time it took if it was not at hand."""
+        if isinstance(source, Encoding):
+            return source, {}
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(source.items()):
+            digest.update(name.encode())
+            _digest(digest, value)
+        key = digest.digest()
+        if key in self._memo:
+            return self._memo[key], {}
         start = time.perf_counter()
-        tokens = self._memo[digest] = self.encoder.encode(pixel_values)
-        return tokens, {"encode": time.perf_counter() - start}
+        encoding = self.encoder.encode(source)
+        seconds = time.perf_counter() - start
+        if encoding.nbytes <= MEMO_BYTES:
+            self._memo[key] = encoding
+        return encoding, {"encode": seconds}
 
-    def admit(self, reports: Iterable[ImageReport]) -> None:
-        """Count the images of a request that enters the engine."""
-        self.metrics.count_images(self.model_name, reports, self.kv_bytes_per_token)
+    def admit(self, pruning: Pruning) -> None:
+        """Count the images and videos of a prompt that enters the engine."""
+        self.metrics.count(self.model_name, pruning)
 
     def reject(self, reason: str) -> None:
         """Count a request that is refused."""
         self.metrics.count_rejected(self.model_name, reason)
+
+
+def _digest(digest: Any, value: Any) -> None:
+    """Add a value to a hash: tensors, also in lists, and whatever can be pickled."""
+    if isinstance(value, torch.Tensor):
+        digest.update(repr((value.dtype, value.shape)).encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _digest(digest, item)
+    else:
+        digest.update(pickle.dumps(value))

@@ -129,6 +129,7 @@ def _install_configuration() -> None:
         front_end = startup.front_end(vllm_config)
         renderer = original(registry, mode, vllm_config, *args, **kwargs)
         renderer.mm_processor.front_end = front_end
+        renderer.mm_processor.warm_up()
         return renderer
 
 
@@ -162,7 +163,7 @@ def _install_requests() -> None:
     def render_chat(original: Any, renderer: Any, *args: Any, **kwargs: Any) -> Any:
         return requests.rendered(renderer, render_each(original, renderer, *args, **kwargs))
 
-    # And the rest by these, which take no images over HTTP.
+    # And the rest by these, which take no images or videos over HTTP.
     for name in ("render_cmpl", "render_cmpl_async"):
 
         @wrap(BaseRenderer, name)
@@ -199,7 +200,7 @@ def _install_requests() -> None:
     ) -> Any:
         request = original(input_processor, request_id, prompt, *args, **kwargs)
         if isinstance(prompt, dict) and KEY in prompt:
-            input_processor.renderer.mm_processor.front_end.admit(prompt[KEY].images)
+            input_processor.renderer.mm_processor.front_end.admit(prompt[KEY])
         return request
 
     # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they

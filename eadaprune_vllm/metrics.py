@@ -4,11 +4,9 @@ Plain counters and histograms, so that they add up over several API servers (mul
 ``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
 """
 
-from collections.abc import Iterable
-
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
-from eadaprune_vllm.report import ImageReport
+from eadaprune_vllm.report import Pruning
 
 LABEL = "model_name"
 _RATIOS = [i / 20 for i in range(1, 21)]
@@ -31,8 +29,9 @@ class Metrics:
             return Histogram(f"eadaprune_{name}", text, [LABEL, *labels], buckets=buckets, registry=registry)
 
         self._images = counter("images", "Images of requests that entered the engine, cached ones included.")
+        self._videos = counter("videos", "Videos of requests that entered the engine, cached ones included.")
         self._visual_tokens = counter(
-            "visual_tokens", "Visual tokens of those images: as encoded, and as kept after pruning.", "stage"
+            "visual_tokens", "Visual tokens of those images and videos: as encoded, and as kept after pruning.", "stage"
         )
         self._tokens_saved = counter("tokens_saved", "Visual tokens that pruning kept out of the engine.")
         self._bytes_saved = counter(
@@ -43,18 +42,25 @@ class Metrics:
         self._rejected = counter(
             "rejected_requests", "Requests refused: 'options' for bad pruning options, 'features' for NaN.", "reason"
         )
-        self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image.", _RATIOS)
-        self._threshold = histogram("energy_threshold", "Energy threshold asked for, per image.", _THRESHOLDS)
+        self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image or video.", _RATIOS)
+        self._threshold = histogram("energy_threshold", "Energy threshold asked for, per image or video.", _THRESHOLDS)
         self._stage = histogram(
             "stage_seconds",
-            "Time of pruning one image; images found in a cache skip stages.",
+            "Time of pruning one image or video; what is found in a cache skips stages.",
             _SECONDS,
             "stage",
         )
 
     def declare(self, model_name: str) -> None:
         """Start every series of a model at zero, so that rates and alerts see its first event."""
-        for metric in (self._images, self._tokens_saved, self._bytes_saved, self._kept_ratio, self._threshold):
+        for metric in (
+            self._images,
+            self._videos,
+            self._tokens_saved,
+            self._bytes_saved,
+            self._kept_ratio,
+            self._threshold,
+        ):
             metric.labels(model_name)
         for labelled, values in (
             (self._visual_tokens, ("encoded", "kept")),
@@ -64,20 +70,21 @@ class Metrics:
             for value in values:
                 labelled.labels(model_name, value)
 
-    def count_images(self, model_name: str, reports: Iterable[ImageReport], kv_bytes_per_token: int) -> None:
-        """Count the images of one request at the moment it enters the engine."""
-        for report in reports:
-            saved = report.visual_tokens - report.kept_tokens
-            self._images.labels(model_name).inc()
-            self._visual_tokens.labels(model_name, "encoded").inc(report.visual_tokens)
-            self._visual_tokens.labels(model_name, "kept").inc(report.kept_tokens)
+    def count(self, model_name: str, pruning: Pruning) -> None:
+        """Count the images and videos of one prompt at the moment it enters the engine."""
+        self._images.labels(model_name).inc(len(pruning.of("image")))
+        self._videos.labels(model_name).inc(len(pruning.of("video")))
+        for item in pruning.of():
+            saved = item.visual_tokens - item.kept_tokens
+            self._visual_tokens.labels(model_name, "encoded").inc(item.visual_tokens)
+            self._visual_tokens.labels(model_name, "kept").inc(item.kept_tokens)
             self._tokens_saved.labels(model_name).inc(saved)
-            self._bytes_saved.labels(model_name).inc(saved * kv_bytes_per_token)
-            self._kept_ratio.labels(model_name).observe(report.kept_tokens / report.visual_tokens)
-            self._threshold.labels(model_name).observe(report.energy_threshold)
+            self._bytes_saved.labels(model_name).inc(saved * pruning.kv_bytes_per_token)
+            self._kept_ratio.labels(model_name).observe(item.kept_tokens / item.visual_tokens)
+            self._threshold.labels(model_name).observe(item.energy_threshold)
 
     def observe_stages(self, model_name: str, **seconds: float) -> None:
-        """Record how long each stage of pruning one image took; ``total`` is their sum."""
+        """Record how long each stage of pruning one image or video took; ``total`` is their sum."""
         for stage, value in (seconds | {"total": sum(seconds.values())}).items():
             self._stage.labels(model_name, stage).observe(value)
 

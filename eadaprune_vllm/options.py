@@ -41,6 +41,11 @@ class PruneOptions(BaseModel):
         "span most of the energy.",
         json_schema_extra={"enum": list(SELECTORS)},
     )
+    scope: Literal["tile", "image"] = Field(
+        default="tile",
+        description="What reaches the threshold: 'tile', each tile of an image and each temporal patch of a video by "
+        "itself; 'image', the whole image or video. min_tokens and max_tokens are of the whole one either way.",
+    )
     enabled: bool = Field(default=True, description="False keeps every token, as energy 1.0 does.")
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """One image's pruning decision: the spectrum says how many tokens stay, the selector says which."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -12,20 +13,116 @@ from eadaprune_vllm.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """One image or video, encoded. Its N tokens are in the order of the prompt; newlines are not among them.
+
+    Attributes:
+        tokens: what budget and selection go by.
+        part: ``[N]`` int64, the tile of the image, or temporal patch of the video, that a token comes from.
+        grids: height and width of the grids that the tokens fill one after the other, each laid over the whole image,
+            or over one temporal patch.
+        rows: ``[N, W]``, what the engine is sent of each token, if not its features.
+        line: ``[N]`` int64, ascending, the line of the picture that a token is in, -1 for none; the prompt has a
+            newline after each. None if the model has no newlines.
+        newline: ``[W]``, what the engine is sent of a newline, if not zeros.
+    """
+
+    tokens: VisualTokens
+    part: torch.Tensor
+    grids: tuple[tuple[int, int], ...]
+    rows: torch.Tensor | None = None
+    line: torch.Tensor | None = None
+    newline: torch.Tensor | None = None
+    _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def parts(self) -> list[tuple[torch.Tensor, VisualTokens]]:
+        """The tokens of each part, after their indices ``[n]`` int64."""
+        names = torch.unique(self.part)
+        if len(names) == 1:
+            return self.whole
+        members = [(self.part == name).nonzero()[:, 0] for name in names]
+        return [(indices, self.tokens.take(indices)) for indices in members]
+
+    @property
+    def whole(self) -> list[tuple[torch.Tensor, VisualTokens]]:
+        """All tokens as the only part."""
+        return [(torch.arange(self.tokens.num_tokens), self.tokens)]
+
+    def split(self, scope: str) -> list[tuple[torch.Tensor, VisualTokens]]:
+        """What the option ``scope`` gives a budget of its own."""
+        return self.whole if scope == "image" else self.parts
+
+    def spectrum(self, scope: str) -> Spectrum:
+        """Raises:
+        NonFiniteFeaturesError: if any feature is NaN or infinite.
+        """
+        if scope not in self._spectra:
+            self._spectra[scope] = Spectrum.of([tokens for _, tokens in self.split(scope)])
+        return self._spectra[scope]
+
+    @cached_property
+    def newlines(self) -> torch.Tensor:
+        """``[placeholders]`` bool, which of the unpruned prompt's placeholders are newlines."""
+        token = torch.zeros(self.tokens.num_tokens, dtype=torch.bool)
+        if self.line is None:
+            return token
+        following = torch.cat((self.line[1:], self.line.new_tensor([-1])))
+        last = (self.line >= 0) & (self.line != following)
+        return torch.stack((token, last), 1).flatten()[torch.stack((~token, last), 1).flatten()]
+
+    def placeholders(self, indices: torch.Tensor) -> torch.Tensor:
+        """Which placeholders stay with some of the tokens: these, and the newlines of lines that keep any.
+
+        Args:
+            indices: ``[k]`` int64, of the tokens.
+
+        Returns:
+            ``[p]`` int64, ascending.
+        """
+        stays = torch.zeros_like(self.newlines)
+        stays[(~self.newlines).nonzero()[:, 0][indices]] = True
+        if self.line is not None:
+            stays[self.newlines] = torch.isin(torch.unique(self.line[self.line >= 0]), self.line[indices])
+        return stays.nonzero()[:, 0]
+
+    def rows_of(self, kept: "Kept") -> torch.Tensor:
+        """``[p, W]``, what the engine is sent."""
+        rows = self.tokens.features if self.rows is None else self.rows
+        sent = rows.new_zeros(len(kept.placeholders), rows.shape[1])
+        sent[~kept.newlines] = rows[kept.indices]
+        if self.newline is not None:
+            sent[kept.newlines] = self.newline
+        return sent
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes once it was pruned."""
+        grams = sum(min(tokens.features.shape) ** 2 * 4 for _, tokens in self.parts)
+        return grams + sum(tensor.nbytes for tensor in (self.tokens.features, self.rows) if tensor is not None)
+
+
+@dataclass(frozen=True)
 class Kept:
     """The one object that placeholders, feature rows, positions, report and metrics are made from.
 
     Attributes:
-        indices: ``[k]`` int64, the kept tokens in raster order.
-        num_tokens: N, the tokens the image has unpruned.
+        indices: ``[k]`` int64, ascending, the tokens that stay.
+        placeholders: ``[p]`` int64, ascending, the placeholders that stay: these tokens and their newlines.
+        newlines: ``[p]`` bool, which of these are newlines.
+        unpruned: how many placeholders there are unpruned.
         energy: share of the spectral energy that a budget of k holds.
+        selector: what chose them.
         spectrum_seconds: time the spectrum took.
         select_seconds: time the selection took.
     """
 
     indices: torch.Tensor
-    num_tokens: int
+    placeholders: torch.Tensor
+    newlines: torch.Tensor
+    unpruned: int
     energy: float
+    selector: str
     spectrum_seconds: float
     select_seconds: float
 
@@ -33,28 +130,37 @@ class Kept:
         return len(self.indices)
 
 
-def prune(tokens: VisualTokens, options: PruneOptions) -> Kept:
+def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     """Decide which of an image's tokens to keep; a pure function of its arguments, the times aside.
 
-    ``enabled=False`` keeps every token by the same path; ``energy=1`` does, up to ``max_tokens``.
+    ``enabled=False`` keeps every token by the same path; ``energy=1`` does, up to ``max_tokens``. Where nothing is
+    known about attention, the selector is ``span``.
 
     Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite.
     """
+    tokens = encoding.tokens
     start = time.perf_counter()
     if not tokens.features.isfinite().all():
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
-    k, energy = tokens.num_tokens, 1.0
+    k, energy, budgets = tokens.num_tokens, 1.0, None
     if options.enabled and (options.energy < 1 or (options.max_tokens or k) < k):
-        spectrum = Spectrum.of(tokens)
+        spectrum = encoding.spectrum(options.scope)
         k = max(spectrum.budget(options.energy), options.min_tokens)
         k = min(k, options.max_tokens or k, tokens.num_tokens)
-        energy = spectrum.energy_at(k)
+        energy, budgets = spectrum.energy_at(k), spectrum.allocate(k)
     measured = time.perf_counter()
-    if k == tokens.num_tokens:
+    selector = options.selector if tokens.attention is not None else "span"
+    if budgets is None or k == tokens.num_tokens:
         indices = torch.arange(k)
     else:
-        indices = SELECTORS[options.selector](tokens, k).sort().values
+        chosen = [
+            members[SELECTORS[selector](part, budget)]
+            for (members, part), budget in zip(encoding.split(options.scope), budgets, strict=True)
+        ]
+        indices = torch.cat(chosen).sort().values
     assert len(indices) == k
-    end = time.perf_counter()
-    return Kept(indices, tokens.num_tokens, energy, measured - start, end - measured)
+    placeholders = encoding.placeholders(indices)
+    newlines = encoding.newlines[placeholders]
+    seconds = measured - start, time.perf_counter() - measured
+    return Kept(indices, placeholders, newlines, len(encoding.newlines), energy, selector, *seconds)

@@ -1,57 +1,66 @@
-"""What a request is told about its images."""
+"""What a request is told about its images and videos."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class ImageReport(BaseModel):
-    """What became of one image; kept with its cache entry, so that a hit reports what the first request did."""
+class ItemReport(BaseModel):
+    """What became of one image or video; kept with its cache entry, so that a hit reports what was done first."""
 
     model_config = ConfigDict(frozen=True)
 
-    visual_tokens: int = Field(description="Tokens of the image unpruned.")
+    visual_tokens: int = Field(description="Tokens unpruned.")
     kept_tokens: int = Field(description="Tokens that enter the engine.")
+    newline_tokens: int = Field(
+        default=0,
+        description="How many of these end lines of the picture; some models want that, and no budget counts it.",
+    )
     energy_threshold: float = Field(description="The threshold in force.")
-    energy_kept: float = Field(description="Share of the spectral energy that a budget of kept_tokens holds.")
+    energy_kept: float = Field(description="Share of the spectral energy that a budget of so many tokens holds.")
     selector: str = Field(description="The selector in force.")
-    cached: bool = Field(default=False, description="Whether the image came out of vLLM's processor cache.")
+    cached: bool = Field(default=False, description="Whether it came out of vLLM's processor cache.")
 
 
-class ImagePreview(ImageReport):
-    """What would become of one image, and why."""
+class ItemPreview(ItemReport):
+    """What would become of one image or video, and why."""
 
     curve: list[tuple[int, float]] = Field(
-        description="Up to 64 points of the image's spectrum: tokens kept, share of the energy they would hold."
+        description="Up to 64 points of its spectrum: tokens kept, share of the energy they would hold."
     )
     overlay: str | None = Field(
-        default=None, description="A PNG as data URL: what the vision tower sees, the pruned patches dark and grey."
+        default=None, description="A PNG as data URL: the picture, or pictures, with the pruned patches dark and grey."
     )
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What became of the images of one prompt; travels with vLLM's engine input.
+    """What became of the images and videos of one prompt; travels with vLLM's engine input.
 
     Attributes:
-        images: one report per image, in the order of the prompt.
-        seconds: time that encoding and pruning took; images found in the cache take none.
+        reports: one per image and per video, by modality, in the order of the prompt.
+        seconds: time that encoding and pruning took; what was found in the cache takes none.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
     """
 
-    images: Sequence[ImageReport]
+    reports: Mapping[str, Sequence[ItemReport]]
     seconds: float
     kv_bytes_per_token: int
+
+    def of(self, *modalities: str) -> list[ItemReport]:
+        """The reports of some modalities, by default of all."""
+        return [report for modality in modalities or self.reports for report in self.reports.get(modality, ())]
 
 
 class Report(BaseModel):
     """The response field ``eadaprune``."""
 
-    images: Sequence[ImageReport] = Field(description="One entry per image, in the order of the request.")
-    visual_tokens: int = Field(description="Tokens of all images unpruned.")
-    kept_tokens: int = Field(description="Tokens of all images that enter the engine.")
+    images: Sequence[ItemReport] = Field(description="One entry per image, in the order of the request.")
+    videos: Sequence[ItemReport] = Field(description="One entry per video, in the order of the request.")
+    visual_tokens: int = Field(description="Tokens of all of them unpruned.")
+    kept_tokens: int = Field(description="Tokens of all of them that enter the engine.")
     tokens_saved: int = Field(description="The difference.")
     kv_cache_bytes_saved: int = Field(description="KV cache those tokens would take; an upper bound.")
     seconds: float = Field(description="Time that encoding and pruning took.")
@@ -59,14 +68,13 @@ class Report(BaseModel):
     @classmethod
     def of(cls, prunings: Sequence[Pruning]) -> Self:
         """Sum up the prompts of one request."""
-        images = [image for pruning in prunings for image in pruning.images]
-        visual = sum(image.visual_tokens for image in images)
-        kept = sum(image.kept_tokens for image in images)
-        saved = [sum(image.visual_tokens - image.kept_tokens for image in pruning.images) for pruning in prunings]
+        items = [item for pruning in prunings for item in pruning.of()]
+        saved = [sum(item.visual_tokens - item.kept_tokens for item in pruning.of()) for pruning in prunings]
         return cls(
-            images=images,
-            visual_tokens=visual,
-            kept_tokens=kept,
+            images=[image for pruning in prunings for image in pruning.of("image")],
+            videos=[video for pruning in prunings for video in pruning.of("video")],
+            visual_tokens=sum(item.visual_tokens for item in items),
+            kept_tokens=sum(item.kept_tokens for item in items),
             tokens_saved=sum(saved),
             kv_cache_bytes_saved=sum(
                 tokens * pruning.kv_bytes_per_token for tokens, pruning in zip(saved, prunings, strict=True)
@@ -76,6 +84,7 @@ class Report(BaseModel):
 
 
 class Preview(Report):
-    """What would become of the images of a request."""
+    """What would become of the images and videos of a request."""
 
-    images: Sequence[ImagePreview] = Field(description="One entry per image, in the order of the request.")
+    images: Sequence[ItemPreview] = Field(description="One entry per image, in the order of the request.")
+    videos: Sequence[ItemPreview] = Field(description="One entry per video, in the order of the request.")

@@ -1,4 +1,4 @@
-"""From what a request says to the options of each of its images, whatever door it came through."""
+"""From what a request says to the options of each of its images and videos, whatever door it came through."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,9 +31,22 @@ DOORS = {
     "/tokenize": True,
     "/invocations": True,
 }
-# vLLM's content parts that are images: by type, or by key where the type is missing or a uuid is given.
-_IMAGE_TYPES = ("image_url", "input_image", "image_pil", "image_embeds", "image")
-_IMAGE_KEYS = ("image_url", "image_pil", "image_embeds")
+MODALITIES = ("image", "video")
+# vLLM's content parts that are of a modality: by type, or by key where the type is missing or a uuid is given.
+_TYPES = {
+    "image_url": "image",
+    "input_image": "image",
+    "image_pil": "image",
+    "image_embeds": "image",
+    "image": "image",
+    "video_url": "video",
+    "video_embeds": "video",
+}
+_KEYS = ("image_url", "image_pil", "image_embeds", "video_embeds", "video_url")
+
+
+class ItemOptions(dict[str, tuple[PruneOptions, ...]]):
+    """The resolved options of each image and of each video of a prompt, by modality, all modalities present."""
 
 
 @dataclass
@@ -43,17 +56,17 @@ class RequestContext:
     Attributes:
         header: value of the header ``X-EAdaPrune-Energy``.
         options: the request's field ``eadaprune``.
-        images: how many images were met so far; a batch has several prompts.
+        met: how many images and videos were met so far; a batch has several prompts.
         prunings: filled in where the request is rendered.
     """
 
     header: str | None = None
     options: object = None
-    images: int = 0
+    met: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0))
     prunings: list[Pruning] = field(default_factory=list)
 
     def report(self) -> Report | None:
-        """What to tell the client: None if there were no images, or the server does not tell."""
+        """What to tell the client: None if there was nothing to prune, or the server does not tell."""
         return Report.of(self.prunings) if self.prunings else None
 
 
@@ -76,7 +89,7 @@ def current() -> RequestContext:
 
 
 def request_layers(context: RequestContext, processor_kwargs: object) -> list[Layer]:
-    """What a request says about all of its images, in order of precedence, the weakest first.
+    """What a request says about all of its images and videos, in order of precedence, the weakest first.
 
     Args:
         context: the request's context.
@@ -91,44 +104,45 @@ def request_layers(context: RequestContext, processor_kwargs: object) -> list[La
     return layers
 
 
-def image_options(
-    server: ServerOptions, layers: list[Layer], messages: list[Any], first: int = 0
-) -> tuple[PruneOptions, ...]:
-    """The options of each image in ``messages``, in the order in which vLLM numbers them.
+def item_options(server: ServerOptions, layers: list[Layer], messages: list[Any], met: dict[str, int]) -> ItemOptions:
+    """The options of each image and video in ``messages``, in the order in which vLLM numbers them.
 
     Args:
         server: the server's options.
-        layers: what the request says about all images.
+        layers: what the request says about all of them.
         messages: chat messages; content that is a one-shot iterator is replaced by a list.
-        first: number of the first image in error messages.
+        met: how many of each modality came before, for error messages; those of ``messages`` are added.
 
     Raises:
-        InvalidOptionsError: naming image, field, value and allowed range.
+        InvalidOptionsError: naming item, field, value and allowed range.
     """
     server.resolve(*layers)  # also where there is no image
-    parts = list(image_parts(messages))
+    parts = list(item_parts(messages))
     check_places(messages)
-    options = []
-    for number, part in enumerate(parts, first):
+    options: dict[str, list[PruneOptions]] = {modality: [] for modality in MODALITIES}
+    for modality, part in parts:
         # OpenAI's detail is in image_url of chat completions, and on the part itself of responses.
         url = part.get("image_url")
         details = [place.get("detail") for place in (url, part) if isinstance(place, dict)]
         detail = next((detail for detail in details if detail is not None), "auto")
-        where = f"images[{number}]"
+        where = f"{modality}s[{met[modality]}]"
         preset = server.preset(detail, f"{where}.detail")
-        options.append(server.resolve(*layers, preset, Layer(f"{where}.{KEY}", part.get(KEY))))
-    return tuple(options)
+        options[modality].append(server.resolve(*layers, preset, Layer(f"{where}.{KEY}", part.get(KEY))))
+        met[modality] += 1
+    return ItemOptions({modality: tuple(of_each) for modality, of_each in options.items()})
 
 
-def image_parts(messages: list[Any]) -> Iterator[dict[str, Any]]:
-    """The content parts that are images, in the order in which vLLM numbers them."""
+def item_parts(messages: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The content parts that are images or videos, after their modality, in the order in which vLLM numbers them."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         if content is None or isinstance(content, str):
             continue
         if not isinstance(content, list):
             content = message["content"] = list(content)
-        yield from filter(is_image, content)
+        for part in content:
+            if modality := modality_of(part):
+                yield modality, part
 
 
 def mentions(value: object) -> Iterator[dict[str, Any]]:
@@ -148,25 +162,26 @@ def check_places(messages: object) -> None:
     """Raises:
     InvalidOptionsError: if options are given where they do nothing.
     """
-    if not all(map(is_image, mentions(messages))):
-        raise InvalidOptionsError(f"{KEY} belongs to the request, or to a content part that is an image", KEY)
+    if not all(map(modality_of, mentions(messages))):
+        raise InvalidOptionsError(
+            f"{KEY} belongs to the request, or to a content part that is an image or a video", KEY
+        )
 
 
 def chat_extras(renderer: Any, messages: list[Any], prompt_extras: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What vLLM's ``renderer`` takes along with a chat prompt, with the options of its images resolved."""
+    """What vLLM's ``renderer`` takes along with a chat prompt, with the options of all that is pruned resolved."""
     extras = dict(prompt_extras or {})
     kwargs = dict(extras.get("mm_processor_kwargs") or {})
     processor = renderer.mm_processor
     with refusals(processor.front_end):
         context = current()
         layers = request_layers(context, kwargs)
-        kwargs[KEY] = options = image_options(processor.server_options, layers, messages, first=context.images)
-        context.images += len(options)
+        kwargs[KEY] = item_options(processor.server_options, layers, messages, context.met)
     return extras | {"mm_processor_kwargs": kwargs}
 
 
 def rendered(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
-    """Conversations and engine inputs of all ``chats``; what became of their images is noted for the answer."""
+    """Conversations and engine inputs of all ``chats``; what was pruned is noted for the answer."""
     conversations: list[Any] = []
     prompts: list[Any] = []
     for chat in chats:
@@ -179,13 +194,13 @@ def rendered(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tup
 
 def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping[str, Any] | None) -> None:
     """Raises:
-    VLLMValidationError: if a request without images says how to prune them.
+    VLLMValidationError: if a request without images or videos says how to prune them.
     """
     kwargs = (prompt_extras or {}).get("mm_processor_kwargs") or {}
     given = current().options is not None or KEY in kwargs
     if given and not any(isinstance(prompt, dict) and prompt.get("multi_modal_data") for prompt in prompts):
         with refusals(renderer.mm_processor.front_end):
-            raise InvalidOptionsError(f"{KEY} does nothing here: this request takes no images", KEY)
+            raise InvalidOptionsError(f"{KEY} does nothing here: this request takes no images or videos", KEY)
 
 
 @contextmanager
@@ -198,14 +213,14 @@ def refusals(front_end: FrontEnd) -> Iterator[None]:
         raise VLLMValidationError(str(error), parameter=error.field) from None
 
 
-def is_image(part: object) -> bool:
-    """Whether this is a content part that vLLM, or its Anthropic API, takes for an image."""
+def modality_of(part: object) -> str | None:
+    """What vLLM, or its Anthropic API, takes a content part for, if that can be pruned."""
     if not isinstance(part, dict):
-        return False
+        return None
     kind = part.get("type")
     if kind is None or part.get("uuid") is not None:
-        return any(key in part for key in _IMAGE_KEYS)
-    return kind in _IMAGE_TYPES
+        kind = next((key for key in _KEYS if key in part), None)
+    return _TYPES.get(kind) if isinstance(kind, str) else None
 
 
 def _number(text: str) -> float | str:

@@ -57,7 +57,7 @@ class PruningRoute(APIRoute):
         if chat:
             check_places([body.get(key) for key in ("messages", "input", "system")])
         elif any(mentions(body)):
-            raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images", KEY)
+            raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images or videos", KEY)
 
 
 def openapi_extra(path: str) -> dict[str, Any]:
@@ -80,8 +80,9 @@ def openapi_extra(path: str) -> dict[str, Any]:
 def _inline(model: type[Report]) -> dict[str, Any]:
     """The model's schema without references, which would not resolve where it is put."""
     schema = model.model_json_schema()
-    (image,) = schema.pop("$defs").values()
-    schema["properties"]["images"]["items"] = image
+    (item,) = schema.pop("$defs").values()
+    for items in ("images", "videos"):
+        schema["properties"][items]["items"] = item
     return schema
 
 

@@ -14,15 +14,16 @@ import torch
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What the vision tower says about one image.
+    """What the vision encoder says about the tokens of one image, or of a part of one.
 
     Attributes:
-        features: ``[N, D]``, the rows that the model's projector is fed with, in raster order.
-        attention: ``[N]`` float32, how much attention each token draws in the last used layer.
+        features: ``[N, D]``, in the order of the prompt.
+        attention: ``[N]`` float32, how much attention each token draws in the last used layer of the tower; None
+            where there is no tower to ask.
     """
 
     features: torch.Tensor
-    attention: torch.Tensor
+    attention: torch.Tensor | None
 
     @property
     def num_tokens(self) -> int:
@@ -30,9 +31,14 @@ class VisualTokens:
 
     @cached_property
     def token_gram(self) -> torch.Tensor:
-        """``X X^T``, ``[N, N]`` float32, shared by the spectrum (where N <= D) and the ``span`` selector."""
+        """``X X^T``, ``[N, N]`` float32, shared by the spectrum and the ``span`` selector where N <= D."""
         rows = self.features.float()
         return rows @ rows.T
+
+    def take(self, indices: torch.Tensor) -> "VisualTokens":
+        """Some of the tokens, by their indices ``[n]`` int64."""
+        attention = self.attention
+        return VisualTokens(self.features[indices], None if attention is None else attention[indices])
 
 
 Selector = Callable[[VisualTokens, int], torch.Tensor]
@@ -40,6 +46,7 @@ Selector = Callable[[VisualTokens, int], torch.Tensor]
 
 def attention(tokens: VisualTokens, k: int) -> torch.Tensor:
     """The k tokens that draw the most attention (FasterVLM's score, arXiv 2412.01818)."""
+    assert tokens.attention is not None, "the options said span"
     return torch.sort(tokens.attention, descending=True, stable=True).indices[:k]
 
 
@@ -50,11 +57,13 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
     After j picks ``residual`` holds, for every token, the squared norm of its part outside that span, so that
     it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order.
     """
-    gram = tokens.token_gram
-    residual = gram.diagonal().clone()
-    # Below this a residual is rounding error of the float32 Gram matrix, not energy.
-    floor = residual.max() * torch.finfo(gram.dtype).eps * tokens.num_tokens
-    factor = gram.new_empty(k, tokens.num_tokens)
+    # Row by row where the Gram matrix would be larger than the features.
+    rows = tokens.features.float()
+    gram = tokens.token_gram if tokens.num_tokens <= rows.shape[1] else None
+    residual = rows.square().sum(1)
+    # Below this a residual is rounding error of float32, not energy.
+    floor = residual.max() * torch.finfo(residual.dtype).eps * tokens.num_tokens
+    factor = residual.new_empty(k, tokens.num_tokens)
     chosen: list[int] = []
     for step in range(k):
         pivot = int(residual.argmax())
@@ -63,7 +72,8 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
             chosen += [i for i in range(tokens.num_tokens) if i not in taken][: k - step]
             break
         chosen.append(pivot)
-        row = gram[pivot] - factor[:step, pivot] @ factor[:step]
+        products = rows @ rows[pivot] if gram is None else gram[pivot]
+        row = products - factor[:step, pivot] @ factor[:step]
         row /= residual[pivot].sqrt()
         factor[step] = row
         residual = residual - row.square()

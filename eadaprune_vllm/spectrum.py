@@ -6,8 +6,13 @@ X is the feature matrix of one image, ``[N, D]``, with singular values sigma_1 >
 
 computed exactly: the squared singular values are the eigenvalues of the Gram matrix on the smaller side.
 X is used as it is, uncentred and unnormalised, and the total is ||X||_F^2 itself, never a sum of computed values.
+
+An image may come in parts (tiles, temporal patches), each with a matrix and a threshold to reach of its own. A part's
+k-th token is then needed at every threshold above E(k-1), the energy of those before it; sorted by this number, the
+tokens of all parts make one list, of which any threshold, and any number of tokens, is a beginning.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,54 +27,80 @@ TIE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Cumulative energy of one image.
+    """Energy of one image, part by part.
 
     Attributes:
-        cumulative: ``[min(N, D)]`` float64; entry k-1 is the share of the energy in the top k singular values.
-            All zeros for a zero matrix.
-        num_tokens: N.
+        needed_above: ``[N]`` float64, ascending: the thresholds from which one token more is needed.
+        part: ``[N]`` int64, the part that this token comes from.
+        cumulative: ``[N]`` float64; entry k-1 is the share of all parts' energy that the first k tokens of this list
+            hold, 1.0 for zero matrices.
+        num_parts: number of parts.
     """
 
+    needed_above: torch.Tensor
+    part: torch.Tensor
     cumulative: torch.Tensor
-    num_tokens: int
+    num_parts: int
 
     @classmethod
-    def of(cls, tokens: VisualTokens) -> "Spectrum":
+    def of(cls, parts: Sequence[VisualTokens]) -> "Spectrum":
         """Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite, or their energy overflows float32.
         """
-        num_tokens, width = tokens.features.shape
-        if num_tokens <= width:
-            gram = tokens.token_gram
-        else:
-            rows = tokens.features.float()
-            gram = rows.T @ rows
-        total = gram.diagonal().double().sum()
-        if not torch.isfinite(total):
-            raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
-        eigenvalues = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).double()
-        share = eigenvalues / total if total > 0 else torch.zeros_like(eigenvalues)
-        return cls(share.cumsum(0).clamp(max=1), num_tokens)
+        needed_above, gains, totals = [], [], []
+        for tokens in parts:
+            share, total = _energies(tokens)
+            before = torch.ones(tokens.num_tokens, dtype=torch.float64)
+            before[: len(share)] = torch.cat((share.new_zeros(1), share.cumsum(0)[:-1])).clamp(max=1)
+            needed_above.append(before)
+            gains.append(torch.zeros_like(before))
+            gains[-1][: len(share)] = share * total
+            totals.append(float(total))
+        sizes = torch.tensor([tokens.num_tokens for tokens in parts])
+        ascending, order = torch.cat(needed_above).sort(stable=True)
+        held = torch.cat(gains)[order].cumsum(0)
+        cumulative = (held / sum(totals)).clamp(max=1) if any(totals) else torch.ones_like(held)
+        return cls(ascending, torch.arange(len(parts)).repeat_interleave(sizes)[order], cumulative, len(parts))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.part)
 
     def budget(self, energy: float) -> int:
-        """The smallest k whose top k squared singular values reach ``energy`` (0 < energy <= 1) of the total.
+        """The fewest tokens with which every part reaches ``energy`` (0 < energy <= 1) of its own total.
 
         ``energy = 1`` asks for every token, whatever the rank. A zero matrix needs one token.
         """
         if energy >= 1:
             return self.num_tokens
-        if not self.cumulative[-1] > 0:
-            return 1
-        short = int((self.cumulative < energy + TIE_TOLERANCE).sum())
-        return min(short + 1, self.num_tokens)
+        return int((self.needed_above < min(energy + TIE_TOLERANCE, 1)).sum())
+
+    def allocate(self, k: int) -> list[int]:
+        """How many of ``k`` tokens go to each part: those that reach the highest threshold common to all."""
+        return torch.bincount(self.part[:k], minlength=self.num_parts).tolist()
 
     def energy_at(self, k: int) -> float:
-        """The share of the energy that the top k squared singular values hold; 1.0 for a zero matrix."""
-        if not self.cumulative[-1] > 0 or k >= len(self.cumulative):
-            return 1.0
-        return float(self.cumulative[k - 1])
+        """The share of all energy that ``k`` tokens hold."""
+        return 1.0 if k >= self.num_tokens else float(self.cumulative[k - 1])
 
     def curve(self, points: int = 64) -> list[tuple[int, float]]:
         """At most ``points`` pairs of k and ``energy_at(k)``, denser where k is small, the first and last included."""
-        steps = {round(len(self.cumulative) ** (i / (points - 1))) for i in range(points)}
+        steps = {round(self.num_tokens ** (i / (points - 1))) for i in range(points)}
         return [(k, self.energy_at(k)) for k in sorted(steps)]
+
+
+def _energies(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared singular values as shares of the total, descending, ``[min(N, D)]`` float64, and the total."""
+    num_tokens, width = tokens.features.shape
+    if num_tokens <= width:
+        gram = tokens.token_gram
+    else:
+        rows = tokens.features.float()
+        gram = rows.T @ rows
+    total = gram.diagonal().double().sum()
+    if not torch.isfinite(total):
+        raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
+    eigenvalues = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).double()
+    if total > 0:
+        return eigenvalues / total, total
+    return torch.ones(1, dtype=torch.float64), total  # of a zero matrix one token holds everything

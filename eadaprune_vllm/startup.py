@@ -8,11 +8,11 @@ import torch
 from vllm import envs
 
 from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
+from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.models import ARCHITECTURES
+from eadaprune_vllm.models import ARCHITECTURES, encoder_class
 from eadaprune_vllm.options import KEY, ServerOptions, overlay
 
 _NO_TOWER = "is not supported: the engine has no vision tower"
@@ -28,12 +28,13 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "ModelScope (VLLM_USE_MODELSCOPE) is not supported; serve a local folder instead",
     ),
     (
-        lambda mm, c: mm.get_limit_per_prompt("image") == 0,
-        "images are switched off (--language-model-only or --limit-mm-per-prompt), so there is nothing to prune",
+        lambda mm, c: not any(mm.get_limit_per_prompt(modality) for modality in _encoder(c).modalities),
+        "images and videos are switched off (--language-model-only or --limit-mm-per-prompt), so there is nothing to "
+        "prune",
     ),
     (
-        lambda mm, c: mm.enable_mm_embeds,
-        "--enable-mm-embeds is not supported: precomputed embeddings are not pruned",
+        lambda mm, c: mm.enable_mm_embeds and not _encoder(c).takes_embeddings,
+        "--enable-mm-embeds is not supported for this model: its embeddings do not say where lines of the picture end",
     ),
     (
         lambda mm, c: mm.video_pruning_rate,
@@ -44,6 +45,7 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "an image processor on the accelerator (--mm-processor-device) is not supported",
     ),
     (lambda mm, c: mm.mm_encoder_only, f"--mm-encoder-only {_NO_TOWER}"),
+    (lambda mm, c: mm.mm_encoder_tp_mode == "data", f"--mm-encoder-tp-mode data {_NO_TOWER}"),
     (lambda mm, c: mm.mm_encoder_attn_backend, f"--mm-encoder-attn-backend {_NO_TOWER}"),
     (lambda mm, c: mm.mm_encoder_attn_dtype, f"--mm-encoder-attn-dtype {_NO_TOWER}"),
     (lambda mm, c: c.compilation_config.cudagraph_mm_encoder, f"cudagraph_mm_encoder {_NO_TOWER}"),
@@ -54,6 +56,10 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         f"--enable-tower-connector-lora {_NO_TOWER}",
     ),
 ]
+
+
+def _encoder(vllm_config: Any) -> type[VisionEncoder]:
+    return encoder_class(vllm_config.model_config.architecture)
 
 
 def check(vllm_config: Any) -> None:
@@ -69,7 +75,7 @@ def check(vllm_config: Any) -> None:
     for applies, reason in _REFUSED:
         if applies(model_config.multimodal_config, vllm_config):
             raise StartupError(reason)
-    _checkpoint(vllm_config).check(TowerSpec.of(model_config.hf_config))
+    _checkpoint(vllm_config).check(functools.partial(_encoder(vllm_config), model_config.hf_config))
 
 
 def server_options(given: object) -> ServerOptions:
@@ -106,9 +112,7 @@ def front_end(vllm_config: Any) -> FrontEnd:
     model = vllm_config.model_config
     if not hasattr(model.multimodal_config, KEY):
         raise StartupError("only vllm serve, vllm run-batch and LLM(...) are supported, not vllm launch render")
-    spec = TowerSpec.of(model.hf_config)
-    encoder = VisionEncoder(spec, _checkpoint(vllm_config).load(spec))
-    encoder.warm_up()
+    encoder = _checkpoint(vllm_config).load(functools.partial(_encoder(vllm_config), model.hf_config))
     return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes_per_token(vllm_config))
 
 

@@ -1,10 +1,12 @@
 """Fixtures: the embedded model, what a server should decide, images, and the servers that tests share."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from families import make_family
 from harness import Server
 from PIL import Image
 from shared import Reference, noise, photo
@@ -40,6 +42,13 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "siglip"
     make_model(folder, tower="siglip", max_shard_size="200KB")
     return folder
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of the small model of that name, made on first use."""
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda name: make_family(name, folder / name))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Helpers of the tests: encoding an image without a server, and images to encode."""
 
+import functools
 import gc
 from pathlib import Path
 
@@ -10,13 +11,21 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
+from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
+from eadaprune_vllm.models import encoder_class
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
 
 
 def checkpoint(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto") -> Checkpoint:
     return Checkpoint(str(model), revision=None, download_dir=None, load_format=load_format, dtype=dtype)
+
+
+def encoder(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto") -> VisionEncoder:
+    """What a front end runs of a model."""
+    config = AutoConfig.from_pretrained(model)
+    build = functools.partial(encoder_class(config.architectures[0]), config)
+    return checkpoint(model, dtype, load_format).load(build)
 
 
 class Reference:
@@ -26,15 +35,15 @@ class Reference:
     """
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
-        self.spec = TowerSpec.of(AutoConfig.from_pretrained(model))
-        self.encoder = VisionEncoder(self.spec, checkpoint(model, compute_dtype(dtype)).load(self.spec))
+        self.encoder = encoder(model, compute_dtype(dtype))
         self.dtype = dtype
         self._processor = AutoImageProcessor.from_pretrained(model)
 
     def kept(self, image: Image.Image, **options: object) -> Kept:
-        pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
+        inputs = self._processor(image, return_tensors="pt")
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         with self.encoder.threads():
-            return prune(self.encoder.encode(pixels), PruneOptions.model_validate(options))
+            return prune(self.encoder.encode(inputs), PruneOptions.model_validate(options))
 
 
 def photo(name: str) -> Image.Image:

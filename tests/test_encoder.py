@@ -1,7 +1,9 @@
 """The tower in the front end against transformers' whole model, and where its weights come from."""
 
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from shared import Reference, checkpoint, towers
+from shared import Reference, encoder, towers
 from transformers import AutoConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from eadaprune_vllm.checkpoint import INDEX, Checkpoint
-from eadaprune_vllm.encoder import TowerSpec, VisionEncoder, compute_dtype
+from eadaprune_vllm.encoder import LlavaVisionEncoder, compute_dtype
 from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.selectors import VisualTokens
 
 
 @pytest.fixture(params=["clip", "siglip"])
@@ -22,9 +25,8 @@ def folder(request: pytest.FixtureRequest, model: Path, siglip: Path) -> Path:
     return model if request.param == "clip" else siglip
 
 
-def load(folder: Path, **settings: Any) -> VisionEncoder:
-    spec = TowerSpec.of(AutoConfig.from_pretrained(folder))
-    return VisionEncoder(spec, checkpoint(folder, **settings).load(spec))
+def encode(folder: Path, pixels: torch.Tensor, **settings: Any) -> VisualTokens:
+    return encoder(folder, **settings).encode({"pixel_values": pixels}).tokens
 
 
 def test_features_and_attention_are_those_of_the_whole_model(folder: Path) -> None:
@@ -32,7 +34,7 @@ def test_features_and_attention_are_those_of_the_whole_model(folder: Path) -> No
     pixels = torch.randn(1, 3, 336, 336)
     with torch.no_grad():
         out = whole.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
-    tokens = load(folder, dtype=torch.float32).encode(pixels)
+    tokens = encode(folder, pixels, dtype=torch.float32)
     cls = whole.config.vision_config.model_type == "clip_vision_model"
     assert tokens.num_tokens == 576
     torch.testing.assert_close(tokens.features, out.hidden_states[-2][0, int(cls) :], atol=1e-4, rtol=1e-4)
@@ -41,9 +43,9 @@ def test_features_and_attention_are_those_of_the_whole_model(folder: Path) -> No
 
 
 def test_only_the_layers_in_use_are_built(folder: Path) -> None:
-    encoder = load(folder)
-    assert len(encoder.tower.encoder.layers) == 3  # the fourth feeds nothing
-    assert {weight.dtype for weight in encoder.tower.parameters()} == {torch.bfloat16}
+    found: Any = encoder(folder)
+    assert len(found.vision_tower.encoder.layers) == 3  # the fourth feeds nothing
+    assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("instruction", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
@@ -65,7 +67,8 @@ def test_encoding_does_not_depend_on_what_else_is_encoded(model: Path, images: d
 def test_threads_are_restored(model: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    load(model).encode(torch.zeros(1, 3, 336, 336))
+    with encoder(model).threads():
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
 
@@ -82,7 +85,7 @@ def test_shards_and_other_names_load_the_same(siglip: Path, tmp_path: Path) -> N
     save_file(renamed, tmp_path / "model.safetensors")
     shutil.copy(siglip / "config.json", tmp_path)
     pixels = torch.randn(1, 3, 336, 336)
-    assert torch.equal(load(siglip).encode(pixels).features, load(tmp_path).encode(pixels).features)
+    assert torch.equal(encode(siglip, pixels).features, encode(tmp_path, pixels).features)
 
 
 def test_only_the_files_of_the_tower_are_needed(siglip: Path, tmp_path: Path) -> None:
@@ -92,14 +95,14 @@ def test_only_the_files_of_the_tower_are_needed(siglip: Path, tmp_path: Path) ->
         if not any("vision_tower" in name for name in load_file(shard)):
             shard.unlink()
     assert len(list(tmp_path.glob("*.safetensors"))) < len(list(siglip.glob("*.safetensors")))
-    load(tmp_path)
+    encoder(tmp_path)
 
 
 def test_dummy_weights_are_the_same_everywhere(model: Path) -> None:
     pixels = torch.randn(1, 3, 336, 336)
-    first, second = (load(model, load_format="dummy").encode(pixels).features for _ in range(2))
+    first, second = (encode(model, pixels, load_format="dummy").features for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, load(model).encode(pixels).features)
+    assert not torch.equal(first, encode(model, pixels).features)
 
 
 def test_hub_ids_are_read_from_the_download_dir(siglip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,14 +113,13 @@ def test_hub_ids_are_read_from_the_download_dir(siglip: Path, tmp_path: Path, mo
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "v2").write_text(commit)
     shutil.copytree(siglip, repo / "snapshots" / commit)
-    spec = TowerSpec.of(AutoConfig.from_pretrained(siglip))
+    build = partial(LlavaVisionEncoder, AutoConfig.from_pretrained(siglip))
     source = Checkpoint("some/llava", "v2", str(tmp_path), "auto", torch.bfloat16)
     pixels = torch.randn(1, 3, 336, 336)
-    assert torch.equal(
-        VisionEncoder(spec, source.load(spec)).encode(pixels).features, load(siglip).encode(pixels).features
-    )
+    found = source.load(build).encode({"pixel_values": pixels}).tokens
+    assert torch.equal(found.features, encode(siglip, pixels).features)
     with pytest.raises(StartupError, match="of some/llava cannot be fetched"):
-        Checkpoint("some/llava", "v3", str(tmp_path), "auto", torch.bfloat16).check(spec)
+        Checkpoint("some/llava", "v3", str(tmp_path), "auto", torch.bfloat16).check(build)
 
 
 def broken(model: Path, folder: Path, change: Any) -> Path:
@@ -136,7 +138,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(model: Path, tmp_path: Path
         del weights[next(name for name in weights if name.endswith(QUERY))]
 
     with pytest.raises(StartupError, match=rf"lacks 1 of the \d+ weights .* such as vision_tower\.{QUERY}"):
-        load(broken(model, tmp_path, drop))
+        encoder(broken(model, tmp_path, drop))
 
 
 def test_a_misshapen_weight_is_refused(model: Path, tmp_path: Path) -> None:
@@ -145,20 +147,20 @@ def test_a_misshapen_weight_is_refused(model: Path, tmp_path: Path) -> None:
         weights[name] = weights[name][:-1].clone()
 
     with pytest.raises(StartupError, match=r"in shape \(255, 256\), where its configuration says \(256, 256\)"):
-        load(broken(model, tmp_path, cut))
+        encoder(broken(model, tmp_path, cut))
 
 
 def test_a_checkpoint_without_safetensors_is_refused(model: Path, tmp_path: Path) -> None:
     shutil.copy(model / "config.json", tmp_path)
     with pytest.raises(StartupError, match=r"neither model\.safetensors nor"):
-        load(tmp_path)
+        encoder(tmp_path)
 
 
 def test_an_unreadable_file_is_refused(model: Path, tmp_path: Path) -> None:
     shutil.copy(model / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(StartupError, match="not a readable safetensors file"):
-        load(tmp_path)
+        encoder(tmp_path)
 
 
 def test_a_quantized_tower_is_refused(model: Path, tmp_path: Path) -> None:
@@ -166,8 +168,8 @@ def test_a_quantized_tower_is_refused(model: Path, tmp_path: Path) -> None:
         name = next(name for name in weights if name.endswith(QUERY))
         weights[name] = weights[name].to(torch.float8_e4m3fn)
 
-    with pytest.raises(StartupError, match=r"as F8_E4M3; quantized vision towers are not supported"):
-        load(broken(model, tmp_path, quantize))
+    with pytest.raises(StartupError, match=r"as F8_E4M3; quantized vision encoders are not supported"):
+        encoder(broken(model, tmp_path, quantize))
 
 
 def test_files_that_were_not_pulled_are_refused(siglip: Path, tmp_path: Path) -> None:
@@ -178,12 +180,12 @@ def test_files_that_were_not_pulled_are_refused(siglip: Path, tmp_path: Path) ->
     for name, words in ((shard, "not a readable safetensors file"), (INDEX, "not an index")):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1")
         with pytest.raises(StartupError, match=words):
-            load(tmp_path)
+            encoder(tmp_path)
 
 
 def test_other_load_formats_are_refused(model: Path) -> None:
     with pytest.raises(StartupError, match="--load-format tensorizer is not supported; supported are auto"):
-        load(model, load_format="tensorizer")
+        encoder(model, load_format="tensorizer")
 
 
 @pytest.mark.parametrize(
@@ -200,10 +202,9 @@ def test_towers_that_are_not_supported_are_refused(model: Path, changes: dict[st
     for name, value in changes.items():
         setattr(config, name, value)
     with pytest.raises(StartupError, match=words):
-        TowerSpec.of(config)
+        LlavaVisionEncoder(config)
 
 
 def test_the_search_for_towers_finds_them(model: Path) -> None:
     """The server tests rely on it finding nothing in a worker."""
-    encoder = load(model)
-    assert "CLIPVisionModel" in towers(encoder)
+    assert "CLIPVisionModel" in towers(encoder(model))

@@ -28,7 +28,7 @@ DEFAULTS = PruneOptions()
         ({"selector": "best"}, "x.selector", "one of attention, span"),
         ({"selector": ["span"]}, "x.selector", "one of attention, span"),
         ({"enabled": "yes"}, "x.enabled", "true or false"),
-        ({"engery": 0.9}, "x.engery", "the options are energy, min_tokens, max_tokens, selector, enabled"),
+        ({"engery": 0.9}, "x.engery", "the options are energy, min_tokens, max_tokens, selector, scope, enabled"),
         ({"min_tokens": 9, "max_tokens": 8}, "x", "min_tokens=9 is above max_tokens=8"),
         ({"min_tokens": 8, "max_tokens": 0}, "x.max_tokens", "an integer at least 1 or null"),
         (0.9, "x", "0.9 is not an object"),

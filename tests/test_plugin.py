@@ -12,7 +12,7 @@ from eadaprune_vllm.flags import add_flags, apply_flags
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.options import ServerOptions
 from eadaprune_vllm.plugin import name_plugins
-from eadaprune_vllm.report import ImageReport
+from eadaprune_vllm.report import ItemReport, Pruning
 
 # vLLM's own plugins; naming them here does not activate ours in the process of the tests.
 OTHERS = ["lora_filesystem_resolver", "lora_hf_hub_resolver"]
@@ -49,7 +49,13 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
     assert "(default: None)" not in text
     assert "(default: no limit)" in text
     options: dict[str, object] = {"energy": 0.9, "min_tokens": 2, "max_tokens": 64, "selector": "span"}
-    options |= {"enabled": False, "detail_low": {"energy": 0.5}, "detail_high": {}, "energy_floor": 0.1}
+    options |= {
+        "scope": "image",
+        "enabled": False,
+        "detail_low": {"energy": 0.5},
+        "detail_high": {},
+        "energy_floor": 0.1,
+    }
     options |= {"energy_ceiling": 1.0, "max_tokens_ceiling": 99, "out_of_bounds": "clamp", "report": True}
     assert options.keys() == ServerOptions.model_fields.keys()
     line = []
@@ -66,17 +72,18 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
 def test_metrics() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    report = ImageReport(
+    report = ItemReport(
         visual_tokens=576, kept_tokens=144, energy_threshold=0.99, energy_kept=0.991, selector="attention"
     )
-    metrics.count_images("m", [report, report], kv_bytes_per_token=10)
+    metrics.count("m", Pruning({"image": [report], "video": [report]}, 0.5, kv_bytes_per_token=10))
     metrics.observe_stages("m", encode=0.5, spectrum=0.0002, select=0.0003)
     metrics.count_rejected("m", "options")
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, {"model_name": "m", **labels})
 
-    assert value("eadaprune_images_total") == 2
+    assert value("eadaprune_images_total") == 1
+    assert value("eadaprune_videos_total") == 1
     assert value("eadaprune_visual_tokens_total", stage="encoded") == 1152
     assert value("eadaprune_visual_tokens_total", stage="kept") == 288
     assert value("eadaprune_tokens_saved_total") == 864

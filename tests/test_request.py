@@ -7,7 +7,7 @@ import pytest
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.options import ServerOptions
-from eadaprune_vllm.request import RequestContext, image_options, request_layers
+from eadaprune_vllm.request import RequestContext, item_options, request_layers
 
 SERVER = ServerOptions(energy=0.9, detail_low={"energy": 0.5})
 
@@ -25,8 +25,9 @@ def user(*parts: Any) -> dict[str, Any]:
 
 
 def energies(*messages: Any, header: str | None = None, options: object = None, kwargs: object = None) -> list[float]:
-    layers = request_layers(RequestContext(header, options), kwargs)
-    return [found.energy for found in image_options(SERVER, layers, list(messages))]
+    context = RequestContext(header, options)
+    options_of_each = item_options(SERVER, request_layers(context, kwargs), list(messages), context.met)
+    return [found.energy for found in options_of_each["image"]]
 
 
 def test_precedence_image_request_header_server() -> None:
@@ -61,6 +62,18 @@ def test_images_are_numbered_through_all_messages_as_vllm_does() -> None:
     audio = {"type": "audio_url", "audio_url": {"url": "x"}}
     messages = [system, first, answer, user(pil, audio, by_uuid, typed_by_uuid)]
     assert energies(*messages) == [0.1, 0.2, 0.3, 0.4, 0.9]
+
+
+def test_videos_are_numbered_by_themselves() -> None:
+    video = {"type": "video_url", "video_url": {"url": "data:,"}}
+    message = user(image(), video, video | {"eadaprune": {"energy": 0.3}}, image(eadaprune={"energy": 0.2}))
+    context = RequestContext()
+    found = item_options(SERVER, [], [message], context.met)
+    assert [options.energy for options in found["image"]] == [0.9, 0.2]
+    assert [options.energy for options in found["video"]] == [0.9, 0.3]
+    assert context.met == {"image": 2, "video": 2}
+    with pytest.raises(InvalidOptionsError, match=re.escape("videos[3].eadaprune.energy=2 is not allowed")):
+        item_options(SERVER, [], [user(video, video | {"eadaprune": {"energy": 2}})], context.met)
 
 
 def test_content_that_can_be_read_once_is_still_there_afterwards() -> None:

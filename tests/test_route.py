@@ -13,12 +13,12 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from eadaprune_vllm.report import ImageReport, Pruning
+from eadaprune_vllm.report import ItemReport, Pruning
 from eadaprune_vllm.request import RequestContext, current
 from eadaprune_vllm.route import PruningRoute
 
 DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
-IMAGE = ImageReport(visual_tokens=576, kept_tokens=76, energy_threshold=0.9, energy_kept=0.91, selector="span")
+IMAGE = ItemReport(visual_tokens=576, kept_tokens=76, energy_threshold=0.9, energy_kept=0.91, selector="span")
 
 
 class Body(BaseModel):
@@ -37,7 +37,7 @@ def app() -> FastAPI:
     async def handler(body: Body) -> Any:
         context = current()
         if body.images:
-            context.prunings.append(Pruning([IMAGE] * body.images, 0.25, kv_bytes_per_token=10))
+            context.prunings.append(Pruning({"image": [IMAGE] * body.images}, 0.25, kv_bytes_per_token=10))
         if body.wait:
             await asyncio.sleep(60)
         if body.stream:

@@ -12,7 +12,7 @@ ENERGIES = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
 def spectrum(features: torch.Tensor) -> Spectrum:
-    return Spectrum.of(VisualTokens(features, torch.zeros(len(features))))
+    return Spectrum.of([VisualTokens(features, None)])
 
 
 def reference_budget(features: torch.Tensor, energy: float) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from eadaprune_vllm.options import PruneOptions
     ("settings", "words"),
     [
         ({"limit_mm_per_prompt": {"image": 0}}, "so there is nothing to prune"),
-        ({"enable_mm_embeds": True}, "--enable-mm-embeds is not supported"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
         ({"mm_encoder_only": True}, "--mm-encoder-only is not supported"),
         ({"mm_encoder_attn_backend": "TORCH_SDPA"}, "--mm-encoder-attn-backend is not supported"),
@@ -41,6 +41,39 @@ def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], wo
     config = EngineArgs(str(model), max_model_len=1024, **settings).create_engine_config()
     with pytest.raises(StartupError, match=words):
         startup.check(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data is not supported"),
+        ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
+    ],
+)
+def test_flags_of_vllms_own_encoder_cannot_be_honoured(
+    family: Callable[[str], Path], settings: dict[str, Any], words: str
+) -> None:
+    config = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config()
+    with pytest.raises(StartupError, match=words):
+        startup.check(config)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_embeddings_that_do_not_say_where_lines_end_are_refused(family: Callable[[str], Path], name: str) -> None:
+    config = EngineArgs(str(family(name)), max_model_len=1024, enable_mm_embeds=True).create_engine_config()
+    with pytest.raises(StartupError, match="--enable-mm-embeds is not supported for this model"):
+        startup.check(config)
+
+
+def test_images_may_be_switched_off_where_there_are_videos(family: Callable[[str], Path]) -> None:
+    def config(**limits: int) -> Any:
+        args = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, limit_mm_per_prompt=dict(limits))
+        return args.create_engine_config()
+
+    startup.check(config(image=0))
+    startup.check(config(video=0))
+    with pytest.raises(StartupError, match="images and videos are switched off"):
+        startup.check(config(image=0, video=0))
 
 
 def test_modelscope_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,23 +105,24 @@ def front_end(model: Path) -> FrontEnd:
 
 
 def test_rows_are_in_the_models_dtype(front_end: FrontEnd) -> None:
-    rows, kept = front_end.prune(torch.randn(1, 3, 336, 336), PruneOptions(energy=0.9))
+    rows, kept = front_end.prune({"pixel_values": torch.randn(1, 3, 336, 336)}, PruneOptions(energy=0.9))
     assert rows.dtype == torch.float16
     assert rows.shape == (len(kept), 256)
 
 
 def test_rows_that_overflow_the_models_dtype_are_refused(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = front_end.encoder.tower.encoder.layers[-1].mlp.fc2.weight
+    encoder: Any = front_end.encoder
+    weight = encoder.vision_tower.encoder.layers[-1].mlp.fc2.weight
     monkeypatch.setattr(weight, "data", weight * 1e6)
     with pytest.raises(NonFiniteFeaturesError, match=r"too large for torch\.float16"):
-        front_end.prune(torch.ones(1, 3, 336, 336), PruneOptions())
+        front_end.prune({"pixel_values": torch.ones(1, 3, 336, 336)}, PruneOptions())
 
 
 def test_concurrent_callers_get_what_each_would_get_alone(front_end: FrontEnd) -> None:
     scenes = [torch.randn(1, 3, 336, 336) * scale for scale in (0.1, 0.5, 1, 2) for _ in range(6)]
 
     def kept(pixels: torch.Tensor) -> list[int]:
-        return front_end.prune(pixels, PruneOptions(energy=0.97))[1].indices.tolist()
+        return front_end.prune({"pixel_values": pixels}, PruneOptions(energy=0.97))[1].indices.tolist()
 
     alone = [kept(pixels) for pixels in scenes]
     with ThreadPoolExecutor(4) as pool:

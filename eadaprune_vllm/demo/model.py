@@ -7,6 +7,7 @@ they say nothing about the quality of answers.
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -25,7 +26,7 @@ from transformers import (
 
 SEED = 0
 IMAGE_SIZE, PATCH_SIZE = 336, 14
-_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -58,7 +59,7 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -
         tower: ``clip`` (with a CLS token) or ``siglip`` (without).
         max_shard_size: splits the weights over several files if they are larger.
     """
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer("<image>")
     vision = {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -85,13 +86,7 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -
         vision_feature_layer=-2,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(SEED)
-        model = LlavaForConditionalGeneration(config)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.ndim > 1:
-                    weight.normal_(0, _scale(name, weight))
+    model = random_model(LlavaForConditionalGeneration, config)
     folder.mkdir(parents=True)
     config.dtype = torch.bfloat16
     config.architectures = [type(model).__name__]
@@ -112,6 +107,18 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -
         chat_template=_CHAT_TEMPLATE,
         num_additional_image_tokens=int(tower == "clip"),
     ).save_pretrained(folder)
+
+
+def random_model(model_class: Any, config: Any) -> Any:
+    """A model whose weights depend on ``SEED`` alone, and whose answers on its images."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        model = model_class(config)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0, _scale(name, weight))
+    return model
 
 
 def _hub_name(name: str) -> str:
@@ -135,14 +142,15 @@ def _scale(name: str, weight: torch.Tensor) -> float:
     return float(fan_in**-0.5) if "embed_tokens" not in name else 1.0
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, after the special ones."""
+def byte_tokenizer(*placeholders: str) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, after the special ones and those that stand for images."""
+    special = [*_SPECIAL, *placeholders]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(_SPECIAL + alphabet)}
+    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

@@ -1,5 +1,26 @@
 """The supported architectures: what vLLM calls them -> our class in their place."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eadaprune_vllm.encoder import VisionEncoder
+
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "eadaprune_vllm.models.llava:PrunedLlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "eadaprune_vllm.models.llava_next:PrunedLlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration": (
+        "eadaprune_vllm.models.llava_onevision:PrunedLlavaOnevisionForConditionalGeneration"
+    ),
+    "Qwen2VLForConditionalGeneration": "eadaprune_vllm.models.qwen2_vl:PrunedQwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration": "eadaprune_vllm.models.qwen2_5_vl:PrunedQwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "eadaprune_vllm.models.qwen3_vl:PrunedQwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration": "eadaprune_vllm.models.qwen3_vl:PrunedQwen3VLMoeForConditionalGeneration",
 }
+
+
+def encoder_class(architecture: str) -> "type[VisionEncoder]":
+    """What a front end runs of a supported model."""
+    module, _, name = ARCHITECTURES[architecture].partition(":")
+    encoder: type[VisionEncoder] = getattr(import_module(module), name).encoder
+    return encoder

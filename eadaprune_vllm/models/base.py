@@ -1,68 +1,71 @@
-"""What every adapter shares: the processor half, which prunes, and the model half, which has no tower.
+"""The processor half of every adapter: it prunes.
 
-Invariant: count and content come from one object. ``FrontEnd.prune`` decides once; the rows, the placeholders and
-the report of an image are all made from that decision, and travel with its cache entry.
+Invariant: count and content come from one object. ``FrontEnd.prune`` decides once; the rows, the placeholders, the
+positions and the report of an item are all made from that decision, and travel with its cache entry.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import draw
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.models import encoder_class
+from eadaprune_vllm.models.fields import FEATURES, KEPT, NEWLINES, ROWS
 from eadaprune_vllm.options import KEY, PruneOptions, ServerOptions
-from eadaprune_vllm.report import ImagePreview, ImageReport, Pruning
-from eadaprune_vllm.request import RequestContext, refusals, request_layers
-
-# Fields of one image on their way to the engine. Only the rows are for the model.
-ROWS = "image_features"  # [k, D], the model's dtype
-INDICES = "kept_indices"  # [k] int64, on the CPU
-ENERGY = "energy_kept"  # [] float64, on the CPU
+from eadaprune_vllm.prune import Encoding, Kept
+from eadaprune_vllm.report import ItemPreview, ItemReport, Pruning
+from eadaprune_vllm.request import MODALITIES, ItemOptions, RequestContext, refusals, request_layers
 
 
 @dataclass
 class PrunedDetails(PromptUpdateDetails):
-    """Placeholders of one image, with the report that a cache hit repeats."""
+    """Placeholders of one item, with the report that a cache hit repeats."""
 
-    report: ImageReport | None = None
+    report: ItemReport | None = None
 
 
 @dataclass
-class Images:
-    """The images of one request on their way through the processor.
+class Items:
+    """The images and videos of one request on their way through the processor.
 
     Attributes:
-        options: of each image, resolved.
+        options: of each, resolved.
         cached: whether vLLM's processor cache has it.
-        seconds: how long it took to prune each of the others.
-        reports: one per image, once they are known.
+        kept: what was decided about those that it has not.
+        seconds: how long that took.
+        reports: of each, once they are known.
     """
 
-    options: tuple[PruneOptions, ...]
-    cached: list[bool]
+    options: ItemOptions
+    cached: dict[str, list[bool]]
+    kept: dict[str, list[Kept]] = field(default_factory=lambda: defaultdict(list))
     seconds: list[float] = field(default_factory=list)
-    reports: list[ImageReport] = field(default_factory=list)
+    reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
 
 
 class PruningProcessor(BaseMultiModalProcessor):
     """Mixin in front of a model's multimodal processor.
 
     Modifications:
-    - an image's resolved options are part of its cache key, as one canonical string
-    - ships the kept feature rows in place of pixels
+    - an item's resolved options are part of its cache key, as one canonical string
+    - ships the kept rows in place of pixels, and what else of the item is no tensor for the tower
     - as many placeholders as rows
-    - dummy inputs are zero rows of the full size; they never need the tower
+    - dummy inputs are zero rows of the full size; they never need the encoder
     """
 
     front_end: FrontEnd | None = None  # set in front-end processes only
@@ -74,39 +77,43 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         assert self.front_end, "images are encoded in front-end processes only"
-        count = inputs.mm_data_items.get_count("image", strict=False)
+        counts = {modality: inputs.mm_data_items.get_count(modality, strict=False) for modality in MODALITIES}
         options = inputs.hf_processor_mm_kwargs.get(KEY)
-        if not isinstance(options, tuple):  # no chat messages: a prompt of LLM.generate, or of raw tokens over HTTP
+        if not isinstance(options, ItemOptions):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
             with refusals(self.front_end):
                 layers = request_layers(RequestContext(), inputs.hf_processor_mm_kwargs)
-                options = (self.server_options.resolve(*layers),) * count
-        if len(options) != count:
-            raise VLLMServerError(f"{len(options)} sets of pruning options for {count} images")
-        images = Images(options, [False] * count)
-        kwargs_with_images = {**inputs.hf_processor_mm_kwargs, KEY: images}
-        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs_with_images), *args, **kwargs)
-        result[KEY] = Pruning(images.reports, sum(images.seconds), self.front_end.kv_bytes_per_token)
+                resolved = self.server_options.resolve(*layers)
+            options = ItemOptions({modality: (resolved,) * count for modality, count in counts.items()})
+        if counts != {modality: len(of_each) for modality, of_each in options.items()}:
+            raise VLLMServerError(f"options for {options} where there are {counts}")
+        items = Items(options, {modality: [False] * count for modality, count in counts.items()})
+        with_items = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: items})
+        result = super().apply(with_items, *args, **kwargs)
+        result[KEY] = Pruning(items.reports, sum(items.seconds), self.front_end.kv_bytes_per_token)
         return result
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
-        images, _ = _split(inputs.hf_processor_mm_kwargs)
-        updates = [update.content.report for updates in result.prompt_updates.get("image", []) for update in updates]
-        images.reports = [
-            report.model_copy(update={"cached": cached}) for report, cached in zip(updates, images.cached, strict=True)
-        ]
+        items, _ = _split(inputs.hf_processor_mm_kwargs)
+        for modality, updates in result.prompt_updates.items():
+            reports = [update.content.report for (update,) in updates]
+            items.reports[modality] = [
+                report.model_copy(update={"cached": cached})
+                for report, cached in zip(reports, items.cached[modality], strict=True)
+            ]
         return result
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        images, others = _split(inputs.hf_processor_mm_kwargs)
+        items, others = _split(inputs.hf_processor_mm_kwargs)
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
-        if images.options:
-            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-            hashes["image"] = [
-                MultiModalHasher.hash_kwargs(algorithm, image=image, **{KEY: options.key})
-                for image, options in zip(hashes["image"], images.options, strict=True)
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        return {
+            modality: [
+                MultiModalHasher.hash_kwargs(algorithm, item=item, **{KEY: options.key})
+                for item, options in zip(of_each, items.options[modality], strict=True)
             ]
-        return hashes
+            for modality, of_each in hashes.items()
+        }
 
     def _get_cache_missing_items(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -115,141 +122,206 @@ class PruningProcessor(BaseMultiModalProcessor):
             if "data is not provided" not in str(error):
                 raise
             raise VLLMValidationError(
-                f"{error} An image sent by its uuid alone must have been sent before, under the same pruning options.",
+                f"{error} What is sent by its uuid alone must have been sent before, under the same pruning options.",
                 parameter="messages",
             ) from None
 
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
-        images, others = _split(inputs.hf_processor_mm_kwargs)
-        images.cached = mm_is_cached.get("image", images.cached)
-        missing = [options for options, cached in zip(images.options, images.cached, strict=True) if not cached]
-        return others | {KEY: replace(images, options=tuple(missing))}
+        items, others = _split(inputs.hf_processor_mm_kwargs)
+        items.cached |= mm_is_cached
+        missing = ItemOptions(
+            {
+                modality: tuple(of for of, cached in zip(of_each, items.cached[modality], strict=True) if not cached)
+                for modality, of_each in items.options.items()
+            }
+        )
+        others = super()._get_cache_missing_processor_kwargs(
+            replace(inputs, hf_processor_mm_kwargs=others), mm_is_cached
+        )
+        return {**others, KEY: replace(items, options=missing)}
 
-    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         assert self.front_end
-        images, hf_kwargs = _split(hf_kwargs)
-        batch: dict[str, list[torch.Tensor]] = {ROWS: [], INDICES: [], ENERGY: []}
-        for image, options in zip(hf_data["images"], images.options, strict=True):
-            # One image per call, here as in the encoder: what comes out must not depend on its neighbours.
-            pixels = self._pixels({**hf_data, "images": [image]}, hf_kwargs)
-            start = time.perf_counter()
-            with _server_errors():
-                rows, kept = self.front_end.prune(pixels, options)
-            images.seconds.append(time.perf_counter() - start)
-            batch[ROWS].append(rows)
-            batch[INDICES].append(kept.indices)
-            batch[ENERGY].append(torch.tensor(kept.energy, dtype=torch.float64))
+        items, others = _split(hf_kwargs)
+        batch: dict[str, Any] = {}
+        for modality, of_each in items.options.items():
+            # One item per call, here as in the encoder: what comes out must not depend on its neighbours.
+            for index, options in enumerate(of_each):
+                source, metadata = self._source(mm_items, modality, index, others)
+                start = time.perf_counter()
+                with _refused_features(source):
+                    rows, kept = self.front_end.prune(source, options)
+                items.seconds.append(time.perf_counter() - start)
+                items.kept[modality].append(kept)
+                projected = isinstance(source, Encoding) or self.front_end.encoder.projected
+                fields = {modality + (ROWS if projected else FEATURES): [rows], modality + KEPT: [kept.placeholders]}
+                for name, value in (metadata | fields | {modality + NEWLINES: [kept.newlines]}).items():
+                    batch[name] = _joined(batch.get(name), value)
         return BatchFeature(batch)
 
-    def _pixels(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> torch.Tensor:
-        pixels: torch.Tensor = super()._call_hf_processor(hf_data, hf_kwargs)["pixel_values"]
-        return pixels
+    def _source(
+        self, mm_items: Any, modality: str, index: int, hf_kwargs: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any] | Encoding, dict[str, Any]]:
+        """What is to be pruned of one item: what the encoder is fed with, or embeddings that the client made. And what
+        the engine is told about the item besides: whatever vLLM keeps on the CPU."""
+        assert self.front_end
+        of_each = mm_items[modality]
+        if isinstance(of_each, EmbeddingItems | DictEmbeddingItems):
+            inputs, fields = _embeddings(of_each, index)
+        else:
+            alone = self.info.parse_mm_data({modality: [of_each[index]]}, validate=False)
+            own = super()._get_cache_missing_processor_kwargs(
+                ProcessorInputs([], mm_items, hf_processor_mm_kwargs=hf_kwargs),
+                {modality: [other != index for other in range(len(of_each))]},
+            )
+            inputs = super()._apply_hf_processor_main(alone, own)
+            fields = super()._get_mm_fields_config(inputs, own)
+        metadata = {name: inputs[name] for name in fields.keys() & inputs.keys() if fields[name].field.keep_on_cpu}
+        embeddings = inputs.get(f"{modality}_embeds")
+        return inputs if embeddings is None else self.front_end.encoder.embedded(embeddings, inputs), metadata
 
-    def preview(self, images: Sequence[Any], options: Sequence[PruneOptions], overlay: bool) -> Pruning:
-        """What pruning makes of images that are not part of a prompt.
+    def warm_up(self) -> None:
+        """Encode a blank image, so that the first request does not pay for what is set up once."""
+        assert self.front_end
+        if self.info.ctx.get_mm_config().get_limit_per_prompt("image"):
+            mm_items = self.info.parse_mm_data({"image": [Image.new("RGB", (56, 56))]})
+            self.front_end.warm_up(self._source(mm_items, "image", 0, {})[0])
+
+    def preview(self, items: Mapping[str, Any], options: ItemOptions, overlay: bool) -> Pruning:
+        """What pruning makes of images and videos that are not part of a prompt.
 
         Args:
-            images: as vLLM fetches them.
-            options: resolved, of each image.
+            items: as vLLM fetches them, by modality.
+            options: resolved, of each.
             overlay: whether to draw what is kept.
 
         Raises:
-            VLLMServerError: if the features of an image are not finite.
+            VLLMServerError: if the features of one are not finite.
         """
         assert self.front_end
-        previews, start = [], time.perf_counter()
-        for image, chosen in zip(images, options, strict=True):
-            items = self.info.parse_mm_data({"image": [image]})
-            hf_data, hf_kwargs, _ = self._get_hf_mm_inputs(items, {})
-            with _server_errors():
-                kept, spectrum = self.front_end.preview(self._pixels(hf_data, hf_kwargs), chosen)
-            picture = None
-            if overlay:
-                tower_sees = draw.seen(self.info.get_hf_processor().image_processor, hf_data["images"][0])
-                grid = self.front_end.encoder.spec.grid
-                picture = draw.data_url(draw.dim_pruned(tower_sees, kept.indices.tolist(), grid))
-            report = _report(kept.num_tokens, len(kept), kept.energy, chosen)
-            previews.append(ImagePreview(**report.model_dump(), curve=spectrum.curve(), overlay=picture))
+        start = time.perf_counter()
+        mm_items = self.info.parse_mm_data(items)
+        previews: dict[str, list[ItemPreview]] = defaultdict(list)
+        for modality, of_each in options.items():
+            for index, chosen in enumerate(of_each):
+                source, _ = self._source(mm_items, modality, index, {})
+                with _refused_features(source):
+                    kept, encoding = self.front_end.preview(source, chosen)
+                drawn = None
+                if overlay:
+                    pictures = self._pictures(modality, mm_items[modality].get(index), len(encoding.grids))
+                    drawn = draw.data_url(draw.dim_pruned(pictures, kept.indices.tolist(), encoding.grids))
+                report = _report(kept, chosen)
+                curve = encoding.spectrum(chosen.scope).curve()
+                previews[modality].append(ItemPreview(**report.model_dump(), curve=curve, overlay=drawn))
         return Pruning(previews, time.perf_counter() - start, self.front_end.kv_bytes_per_token)
 
-    def _get_mm_fields_config(self, *_: Any) -> Mapping[str, MultiModalFieldConfig]:
-        return {
-            ROWS: MultiModalFieldConfig.batched("image"),
-            INDICES: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-            ENERGY: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-        }
+    def _pictures(self, modality: str, item: Any, count: int) -> list[Image.Image]:
+        """What the grids of an encoding lie over: an image each time, a video's frames at equal distances."""
+        if modality == "image":
+            return [item.convert("RGB")] * count
+        frames = item[0] if isinstance(item, tuple) else item
+        return [Image.fromarray(frames[len(frames) * number // count]) for number in range(count)]
+
+    def _get_mm_fields_config(self, *args: Any) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(super()._get_mm_fields_config(*args))
+        for modality in MODALITIES:
+            fields |= {modality + name: MultiModalFieldConfig.batched(modality) for name in (ROWS, FEATURES, NEWLINES)}
+            fields[modality + KEPT] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+        return fields
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
     ) -> Sequence[PromptUpdate]:
-        images, hf_kwargs = _split(hf_processor_mm_kwargs)
+        items, others = _split(hf_processor_mm_kwargs)
 
         def pruned(update: PromptUpdate) -> PromptUpdate:
             def replacement(item_idx: int) -> PrunedDetails:
-                unpruned: list[int] = update.replacement(item_idx)
-                item = out_mm_kwargs[update.modality][item_idx].get_data()
-                kept = item[INDICES].tolist()
-                report = _report(len(unpruned), len(kept), float(item[ENERGY]), images.options[item_idx])
-                return PrunedDetails(full=[unpruned[index] for index in kept], report=report)
+                unpruned = update.replacement(item_idx)
+                if not isinstance(unpruned, PromptUpdateDetails):
+                    unpruned = PromptUpdateDetails(unpruned)
+                full = torch.tensor(unpruned.full)
+                embeds = unpruned.is_embed(unpruned.full) if unpruned.is_embed else torch.ones_like(full).bool()
+                kept = items.kept[update.modality][item_idx]
+                if embeds.sum() != kept.unpruned:
+                    raise VLLMServerError(f"{kept.unpruned} tokens were encoded where vLLM expects {embeds.sum()}")
+                stays = ~embeds
+                stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
+                report = _report(kept, items.options[update.modality][item_idx])
+                return PrunedDetails(full[stays].tolist(), unpruned.is_embed, report)
 
             return replace(update, replacement=replacement)
 
-        return [pruned(update) for update in super()._get_prompt_updates(mm_items, hf_kwargs, out_mm_kwargs)]
+        return [pruned(update) for update in super()._get_prompt_updates(mm_items, others, out_mm_kwargs)]
 
     def get_dummy_mm_inputs(self, mm_counts: Mapping[str, int], **_: Any) -> Any:
-        config = self.info.get_hf_config()
-        count, num_tokens = mm_counts.get("image", 0), self.info.get_max_image_tokens()
-        rows = torch.zeros(num_tokens, config.vision_config.hidden_size, dtype=self.info.ctx.model_config.dtype)
-        batch = {
-            ROWS: [rows] * count,
-            INDICES: [torch.arange(num_tokens)] * count,
-            ENERGY: [torch.ones((), dtype=torch.float64)] * count,
-        }
+        model_config = self.info.ctx.model_config
+        encoder = encoder_class(model_config.architecture)
+        lengths = self.info.get_mm_max_tokens_per_item(model_config.max_model_len, mm_counts)
+        batch: dict[str, Any] = {}
+        placeholders: dict[str, list[PlaceholderRange]] = {}
+        end = 0
+        for modality, count in mm_counts.items():
+            length = lengths[modality]
+            rows = torch.zeros(length, encoder.row_width(model_config.hf_config), dtype=model_config.dtype)
+            batch[modality + (ROWS if encoder.projected else FEATURES)] = [rows] * count
+            batch[modality + NEWLINES] = [torch.zeros(length, dtype=torch.bool)] * count
+            batch[modality + KEPT] = [torch.arange(length)] * count
+            placeholders[modality] = [PlaceholderRange(end + number * length, length) for number in range(count)]
+            end += count * length
         return {
             "type": "multimodal",
-            "prompt_token_ids": [config.image_token_index] * (num_tokens * count),
-            "mm_kwargs": MultiModalKwargsItems.from_hf_inputs(BatchFeature(batch), self._get_mm_fields_config()),
-            "mm_hashes": {"image": [f"{KEY}-dummy-{index}" for index in range(count)]},
-            "mm_placeholders": {
-                "image": [PlaceholderRange(offset=index * num_tokens, length=num_tokens) for index in range(count)]
+            "prompt_token_ids": [0] * end,
+            "mm_kwargs": MultiModalKwargsItems.from_hf_inputs(
+                BatchFeature(batch), self._get_mm_fields_config(BatchFeature(batch), {})
+            ),
+            "mm_hashes": {
+                modality: [f"{KEY}-dummy-{modality}-{number}" for number in range(count)]
+                for modality, count in mm_counts.items()
             },
+            "mm_placeholders": placeholders,
         }
 
 
-def _report(visual_tokens: int, kept_tokens: int, energy: float, options: PruneOptions) -> ImageReport:
-    return ImageReport(
-        visual_tokens=visual_tokens,
-        kept_tokens=kept_tokens,
+def _report(kept: Kept, options: PruneOptions) -> ItemReport:
+    return ItemReport(
+        visual_tokens=kept.unpruned,
+        kept_tokens=len(kept.placeholders),
+        newline_tokens=int(kept.newlines.sum()),
         energy_threshold=options.threshold,
-        energy_kept=energy,
-        selector=options.selector,
+        energy_kept=kept.energy,
+        selector=kept.selector,
     )
 
 
 @contextmanager
-def _server_errors() -> Iterator[None]:
+def _refused_features(source: object) -> Iterator[None]:
     """While open, features that cannot be pruned fail the request, not the server."""
     try:
         yield
     except NonFiniteFeaturesError as error:
+        if isinstance(source, Encoding):  # the client's own
+            raise VLLMValidationError(str(error), parameter="messages") from None
         raise VLLMServerError(str(error)) from None
 
 
-def _split(hf_kwargs: Mapping[str, Any]) -> tuple[Images, dict[str, Any]]:
-    """Our images, and what is left for vLLM, which must never see them."""
+def _split(hf_kwargs: Mapping[str, Any]) -> tuple[Items, dict[str, Any]]:
+    """Our items, and what is left for vLLM, which must never see them."""
     others = dict(hf_kwargs)
     return others.pop(KEY), others
 
 
-@contextmanager
-def no_tower(module: Any, builder: str) -> Iterator[None]:
-    """While open, the function ``builder`` of a vLLM model's module builds nothing.
+def _joined(batch: Any, more: Any) -> Any:
+    """One batch of the items of both."""
+    if batch is None:
+        return more
+    return torch.cat((batch, more)) if isinstance(batch, torch.Tensor) else [*batch, *more]
 
-    Lets a subclass call the model's own ``__init__`` instead of repeating it.
-    """
-    original = getattr(module, builder)
-    setattr(module, builder, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        setattr(module, builder, original)
+
+def _embeddings(of_each: Any, index: int) -> tuple[Mapping[str, Any], Mapping[str, MultiModalFieldConfig]]:
+    """Precomputed embeddings of one of several items and what came with them, and what vLLM says about these fields."""
+    if isinstance(of_each, EmbeddingItems):
+        return {f"{of_each.modality}_embeds": of_each.get(index)}, {}
+    every = MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(of_each.data)), of_each.fields_config)
+    one = MultiModalKwargsItems({of_each.modality: [every[of_each.modality][index]]})
+    return one.get_data(), of_each.fields_config

@@ -1,0 +1,56 @@
+"""Qwen2.5-VL (Qwen2-VL with attention in windows)."""
+
+import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    get_vision_window_index,
+)
+from vllm.config import VllmConfig
+from vllm.model_executor.models import qwen2_5_vl
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.models.qwen2_vl import QwenVisionEncoder
+from eadaprune_vllm.models.towerless import Towerless, UnprunedPositions, instead, nothing, without
+
+
+class Qwen2_5_VLVisionEncoder(QwenVisionEncoder):
+    """Qwen2.5-VL's. Its blocks see the tokens window by window."""
+
+    tower_class = Qwen2_5_VisionTransformerPretrainedModel
+
+    def in_raster_order(self, attention: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        vision = self.hf_config.vision_config
+        order, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return attention[order.argsort()]
+
+
+class PrunedQwen2_5_VLProcessor(PruningProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+    """Qwen2.5-VL's processor, pruning."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedQwen2_5_VLProcessor,
+    info=qwen2_5_vl.Qwen2_5_VLProcessingInfo,
+    dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder,
+)
+class PrunedQwen2_5_VLForConditionalGeneration(
+    Towerless, UnprunedPositions, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
+):
+    """Modifications:
+    - has no vision tower and skips its weights
+    """
+
+    encoder = Qwen2_5_VLVisionEncoder
+    supports_tower_connector_lora = False
+    supports_mm_device_do_normalize = False
+    hf_to_vllm_mapper = without(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration, "visual.")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with instead(qwen2_5_vl, Qwen2_5_VisionTransformer=nothing):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -1,0 +1,237 @@
+"""Small checkpoints of every supported architecture, with random weights: they show that the plumbing works."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
+)
+
+from eadaprune_vllm.demo.model import byte_tokenizer, random_model
+
+SIDE, PATCH = 112, 14  # of a tile: 64 tokens
+TILES = [[112, 224], [224, 112], [224, 224], [112, 336], [336, 112]]
+_TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+_TEMPLATE = (
+    "{{% for message in messages %}}{{{{ message['role'].upper() }}}}: "
+    "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
+    "{{% for part in message['content'] %}}{{% if part['type'] in ('image', 'image_url') %}}{image}"
+    "{{% elif part['type'] in ('video', 'video_url') %}}{video}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{{% endfor %}}{{% endif %}} {{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}"
+)
+LLAVA = byte_tokenizer("<image>", "<video>")
+QWEN = byte_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return _TEXT | {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _tower(config: Any) -> Any:
+    return config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+
+
+def _llava_next(text: Any) -> tuple[Any, Any, Any]:
+    config = LlavaNextConfig(
+        vision_config=_tower(CLIPVisionConfig),
+        text_config=text(**_text(LLAVA)),
+        image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=TILES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    size = {"height": SIDE, "width": SIDE}
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=TILES),
+        LLAVA,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        num_additional_image_tokens=1,
+    )
+    return LlavaNextForConditionalGeneration, config, processor
+
+
+def _llava_onevision() -> tuple[Any, Any, Any]:
+    tiles = [[SIDE * rows, SIDE * columns] for rows in range(1, 5) for columns in range(1, 5)]
+    config = LlavaOnevisionConfig(
+        vision_config=_tower(SiglipVisionConfig),
+        text_config=Qwen2Config(**_text(LLAVA)),
+        image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
+        video_token_index=LLAVA.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=tiles,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+    )
+    size = {"height": SIDE, "width": SIDE}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=tiles),
+        LLAVA,
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=_TEMPLATE.format(image="<image>\n", video="<video>\n"),
+        vision_aspect_ratio="anyres_max_9",
+    )
+    return LlavaOnevisionForConditionalGeneration, config, processor
+
+
+def _qwen(
+    model: Any, config: Any, processor: Any, video: Any, vision: dict[str, Any], text: dict[str, Any], patch: int
+) -> tuple[Any, Any, Any]:
+    ids = {
+        name: QWEN.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image_token_id", "<|image_pad|>"),
+            ("video_token_id", "<|video_pad|>"),
+            ("vision_start_token_id", "<|vision_start|>"),
+            ("vision_end_token_id", "<|vision_end|>"),
+        )
+    }
+    pad = "<|vision_start|><|{}_pad|><|vision_end|>"
+    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 336 * 336}
+    return (
+        model,
+        config(vision_config=vision | {"patch_size": patch}, text_config=_text(QWEN) | text, **ids),
+        processor(
+            Qwen2VLImageProcessor(size=pixels, patch_size=patch, **norm),
+            QWEN,
+            video(size=pixels | {"longest_edge": 8 * 112 * 112}, patch_size=patch, **norm),
+            chat_template=_TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
+        ),
+    )
+
+
+def _qwen2() -> tuple[Any, Any, Any]:
+    vision = {"depth": 3, "embed_dim": 64, "num_heads": 4, "hidden_size": 128, "mlp_ratio": 2}
+    text = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    return _qwen(
+        Qwen2VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLProcessor, Qwen2VLVideoProcessor, vision, text, 14
+    )
+
+
+def _qwen2_5() -> tuple[Any, Any, Any]:
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "fullatt_block_indexes": [1, 3],
+        "window_size": 56,
+        "tokens_per_second": 2,
+    }
+    text = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    return _qwen(
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        Qwen2VLVideoProcessor,
+        vision,
+        text,
+        14,
+    )
+
+
+def _qwen3(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, Any]:
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": [0, 2],
+    }
+    rope = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {"rope_scaling": rope, "head_dim": 32} | text
+    return _qwen(model, config, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, text, 16)
+
+
+_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
+FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
+    "llava_next": lambda: _llava_next(LlamaConfig),
+    "llava_next_mistral": lambda: _llava_next(MistralConfig),
+    "llava_onevision": _llava_onevision,
+    "qwen2_vl": _qwen2,
+    "qwen2_5_vl": _qwen2_5,
+    "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),
+    "qwen3_vl_moe": lambda: _qwen3(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, _MOE),
+}
+
+
+def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A weight that transformers saves as the hub has it."""
+    if ".experts." in name:
+        weight = weight.transpose(1, 2).contiguous()
+    return name.replace("vision_tower.", "vision_tower.vision_model."), weight
+
+
+def make_family(name: str, folder: Path) -> Path:
+    """Write a checkpoint, its weights named as on the hub, which is what vLLM's loaders know."""
+    model_class, config, processor = FAMILIES[name]()
+    config.dtype = torch.bfloat16
+    config.architectures = [model_class.__name__]
+    random_model(model_class, config).to(torch.bfloat16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(dict(map(_hub, *zip(*weights.items(), strict=True))), folder / "model.safetensors", {"format": "pt"})
+    processor.save_pretrained(folder)
+    return folder

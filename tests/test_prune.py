@@ -1,0 +1,146 @@
+"""The decision about one image: whole, in parts, and with newlines."""
+
+import pytest
+import torch
+
+from eadaprune_vllm.encoder import whole
+from eadaprune_vllm.errors import NonFiniteFeaturesError
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Encoding, prune
+from eadaprune_vllm.selectors import SELECTORS, VisualTokens
+from eadaprune_vllm.spectrum import Spectrum
+
+
+def tokens(num_tokens: int, width: int, decay: float = 0.75) -> VisualTokens:
+    features = torch.randn(num_tokens, width) * torch.arange(1, width + 1.0) ** -decay
+    return VisualTokens(features, torch.rand(num_tokens))
+
+
+def image(num_tokens: int, width: int = 40) -> Encoding:
+    return whole(tokens(num_tokens, width), (1, num_tokens))
+
+
+def tiles(*decays: float, length: int = 30) -> Encoding:
+    """Tiles of different density, their tokens interleaved."""
+    parts = [tokens(length, 40, decay) for decay in decays]
+    features = torch.stack([part.features for part in parts], 1).flatten(0, 1)
+    found = VisualTokens(features, torch.rand(len(features)))
+    return Encoding(found, torch.arange(len(parts)).repeat(length), ((length, len(parts)),))
+
+
+def counts(encoding: Encoding, **options: object) -> list[int]:
+    """Tokens kept of each part."""
+    kept = prune(encoding, PruneOptions.model_validate(options))
+    return torch.bincount(encoding.part[kept.indices], minlength=len(encoding.parts)).tolist()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_kept_is_in_raster_order_and_within_the_clamps(selector: str) -> None:
+    found = image(60)
+    unclamped = len(prune(found, PruneOptions(energy=0.9, min_tokens=1, selector=selector)))
+    assert 4 < unclamped < 30
+    for low, high in ((1, None), (30, None), (1, 4), (30, 40), (100, None)):
+        kept = prune(found, PruneOptions(energy=0.9, min_tokens=low, max_tokens=high, selector=selector))
+        assert len(kept) == min(max(unclamped, low), high or 60, 60)
+        assert kept.indices.tolist() == kept.placeholders.tolist() == sorted(set(kept.indices.tolist()))
+
+
+@pytest.mark.parametrize("options", [{"energy": 1.0}, {"enabled": False, "energy": 0.5, "max_tokens": 20}])
+@pytest.mark.parametrize("scope", ["tile", "image"])
+def test_null_case_keeps_every_token(options: dict[str, object], scope: str) -> None:
+    kept = prune(tiles(0.5, 2, length=15), PruneOptions.model_validate(options | {"scope": scope}))
+    assert kept.indices.tolist() == list(range(30))
+    assert kept.energy == 1.0
+
+
+def test_every_token_means_no_more_than_the_most_allowed() -> None:
+    """So that a bound on tokens holds at any threshold, and min = max is a fixed budget."""
+    found = image(30, 8)
+    kept = prune(found, PruneOptions(energy=1.0, min_tokens=1, max_tokens=5))
+    assert len(kept) == 5
+    assert kept.energy == pytest.approx(Spectrum.of([found.tokens]).energy_at(5))
+
+
+def test_without_attention_the_selector_is_span() -> None:
+    known = image(50)
+    unknown = whole(VisualTokens(known.tokens.features, None), (1, 50))
+    kept = prune(unknown, PruneOptions(energy=0.9, selector="attention"))
+    assert kept.selector == "span"
+    assert kept.indices.tolist() == prune(known, PruneOptions(energy=0.9, selector="span")).indices.tolist()
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
+def test_each_part_has_the_budget_it_would_have_alone(energy: float) -> None:
+    found = tiles(0.25, 0.75, 2)
+    alone = [Spectrum.of([part]).budget(energy) for _, part in found.parts]
+    assert len(set(alone)) == 3
+    assert counts(found, energy=energy, min_tokens=1) == alone
+    # One budget for all of it is another matter.
+    together = Spectrum.of([found.tokens]).budget(energy)
+    assert sum(counts(found, energy=energy, min_tokens=1, scope="image")) == together != sum(alone)
+
+
+def test_bounds_on_all_parts_move_the_threshold_common_to_them() -> None:
+    found = tiles(0.25, 0.75, 2)
+    spectra = [Spectrum.of([part]) for _, part in found.parts]
+    for budget in range(1, 91):
+        of_each = counts(found, energy=0.9, min_tokens=budget, max_tokens=budget)
+        assert sum(of_each) == budget
+        # No part is short of an energy that another one's last token was not needed for.
+        reached = [spectrum.energy_at(k) if k else 0 for spectrum, k in zip(spectra, of_each, strict=True)]
+        needless = [spectrum.energy_at(k - 1) if k > 1 else 0 for spectrum, k in zip(spectra, of_each, strict=True)]
+        assert max(needless) <= min(reached) + 1e-6
+
+
+def test_the_energy_reported_is_that_of_all_parts() -> None:
+    found = tiles(0.25, 2)
+    kept = prune(found, PruneOptions(energy=0.8, min_tokens=1))
+    spectra = [Spectrum.of([part]) for _, part in found.parts]
+    totals = [float(part.features.square().sum()) for _, part in found.parts]
+    of_each = counts(found, energy=0.8, min_tokens=1)
+    held = sum(total * spectrum.energy_at(k) for total, spectrum, k in zip(totals, spectra, of_each, strict=True))
+    assert kept.energy == pytest.approx(held / sum(totals), rel=1e-5)
+
+
+def test_a_part_of_zeros_needs_one_token() -> None:
+    found = tiles(0.5, 0.5)
+    found.tokens.features[found.part == 1] = 0
+    assert counts(found, energy=0.99, min_tokens=1)[1] == 1
+
+
+def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
+    """Two tokens without a line, then three lines of three with a newline after each."""
+    line = torch.tensor([-1, -1, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    found = VisualTokens(torch.randn(11, 4), torch.zeros(11))
+    found.attention[torch.tensor([1, 4, 8])] = 1.0  # type: ignore[index]
+    encoding = Encoding(found, torch.zeros(11).long(), ((1, 11),), line=line, newline=torch.full((4,), 7.0))
+    assert encoding.newlines.nonzero()[:, 0].tolist() == [5, 9, 13]
+
+    kept = prune(encoding, PruneOptions(min_tokens=3, max_tokens=3))
+    assert kept.unpruned == 14
+    assert kept.placeholders.tolist() == [1, 4, 5, 10, 13]
+    assert kept.newlines.tolist() == [False, False, True, False, True]
+    assert len(kept) == 3  # newlines are not in the budget
+    rows = encoding.rows_of(kept)
+    assert rows[kept.newlines].eq(7).all()
+    assert torch.equal(rows[~kept.newlines], found.features[kept.indices])
+
+    full = prune(encoding, PruneOptions(energy=1.0))
+    assert full.placeholders.tolist() == list(range(14))
+
+
+def test_rows_that_are_not_the_features() -> None:
+    found = tokens(6, 4)
+    rows = torch.randn(6, 12)
+    encoding = Encoding(found, torch.zeros(6).long(), ((2, 3),), rows=rows)
+    kept = prune(encoding, PruneOptions(min_tokens=2, max_tokens=2))
+    assert torch.equal(encoding.rows_of(kept), rows[kept.indices])
+
+
+@pytest.mark.parametrize("scope", ["tile", "image"])
+def test_nan_is_refused_before_anything_is_decided(scope: str) -> None:
+    found = tiles(0.5, 0.5)
+    found.tokens.features[3, 3] = torch.nan
+    for energy in (0.5, 1.0):
+        with pytest.raises(NonFiniteFeaturesError):
+            prune(found, PruneOptions.model_validate({"energy": energy, "scope": scope}))

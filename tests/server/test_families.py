@@ -1,0 +1,168 @@
+"""Every supported architecture on real vLLM: at energy 1.0 the answers are stock vLLM's, below it the counts are those
+of the reference, and nothing else changes them. Small models with random weights."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from harness import environment
+from inprocess import CHATS, CLIPS, SCENES, VIDEO_CHATS
+from PIL import Image
+from shared import Reference
+from transformers import AutoProcessor
+
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Kept, prune
+
+SCRIPT = Path(__file__).with_name("inprocess.py")
+NULL = {"energy": 1.0}
+SOME = {"energy": 0.9, "min_tokens": 4}
+VARIOUS = [
+    NULL,
+    SOME,
+    {"energy": 0.97, "min_tokens": 4, "selector": "span"},
+    {"energy": 0.9, "min_tokens": 4, "scope": "image"},
+    {"min_tokens": 11, "max_tokens": 11},
+]
+Answers = list[dict[str, Any]]
+
+
+def chats(name: str) -> list[str]:
+    return [*CHATS, *(VIDEO_CHATS if "next" not in name else ())]
+
+
+def run(work: dict[str, list[Any]], **env: str) -> dict[str, tuple[list[Answers], list[str]]]:
+    """Answers to the batches of each model, and the classes of its modules."""
+    path = os.pathsep.join(str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
+    output = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=json.dumps(work),
+        env=environment(PYTHONPATH=path, VLLM_ENABLE_V1_MULTIPROCESSING="0", **env),
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    results = [line.removeprefix("RESULT ") for line in output.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, output.stdout[-3000:] + output.stderr[-3000:]
+    found: dict[str, tuple[list[Answers], list[str]]] = json.loads(results[0])
+    return found
+
+
+class Family:
+    """One model: what stock vLLM answers, what vLLM answers with pruning, and what the counts should be."""
+
+    def __init__(self, name: str, folder: Path, stock: Any, pruning: Any) -> None:
+        self.chats = chats(name)
+        ((answers,), self.stock_modules), (batches, self.modules) = stock, pruning
+        self.stock = dict(zip(self.chats, answers, strict=True))
+        self.null, self.some, self.again = (dict(zip(self.chats, batch, strict=True)) for batch in batches[:3])
+        self.various = batches[3]
+        self.reference = Reference(folder, torch.float32)
+        self.processor = AutoProcessor.from_pretrained(folder)
+
+    @cache  # noqa: B019
+    def kept(self, word: str, options: str) -> Kept:
+        """The reference's decision about a scene or a clip."""
+        if word in SCENES:
+            return self.reference.kept(SCENES[word], **json.loads(options))
+        frames = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in CLIPS[word]])
+        inputs = self.processor.video_processor(frames, do_sample_frames=False, return_tensors="pt")
+        with self.reference.encoder.threads():
+            return prune(self.reference.encoder.encode(inputs), PruneOptions(**json.loads(options)))
+
+    def prompt(self, chat: str, options: dict[str, Any]) -> int:
+        """How many tokens the prompt of a chat should have."""
+        items = [word for word in (CHATS | VIDEO_CHATS)[chat] if word in SCENES or word in CLIPS]
+        decisions = [self.kept(word, json.dumps(options)) for word in items]
+        pruned = sum(kept.unpruned - len(kept.placeholders) for kept in decisions)
+        return int(self.stock[chat]["prompt"]) - pruned
+
+
+@pytest.fixture(scope="module")
+def families(family: Callable[[str], Path]) -> dict[str, Family]:
+    folders = {name: family(name) for name in FAMILIES}
+    stock = {str(folder): [[(chat, None) for chat in chats(name)]] for name, folder in folders.items()}
+    pruning = {
+        str(folder): [
+            [(chat, NULL) for chat in chats(name)],
+            [(chat, SOME) for chat in chats(name)],
+            [(chat, SOME) for chat in chats(name)],
+            [(scene, options) for scene in SCENES for options in VARIOUS],
+        ]
+        for name, folder in folders.items()
+    }
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run, stock)
+        second = pool.submit(run, pruning, VLLM_PLUGINS="eadaprune")
+    return {
+        name: Family(name, folder, first.result()[str(folder)], second.result()[str(folder)])
+        for name, folder in folders.items()
+    }
+
+
+@pytest.fixture(params=FAMILIES)
+def found(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
+    return families[request.param]
+
+
+def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Largest difference of the first token's log-probabilities, over the tokens that both lists hold."""
+    shared = first["first"].keys() & second["first"].keys()
+    assert len(shared) >= 19
+    return max(abs(first["first"][token] - second["first"][token]) for token in shared)
+
+
+def test_at_energy_one_the_answers_are_stock_vllms(found: Family) -> None:
+    for chat in found.chats:
+        assert found.null[chat]["prompt"] == found.stock[chat]["prompt"]
+        assert difference(found.null[chat], found.stock[chat]) < 1e-5
+        assert found.null[chat]["tokens"] == found.stock[chat]["tokens"]
+
+
+def test_pruning_changes_the_answers_so_that_parity_means_something(found: Family) -> None:
+    assert sum(found.some[chat]["tokens"] != found.stock[chat]["tokens"] for chat in found.chats) > len(found.chats) / 2
+
+
+def test_prompts_shrink_by_what_the_reference_prunes(found: Family) -> None:
+    """One image, several of different sizes, the same one twice, videos, and both between texts."""
+    for chat in found.chats:
+        assert found.some[chat]["prompt"] == found.prompt(chat, SOME) < found.stock[chat]["prompt"]
+
+
+def test_a_second_time_the_prompts_are_found_in_the_caches(found: Family) -> None:
+    for chat in found.chats:
+        again, before = found.again[chat], found.some[chat]
+        assert again["prompt"] == before["prompt"]
+        assert again["cached"] >= before["prompt"] // 32 * 32 - 32
+        assert difference(again, before) < 1e-5
+        assert again["tokens"] == before["tokens"]
+
+
+def test_different_options_at_once(found: Family) -> None:
+    cases = [(scene, options) for scene in SCENES for options in VARIOUS]
+    for (scene, options), answer in zip(cases, found.various, strict=True):
+        assert answer["prompt"] == found.prompt(scene, options)
+        if options in (NULL, SOME):
+            alone = (found.null if options == NULL else found.some)[scene]
+            assert difference(answer, alone) < 1e-5
+
+
+def test_a_fixed_budget_is_met_over_all_tiles_or_frames(found: Family) -> None:
+    for word in ("noise", "large"):
+        assert len(found.kept(word, json.dumps(VARIOUS[-1]))) == 11
+
+
+def test_the_engine_has_no_tower(found: Family) -> None:
+    assert [name for name in found.stock_modules if "Vision" in name]
+    assert not [name for name in found.modules if "Vision" in name or "CLIP" in name or "Siglip" in name]

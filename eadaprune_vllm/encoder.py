@@ -80,6 +80,9 @@ class VisionEncoder(torch.nn.Module, ABC):
         Args:
             embeddings: ``[N, W]``, of one image or video.
             inputs: what came with them.
+
+        Raises:
+            ValueError: if they are not of the shape that these say.
         """
         raise NotImplementedError("takes_embeddings says so")
 

@@ -149,6 +149,6 @@ async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
         getattr(parser, f"parse_{modality}")(url)
     try:
         data, _ = await tracker.resolve_items()
-    except (aiohttp.ClientError, OSError, DecompressionBombError) as error:
-        raise VLLMValidationError(f"an image could not be fetched: {error}", parameter="messages") from None
+    except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError) as error:  # decoders raise the last
+        raise VLLMValidationError(f"an image or video could not be read: {error}", parameter="messages") from None
     return data or {}

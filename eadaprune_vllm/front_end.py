@@ -17,9 +17,9 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, prune
 from eadaprune_vllm.report import Pruning
 
-# For a request that repeats an image, and for the same image on its way through /tokenize and chat: 30 images of
-# LLaVA-1.5.
-MEMO_BYTES = 128 * 2**20
+# For a request that repeats an image, and for the same image on its way through /tokenize and chat: about 25 images of
+# LLaVA-1.5. What is larger than all of it is not kept.
+MEMO_BYTES = 64 * 2**20
 
 
 class FrontEnd:

@@ -1,5 +1,6 @@
 """Small checkpoints of every supported architecture, with random weights: they show that the plumbing works."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,19 @@ def make_family(name: str, folder: Path) -> Path:
     save_file(dict(map(_hub, *zip(*weights.items(), strict=True))), folder / "model.safetensors", {"format": "pt"})
     processor.save_pretrained(folder)
     return folder
+
+
+def make_lora(model: Path, folder: Path, *modules: str) -> None:
+    """Write an adapter of a model with random weights for all its linear layers that are called so."""
+    weights: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in load_file(model / "model.safetensors").items():
+        if any(name.endswith(f"{module}.weight") for module in modules):
+            before = f"base_model.model.{name.removesuffix('.weight')}"
+            weights[f"{before}.lora_A.weight"] = torch.randn(8, weight.shape[1], generator=generator) * 0.2
+            weights[f"{before}.lora_B.weight"] = torch.randn(weight.shape[0], 8, generator=generator) * 0.2
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    names = sorted({module.rpartition(".")[2] for module in modules})
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": names, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))

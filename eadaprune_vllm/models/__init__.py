@@ -1,7 +1,7 @@
 """The supported architectures: what vLLM calls them -> our class in their place."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eadaprune_vllm.encoder import VisionEncoder
@@ -19,8 +19,13 @@ ARCHITECTURES = {
 }
 
 
-def encoder_class(architecture: str) -> "type[VisionEncoder]":
-    """What a front end runs of a supported model."""
+def adapter(architecture: str) -> Any:
+    """Our class in the place of vLLM's."""
     module, _, name = ARCHITECTURES[architecture].partition(":")
-    encoder: type[VisionEncoder] = getattr(import_module(module), name).encoder
+    return getattr(import_module(module), name)
+
+
+def encoder_class(architecture: str) -> "type[VisionEncoder]":
+    """What a front end runs of the model."""
+    encoder: type[VisionEncoder] = adapter(architecture).encoder
     return encoder

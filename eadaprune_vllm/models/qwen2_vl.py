@@ -40,8 +40,12 @@ class QwenVisionEncoder(VisionEncoder):
         return self._encoding(tokens, self.rows(output), grid)
 
     def embedded(self, embeddings: torch.Tensor, inputs: Mapping[str, Any]) -> Encoding:
-        features = embeddings[:, : self.feature_width(self.hf_config)]
-        return self._encoding(VisualTokens(features, None), embeddings, _grid(inputs))
+        features = embeddings[..., : self.feature_width(self.hf_config)]
+        encoding = self._encoding(VisualTokens(features, None), embeddings, _grid(inputs))
+        due = len(encoding.part), self.row_width(self.hf_config)
+        if embeddings.shape != due:
+            raise ValueError(f"embeddings of shape {tuple(embeddings.shape)} where their grid says {due}")
+        return encoding
 
     @classmethod
     def feature_width(cls, hf_config: Any) -> int:

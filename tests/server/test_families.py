@@ -17,10 +17,10 @@ import pytest
 import torch
 from families import FAMILIES
 from harness import environment
-from inprocess import CHATS, CLIPS, SCENES, VIDEO_CHATS
+from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
 from PIL import Image
 from shared import Reference
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
@@ -70,6 +70,9 @@ class Family:
         self.various = batches[3]
         self.reference = Reference(folder, torch.float32)
         self.processor = AutoProcessor.from_pretrained(folder)
+        self.transformers = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        # vLLM's experts on a CPU are not as exact as the rest of it, stock or pruned.
+        self.noise = 3e-3 if "moe" in name else 1e-5
 
     @cache  # noqa: B019
     def kept(self, word: str, options: str) -> Kept:
@@ -80,6 +83,12 @@ class Family:
         inputs = self.processor.video_processor(frames, do_sample_frames=False, return_tensors="pt")
         with self.reference.encoder.threads():
             return prune(self.reference.encoder.encode(inputs), PruneOptions(**json.loads(options)))
+
+    def inputs(self, scene: str) -> dict[str, Any]:
+        """What transformers makes of a chat with one image."""
+        content = [{"type": "image"}, {"type": "text", "text": TEXT}]
+        chat = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return dict(self.processor(text=chat, images=[SCENES[scene]], return_tensors="pt"))
 
     def prompt(self, chat: str, options: dict[str, Any]) -> int:
         """How many tokens the prompt of a chat should have."""
@@ -138,6 +147,30 @@ def test_prompts_shrink_by_what_the_reference_prunes(found: Family) -> None:
     """One image, several of different sizes, the same one twice, videos, and both between texts."""
     for chat in found.chats:
         assert found.some[chat]["prompt"] == found.prompt(chat, SOME) < found.stock[chat]["prompt"]
+
+
+@pytest.mark.parametrize("scene", ["square", "wide", "tall", "large"])
+def test_the_answer_is_that_of_transformers_attending_to_kept_tokens_only(found: Family, scene: str) -> None:
+    """Rows, newlines, order and positions at once: a token that nothing attends to might as well not be there. With
+    M-RoPE all tokens keep the positions they have unpruned; without, they are numbered anew."""
+    for options, answer in ((NULL, found.null[scene]), (SOME, found.some[scene])):
+        inputs = found.inputs(scene)
+        ids = inputs["input_ids"]
+        config = found.transformers.config
+        image = (ids[0] == (getattr(config, "image_token_id", None) or config.image_token_index)).nonzero()[:, 0]
+        mask = torch.ones_like(ids)
+        mask[0, image] = 0
+        mask[0, image[found.kept(scene, json.dumps(options)).placeholders]] = 1
+        if "mm_token_type_ids" in inputs:
+            grid = inputs["image_grid_thw"]
+            positions, _ = found.transformers.model.get_rope_index(ids, inputs["mm_token_type_ids"], grid)
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            output = found.transformers(**inputs | {"attention_mask": mask}, position_ids=positions)
+        logprobs = output.logits[0, -1].log_softmax(-1)
+        assert answer["prompt"] == mask.sum()
+        assert max(abs(float(logprobs[int(token)]) - value) for token, value in answer["first"].items()) < found.noise
 
 
 def test_a_second_time_the_prompts_are_found_in_the_caches(found: Family) -> None:

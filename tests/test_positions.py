@@ -1,0 +1,106 @@
+"""Kept tokens have the M-RoPE positions they have in stock vLLM, and so has the text after them."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+from eadaprune_vllm.models import adapter
+
+QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+
+
+class Prompt:
+    """A prompt of text, images and videos, unpruned and pruned, as vLLM describes it to a model."""
+
+    def __init__(self, config: Any, timestamps: bool) -> None:
+        self.config, self.timestamps = config, timestamps
+        self.unpruned: list[int] = []
+        self.pruned: list[int] = []
+        self.left: list[int] = []  # where in the unpruned prompt the tokens of the pruned one are
+        self.features: list[tuple[Any, Any]] = []  # of both
+
+    def _add(self, tokens: list[int], stays: list[bool]) -> None:
+        for token, stay in zip(tokens, stays, strict=True):
+            if stay:
+                self.left.append(len(self.unpruned))
+                self.pruned.append(token)
+            self.unpruned.append(token)
+
+    def text(self, length: int) -> None:
+        self._add([50] * length, [True] * length)
+
+    def item(self, modality: str, grid: list[int], kept: list[int]) -> None:
+        """``grid`` in patches; ``kept`` of its tokens."""
+        config, (frames, height, width) = self.config, grid
+        frame = height * width // 4
+        token = getattr(config, f"{modality}_token_id")
+        tokens: list[int] = []
+        stays: list[bool] = []
+        for number in range(frames):
+            if modality == "video" and self.timestamps:
+                tokens += [60, 61, 62 + number, config.vision_start_token_id]
+                stays += [True] * 4
+            tokens += [token] * frame
+            stays += [index in kept for index in range(number * frame, (number + 1) * frame)]
+            if modality == "video" and self.timestamps:
+                tokens.append(config.vision_end_token_id)
+                stays.append(True)
+        fields = {f"{modality}_grid_thw": torch.tensor(grid), f"{modality}_kept": torch.tensor(kept, dtype=torch.int64)}
+        if modality == "video":
+            fields["second_per_grid_ts"] = torch.tensor(1.5)
+        data: Any = {name: SimpleNamespace(data=value) for name, value in fields.items()}
+
+        def feature(offset: int, length: int) -> Any:
+            position = PlaceholderRange(offset, length)
+            return MultiModalFeatureSpec(data=data, modality=modality, identifier="x", mm_position=position)
+
+        self._add([config.vision_start_token_id], [True])
+        self.features.append((feature(len(self.unpruned), len(tokens)), feature(len(self.pruned), sum(stays))))
+        self._add(tokens, stays)
+        self._add([config.vision_end_token_id], [True])
+
+    def positions(self, model_class: type, pruned: bool) -> tuple[torch.Tensor, int]:
+        model = object.__new__(model_class)
+        torch.nn.Module.__init__(model)  # type: ignore[arg-type]
+        model.config = self.config  # type: ignore[attr-defined]
+        tokens = self.pruned if pruned else self.unpruned
+        found: tuple[torch.Tensor, int] = model.get_mrope_input_positions(  # type: ignore[attr-defined]
+            tokens, [features[pruned] for features in reversed(self.features)]
+        )
+        return found
+
+
+@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.0])
+@pytest.mark.parametrize("order", list(itertools.permutations(["image", "video", "text"])))
+def test_positions_are_those_of_stock_vllm(
+    family: Callable[[str], Path], name: str, share: float, order: tuple[str, ...]
+) -> None:
+    """``share`` of the tokens stays; at 0 whole frames are empty, and one token of each item is left."""
+    config = AutoConfig.from_pretrained(family(name))
+    prompt = Prompt(config, timestamps=name.startswith("qwen3"))
+    generator = torch.Generator().manual_seed(0)
+    for kind in [*order, "image", "video", "image"]:
+        if kind == "text":
+            prompt.text(7)
+            continue
+        grid = [1, 12, 8] if kind == "image" else [4, 6, 8]
+        size = grid[0] * grid[1] * grid[2] // 4
+        kept = (torch.rand(size, generator=generator) < share).nonzero()[:, 0].tolist() or [size - 1]
+        prompt.item(kind, grid, kept)
+        prompt.text(3)
+    pruned_class = adapter(config.architectures[0])
+    stock_class = next(base for base in pruned_class.__mro__ if base.__module__.startswith("vllm."))
+    stock, stock_delta = prompt.positions(stock_class, pruned=False)
+    ours, delta = prompt.positions(pruned_class, pruned=True)
+    assert ours.shape[1] == len(prompt.pruned)
+    assert torch.equal(ours, stock[:, prompt.left])
+    # What is generated goes on where it would have.
+    assert delta + len(prompt.pruned) == stock_delta + len(prompt.unpruned)

@@ -28,10 +28,10 @@ def folder(family: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def qwen(start: Callable[..., Server], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     adapters = tmp_path_factory.mktemp("lora")
-    make_lora(folder, adapters / "text", "q_proj", "down_proj")
+    make_lora(folder, adapters / "tuned", "q_proj", "down_proj")
     flags = ["--plugin", "eadaprune", "--dtype", "float32", "--enforce-eager", "--enable-mm-embeds"]
     flags += ["--limit-mm-per-prompt", '{"image": 4, "video": 2}', "--max-num-batched-tokens", "128"]
-    flags += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"text={adapters / 'text'}"]
+    flags += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapters / 'text'}"]
     return start("qwen", *flags, model=folder, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
 
 
@@ -135,7 +135,7 @@ def test_embeddings_that_cannot_be_are_refused(qwen: Server, encoded: dict[str, 
 
 
 def test_lora_on_the_language_model(qwen: Server) -> None:
-    base, tuned = (chat(qwen, "square", TEXT, model=model, options=SOME, logprobs=True) for model in ("demo", "text"))
+    base, tuned = (chat(qwen, "square", TEXT, model=model, options=SOME, logprobs=True) for model in ("demo", "tuned"))
     assert base["usage"] == tuned["usage"]
     assert base["choices"][0]["logprobs"] != tuned["choices"][0]["logprobs"]
 

@@ -31,7 +31,7 @@ def qwen(start: Callable[..., Server], folder: Path, tmp_path_factory: pytest.Te
     make_lora(folder, adapters / "tuned", "q_proj", "down_proj")
     flags = ["--plugin", "eadaprune", "--dtype", "float32", "--enforce-eager", "--enable-mm-embeds"]
     flags += ["--limit-mm-per-prompt", '{"image": 4, "video": 2}', "--max-num-batched-tokens", "128"]
-    flags += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapters / 'text'}"]
+    flags += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapters / 'tuned'}"]
     return start("qwen", *flags, model=folder, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
 
 

@@ -111,6 +111,7 @@ class Kept:
         placeholders: ``[p]`` int64, ascending, the placeholders that stay: these tokens and their newlines.
         newlines: ``[p]`` bool, which of these are newlines.
         unpruned: how many placeholders there are unpruned.
+        extent: how many positions they take at most where positions follow the grids (M-RoPE).
         energy: share of the spectral energy that a budget of k holds.
         selector: what chose them.
         spectrum_seconds: time the spectrum took.
@@ -121,6 +122,7 @@ class Kept:
     placeholders: torch.Tensor
     newlines: torch.Tensor
     unpruned: int
+    extent: int
     energy: float
     selector: str
     spectrum_seconds: float
@@ -163,4 +165,5 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     placeholders = encoding.placeholders(indices)
     newlines = encoding.newlines[placeholders]
     seconds = measured - start, time.perf_counter() - measured
-    return Kept(indices, placeholders, newlines, len(encoding.newlines), energy, selector, *seconds)
+    extent = sum(max(grid) for grid in encoding.grids)
+    return Kept(indices, placeholders, newlines, len(encoding.newlines), extent, energy, selector, *seconds)

@@ -1,11 +1,14 @@
 """Small checkpoints of every supported architecture, with random weights: they show that the plumbing works."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
@@ -218,6 +221,9 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "qwen3_vl_moe": lambda: _qwen3(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, _MOE),
 }
 
+# Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
+LATER = ("llava_next_mistral", "qwen2_vl")
+
 
 def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
     """A weight that transformers saves as the hub has it."""
@@ -226,15 +232,54 @@ def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
     return name.replace("vision_tower.", "vision_tower.vision_model."), weight
 
 
+def later_name(name: str) -> str:
+    """The name of a weight in checkpoints saved by transformers 4.52 and later."""
+    if name.startswith(("visual.", "vision_tower.", "multi_modal_projector.", "image_newline")):
+        return f"model.{name}"
+    if name.startswith("language_model."):
+        return name.replace("language_model.model.", "model.language_model.").removeprefix("language_model.")
+    return re.sub(r"^model\.(?!language_model|visual)", "model.language_model.", name)
+
+
 def make_family(name: str, folder: Path) -> Path:
     """Write a checkpoint, its weights named as on the hub, which is what vLLM's loaders know."""
     model_class, config, processor = FAMILIES[name]()
     config.dtype = torch.bfloat16
     config.architectures = [model_class.__name__]
     random_model(model_class, config).to(torch.bfloat16).save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    save_file(dict(map(_hub, *zip(*weights.items(), strict=True))), folder / "model.safetensors", {"format": "pt"})
+    single = folder / "model.safetensors"
+    weights = dict(map(_hub, *zip(*load_file(single).items(), strict=True)))
+    single.unlink()
+    if name in LATER:
+        weights = {later_name(stored): weight for stored, weight in weights.items()}
+    save_torch_state_dict(weights, folder, max_shard_size="300KB" if name in LATER else "5GB")
     processor.save_pretrained(folder)
+    return folder
+
+
+def quantize(model: Path, folder: Path) -> Path:
+    """Write a checkpoint whose language model is AWQ's, of random weights, and whose tower is left in 16 bit."""
+    shutil.copytree(model, folder)
+    weights: dict[str, torch.Tensor] = {}
+    group = 32
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, generator=generator)
+
+    for name, weight in load_file(model / "model.safetensors").items():
+        if ".layers." not in name or not name.endswith("_proj.weight"):
+            weights[name] = weight
+            continue
+        (wide, long), layer = weight.shape, name.removesuffix("weight")
+        weights[f"{layer}qweight"] = integers(long, wide // 8)
+        weights[f"{layer}qzeros"] = integers(long // group, wide // 8)
+        weights[f"{layer}scales"] = torch.rand(long // group, wide, generator=generator).half() / 100
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    awq = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    config["quantization_config"] = awq | {"modules_to_not_convert": ["visual"]}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -67,11 +67,11 @@ class Prompt:
         self._add([config.vision_end_token_id], [True])
 
     def positions(self, model_class: type, pruned: bool) -> tuple[torch.Tensor, int]:
-        model = object.__new__(model_class)
-        torch.nn.Module.__init__(model)  # type: ignore[arg-type]
-        model.config = self.config  # type: ignore[attr-defined]
+        model: Any = object.__new__(model_class)
+        torch.nn.Module.__init__(model)
+        model.config = self.config
         tokens = self.pruned if pruned else self.unpruned
-        found: tuple[torch.Tensor, int] = model.get_mrope_input_positions(  # type: ignore[attr-defined]
+        found: tuple[torch.Tensor, int] = model.get_mrope_input_positions(
             tokens, [features[pruned] for features in reversed(self.features)]
         )
         return found

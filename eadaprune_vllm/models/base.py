@@ -4,11 +4,11 @@ Invariant: count and content come from one object. ``FrontEnd.prune`` decides on
 positions and the report of an item are all made from that decision, and travel with its cache entry.
 """
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,40 +22,22 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, Pr
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import draw
-from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import encoder_class
 from eadaprune_vllm.models.fields import FEATURES, KEPT, NEWLINES, ROWS
-from eadaprune_vllm.options import KEY, PruneOptions, ServerOptions
-from eadaprune_vllm.prune import Encoding, Kept
-from eadaprune_vllm.report import ItemPreview, ItemReport, Pruning
+from eadaprune_vllm.models.items import (
+    Items,
+    PrunedDetails,
+    embeddings_of,
+    joined,
+    refused_features,
+    report_of,
+    split,
+)
+from eadaprune_vllm.options import KEY, ServerOptions
+from eadaprune_vllm.prune import Encoding
+from eadaprune_vllm.report import ItemPreview, Pruning
 from eadaprune_vllm.request import MODALITIES, ItemOptions, RequestContext, refusals, request_layers
-
-
-@dataclass
-class PrunedDetails(PromptUpdateDetails):
-    """Placeholders of one item, with the report that a cache hit repeats."""
-
-    report: ItemReport | None = None
-
-
-@dataclass
-class Items:
-    """The images and videos of one request on their way through the processor.
-
-    Attributes:
-        options: of each, resolved.
-        cached: whether vLLM's processor cache has it.
-        kept: what was decided about those that it has not.
-        seconds: how long that took.
-        reports: of each, once they are known.
-    """
-
-    options: ItemOptions
-    cached: dict[str, list[bool]]
-    kept: dict[str, list[Kept]] = field(default_factory=lambda: defaultdict(list))
-    seconds: list[float] = field(default_factory=list)
-    reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
 
 
 class PruningProcessor(BaseMultiModalProcessor):
@@ -89,22 +71,36 @@ class PruningProcessor(BaseMultiModalProcessor):
         items = Items(options, {modality: [False] * count for modality, count in counts.items()})
         with_items = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: items})
         result = super().apply(with_items, *args, **kwargs)
+        self._check_positions(items.skipped)
         result[KEY] = Pruning(items.reports, sum(items.seconds), self.front_end.kv_bytes_per_token)
         return result
 
+    def _check_positions(self, skipped: int) -> None:
+        """Raises:
+        VLLMValidationError: if positions could run off the model's table of rotary embeddings, which would stop the
+            engine. vLLM makes tables for four times the model's length, and checks tokens only.
+        """
+        model, text = self.info.ctx.model_config, self.info.ctx.model_config.hf_text_config
+        rope = getattr(text, "rope_parameters", None) or {}
+        longest = min(text.max_position_embeddings, rope.get("original_max_position_embeddings") or math.inf)
+        if model.uses_mrope and model.max_model_len + skipped > 4 * longest:
+            raise VLLMValidationError(
+                f"the images and videos of this request span up to {skipped} positions more than it has tokens, and "
+                f"this model has {4 * longest} positions in all; send fewer, smaller or less pruned ones",
+                parameter="messages",
+            )
+
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
-        items, _ = _split(inputs.hf_processor_mm_kwargs)
+        items, _ = split(inputs.hf_processor_mm_kwargs)
         for modality, updates in result.prompt_updates.items():
-            reports = [update.content.report for (update,) in updates]
-            items.reports[modality] = [
-                report.model_copy(update={"cached": cached})
-                for report, cached in zip(reports, items.cached[modality], strict=True)
-            ]
+            for (update,), cached in zip(updates, items.cached[modality], strict=True):
+                items.reports[modality].append(update.content.report.model_copy(update={"cached": cached}))
+                items.skipped += update.content.skipped
         return result
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        items, others = _split(inputs.hf_processor_mm_kwargs)
+        items, others = split(inputs.hf_processor_mm_kwargs)
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         return {
@@ -127,7 +123,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             ) from None
 
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
-        items, others = _split(inputs.hf_processor_mm_kwargs)
+        items, others = split(inputs.hf_processor_mm_kwargs)
         items.cached |= mm_is_cached
         missing = ItemOptions(
             {
@@ -142,21 +138,21 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         assert self.front_end
-        items, others = _split(hf_kwargs)
+        items, others = split(hf_kwargs)
         batch: dict[str, Any] = {}
         for modality, of_each in items.options.items():
             # One item per call, here as in the encoder: what comes out must not depend on its neighbours.
             for index, options in enumerate(of_each):
                 source, metadata = self._source(mm_items, modality, index, others)
                 start = time.perf_counter()
-                with _refused_features(source):
+                with refused_features(source):
                     rows, kept = self.front_end.prune(source, options)
                 items.seconds.append(time.perf_counter() - start)
                 items.kept[modality].append(kept)
                 projected = isinstance(source, Encoding) or self.front_end.encoder.projected
                 fields = {modality + (ROWS if projected else FEATURES): [rows], modality + KEPT: [kept.placeholders]}
                 for name, value in (metadata | fields | {modality + NEWLINES: [kept.newlines]}).items():
-                    batch[name] = _joined(batch.get(name), value)
+                    batch[name] = joined(batch.get(name), value)
         return BatchFeature(batch)
 
     def _source(
@@ -167,7 +163,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         assert self.front_end
         of_each = mm_items[modality]
         if isinstance(of_each, EmbeddingItems | DictEmbeddingItems):
-            inputs, fields = _embeddings(of_each, index)
+            inputs, fields = embeddings_of(of_each, index)
         else:
             alone = self.info.parse_mm_data({modality: [of_each[index]]}, validate=False)
             own = super()._get_cache_missing_processor_kwargs(
@@ -205,13 +201,13 @@ class PruningProcessor(BaseMultiModalProcessor):
         for modality, of_each in options.items():
             for index, chosen in enumerate(of_each):
                 source, _ = self._source(mm_items, modality, index, {})
-                with _refused_features(source):
+                with refused_features(source):
                     kept, encoding = self.front_end.preview(source, chosen)
                 drawn = None
                 if overlay:
                     pictures = self._pictures(modality, mm_items[modality].get(index), len(encoding.grids))
                     drawn = draw.data_url(draw.dim_pruned(pictures, kept.indices.tolist(), encoding.grids))
-                report = _report(kept, chosen)
+                report = report_of(kept, chosen)
                 curve = encoding.spectrum(chosen.scope).curve()
                 previews[modality].append(ItemPreview(**report.model_dump(), curve=curve, overlay=drawn))
         return Pruning(previews, time.perf_counter() - start, self.front_end.kv_bytes_per_token)
@@ -233,7 +229,7 @@ class PruningProcessor(BaseMultiModalProcessor):
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
     ) -> Sequence[PromptUpdate]:
-        items, others = _split(hf_processor_mm_kwargs)
+        items, others = split(hf_processor_mm_kwargs)
 
         def pruned(update: PromptUpdate) -> PromptUpdate:
             def replacement(item_idx: int) -> PrunedDetails:
@@ -247,8 +243,8 @@ class PruningProcessor(BaseMultiModalProcessor):
                     raise VLLMServerError(f"{kept.unpruned} tokens were encoded where vLLM expects {embeds.sum()}")
                 stays = ~embeds
                 stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
-                report = _report(kept, items.options[update.modality][item_idx])
-                return PrunedDetails(full[stays].tolist(), unpruned.is_embed, report)
+                report = report_of(kept, items.options[update.modality][item_idx])
+                return PrunedDetails(full[stays].tolist(), unpruned.is_embed, report, kept.extent - len(kept))
 
             return replace(update, replacement=replacement)
 
@@ -281,47 +277,3 @@ class PruningProcessor(BaseMultiModalProcessor):
             },
             "mm_placeholders": placeholders,
         }
-
-
-def _report(kept: Kept, options: PruneOptions) -> ItemReport:
-    return ItemReport(
-        visual_tokens=kept.unpruned,
-        kept_tokens=len(kept.placeholders),
-        newline_tokens=int(kept.newlines.sum()),
-        energy_threshold=options.threshold,
-        energy_kept=kept.energy,
-        selector=kept.selector,
-    )
-
-
-@contextmanager
-def _refused_features(source: object) -> Iterator[None]:
-    """While open, features that cannot be pruned fail the request, not the server."""
-    try:
-        yield
-    except NonFiniteFeaturesError as error:
-        if isinstance(source, Encoding):  # the client's own
-            raise VLLMValidationError(str(error), parameter="messages") from None
-        raise VLLMServerError(str(error)) from None
-
-
-def _split(hf_kwargs: Mapping[str, Any]) -> tuple[Items, dict[str, Any]]:
-    """Our items, and what is left for vLLM, which must never see them."""
-    others = dict(hf_kwargs)
-    return others.pop(KEY), others
-
-
-def _joined(batch: Any, more: Any) -> Any:
-    """One batch of the items of both."""
-    if batch is None:
-        return more
-    return torch.cat((batch, more)) if isinstance(batch, torch.Tensor) else [*batch, *more]
-
-
-def _embeddings(of_each: Any, index: int) -> tuple[Mapping[str, Any], Mapping[str, MultiModalFieldConfig]]:
-    """Precomputed embeddings of one of several items and what came with them, and what vLLM says about these fields."""
-    if isinstance(of_each, EmbeddingItems):
-        return {f"{of_each.modality}_embeds": of_each.get(index)}, {}
-    every = MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(of_each.data)), of_each.fields_config)
-    one = MultiModalKwargsItems({of_each.modality: [every[of_each.modality][index]]})
-    return one.get_data(), of_each.fields_config

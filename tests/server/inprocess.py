@@ -86,7 +86,7 @@ if __name__ == "__main__":
     for folder, batches in work.items():
         llm = LLM(
             folder,
-            dtype="float32",
+            dtype="bfloat16" if "awq" in folder else "float32",  # AWQ knows no float32
             enforce_eager=True,
             max_model_len=4096,
             max_num_batched_tokens=64,  # images are cut over several steps

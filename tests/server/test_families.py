@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, quantize
 from harness import environment
 from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
 from PIL import Image
@@ -28,7 +28,7 @@ from eadaprune_vllm.prune import Kept, prune
 SCRIPT = Path(__file__).with_name("inprocess.py")
 NULL = {"energy": 1.0}
 SOME = {"energy": 0.9, "min_tokens": 4}
-VARIOUS = [
+VARIOUS: list[dict[str, Any]] = [
     NULL,
     SOME,
     {"energy": 0.97, "min_tokens": 4, "selector": "span"},
@@ -99,25 +99,40 @@ class Family:
 
 
 @pytest.fixture(scope="module")
-def families(family: Callable[[str], Path]) -> dict[str, Family]:
-    folders = {name: family(name) for name in FAMILIES}
-    stock = {str(folder): [[(chat, None) for chat in chats(name)]] for name, folder in folders.items()}
-    pruning = {
-        str(folder): [
+def folders(family: Callable[[str], Path]) -> dict[str, Path]:
+    found = {name: family(name) for name in FAMILIES}
+    return found | {"awq": quantize(found["qwen2_5_vl"], found["qwen2_5_vl"].with_name("awq"))}
+
+
+@pytest.fixture(scope="module")
+def answered(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What stock vLLM, and vLLM with pruning, say about each model."""
+    stock: dict[str, Any] = {name: [[(chat, None) for chat in chats(name)]] for name in FAMILIES}
+    pruning: dict[str, Any] = {
+        name: [
             [(chat, NULL) for chat in chats(name)],
             [(chat, SOME) for chat in chats(name)],
             [(chat, SOME) for chat in chats(name)],
             [(scene, options) for scene in SCENES for options in VARIOUS],
         ]
-        for name, folder in folders.items()
+        for name in FAMILIES
     }
+    stock["awq"], pruning["awq"] = [[("square", None)]], [[("square", NULL), ("square", SOME)]]
+
+    def by_name(work: dict[str, Any], **env: str) -> dict[str, Any]:
+        found = run({str(folders[name]): batches for name, batches in work.items()}, **env)
+        return {name: found[str(folders[name])] for name in work}
+
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(run, stock)
-        second = pool.submit(run, pruning, VLLM_PLUGINS="eadaprune")
-    return {
-        name: Family(name, folder, first.result()[str(folder)], second.result()[str(folder)])
-        for name, folder in folders.items()
-    }
+        first = pool.submit(by_name, stock)
+        second = pool.submit(by_name, pruning, VLLM_PLUGINS="eadaprune")
+    return first.result(), second.result()
+
+
+@pytest.fixture(scope="module")
+def families(folders: dict[str, Path], answered: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Family]:
+    stock, pruning = answered
+    return {name: Family(name, folders[name], stock[name], pruning[name]) for name in FAMILIES}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -129,7 +144,7 @@ def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
     """Largest difference of the first token's log-probabilities, over the tokens that both lists hold."""
     shared = first["first"].keys() & second["first"].keys()
     assert len(shared) >= 19
-    return max(abs(first["first"][token] - second["first"][token]) for token in shared)
+    return max(abs(float(first["first"][token]) - float(second["first"][token])) for token in shared)
 
 
 def test_at_energy_one_the_answers_are_stock_vllms(found: Family) -> None:
@@ -199,3 +214,9 @@ def test_a_fixed_budget_is_met_over_all_tiles_or_frames(found: Family) -> None:
 def test_the_engine_has_no_tower(found: Family) -> None:
     assert [name for name in found.stock_modules if "Vision" in name]
     assert not [name for name in found.modules if "Vision" in name or "CLIP" in name or "Siglip" in name]
+
+
+def test_a_quantized_language_model_beside_a_tower_in_16_bit(answered: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    (((stock,),), _), (((full, pruned),), _) = (of_each["awq"] for of_each in answered)
+    assert full["prompt"] == stock["prompt"] > pruned["prompt"]
+    assert difference(full, stock) < 0.15

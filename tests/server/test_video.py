@@ -30,7 +30,7 @@ def qwen(start: Callable[..., Server], folder: Path, tmp_path_factory: pytest.Te
     adapters = tmp_path_factory.mktemp("lora")
     make_lora(folder, adapters / "tuned", "q_proj", "down_proj")
     flags = ["--plugin", "eadaprune", "--dtype", "float32", "--enforce-eager", "--enable-mm-embeds"]
-    flags += ["--limit-mm-per-prompt", '{"image": 4, "video": 2}', "--max-num-batched-tokens", "128"]
+    flags += ["--limit-mm-per-prompt", '{"image": 128, "video": 2}', "--max-num-batched-tokens", "128"]
     flags += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapters / 'tuned'}"]
     return start("qwen", *flags, model=folder, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
 
@@ -131,6 +131,21 @@ def test_embeddings_that_cannot_be_are_refused(qwen: Server, encoded: dict[str, 
     ):
         response = ask_embeds(qwen, part, SOME)
         assert response.status_code == 400, response.text
+    assert chat(qwen, "square", TEXT)["status"] == 200
+
+
+def test_positions_beyond_the_models_are_refused(qwen: Server) -> None:
+    """Kept tokens have their own positions, so few tokens can span many: here each image one token, 144 positions."""
+    panorama = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (4032, 28)))}}
+    body = {"model": "demo", "max_tokens": 1, "eadaprune": {"energy": 0.5, "min_tokens": 1}}
+    fine, beyond = (
+        qwen.post("/v1/chat/completions", body | {"messages": [{"role": "user", "content": [panorama] * count}]})
+        for count in (100, 101)
+    )
+    assert fine.status_code == 200, fine.text
+    assert fine.json()["eadaprune"]["kept_tokens"] == 100
+    assert beyond.status_code == 400
+    assert "up to 14443 positions more than it has tokens" in beyond.text
     assert chat(qwen, "square", TEXT)["status"] == 200
 
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -10,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import add_flags, apply_flags
 from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.options import ServerOptions
 from eadaprune_vllm.plugin import name_plugins
 from eadaprune_vllm.report import ItemReport, Pruning
@@ -98,3 +101,9 @@ def test_metrics() -> None:
     assert value("eadaprune_stage_seconds_bucket", stage="encode", le="10.0") == 1
     assert value("eadaprune_rejected_requests_total", reason="options") == 1
     assert b"vllm:" not in generate_latest(registry)  # vLLM unregisters such names
+
+
+def test_the_readme_lists_what_is_supported() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    listed = re.findall(r"^\| `(\w+ForConditionalGeneration)` \|", readme, re.MULTILINE)
+    assert listed == list(ARCHITECTURES)

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 _CAPTION = 26  # pixels
 _GAP = 8
+_MOST_VIEWS = 32
+_LARGEST, _LARGEST_OF_SEVERAL = (1024, 1024), (384, 384)
 
 
 def seen(image_processor: Any, image: Image.Image) -> Image.Image:
@@ -18,24 +20,29 @@ def seen(image_processor: Any, image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels.transpose(1, 2, 0).astype(np.uint8))
 
 
-def dim_pruned(pictures: Sequence[Image.Image], kept: Sequence[int], grids: Sequence[tuple[int, int]]) -> Image.Image:
-    """The pictures with their pruned patches dark and grey; side by side if there are several.
+def dim_pruned(
+    view: Callable[[int], Image.Image], kept: Sequence[int], grids: Sequence[tuple[int, int]]
+) -> Image.Image:
+    """What is looked at with its pruned patches dark and grey. Views are side by side if there are several, at equal
+    distances if there are too many, and small if they are large.
 
     Args:
-        pictures: what each grid lies over.
+        view: what the grid of that number lies over.
         kept: indices of the kept tokens, which fill the grids one after the other.
         grids: height and width of each grid.
     """
-    keep = np.zeros(sum(height * width for height, width in grids), dtype=np.uint8)
+    sizes = [height * width for height, width in grids]
+    keep = np.zeros(sum(sizes), dtype=np.uint8)
     keep[list(kept)] = 255
-    dimmed, first = [], 0
-    for picture, (height, width) in zip(pictures, grids, strict=True):
-        shown = keep[first : first + height * width].reshape(height, width)
-        mask = Image.fromarray(shown).resize(picture.size, Image.Resampling.NEAREST)
+    shown = min(len(grids), _MOST_VIEWS)
+    dimmed = []
+    for number in (len(grids) * place // shown for place in range(shown)):
+        picture, first = view(number).convert("RGB"), sum(sizes[:number])
+        picture.thumbnail(_LARGEST if shown == 1 else _LARGEST_OF_SEVERAL)
+        mask = Image.fromarray(keep[first : first + sizes[number]].reshape(grids[number]))
         grey = picture.convert("L").point(lambda level: level * 0.3).convert("RGB")
-        dimmed.append(Image.composite(picture, grey, mask))
-        first += height * width
-    return dimmed[0] if len(dimmed) == 1 else row([("", picture) for picture in dimmed])
+        dimmed.append(Image.composite(picture, grey, mask.resize(picture.size, Image.Resampling.NEAREST)))
+    return dimmed[0] if shown == 1 else row([("", picture) for picture in dimmed])
 
 
 def row(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -13,6 +13,21 @@ from eadaprune_vllm.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
+class Newlines:
+    """Where a model puts newlines between the tokens of an image.
+
+    Attributes:
+        mask: ``[placeholders]`` bool, which of the unpruned prompt's placeholders are newlines.
+        line: ``[N]`` int64, which of these newlines ends the line of the picture that a token is in; -1 for none.
+        row: ``[W]``, what the engine is sent of a newline, if not zeros.
+    """
+
+    mask: torch.Tensor
+    line: torch.Tensor
+    row: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Encoding:
     """One image or video, encoded. Its N tokens are in the order of the prompt; newlines are not among them.
 
@@ -22,17 +37,16 @@ class Encoding:
         grids: height and width of the grids that the tokens fill one after the other, each laid over the whole image,
             or over one temporal patch.
         rows: ``[N, W]``, what the engine is sent of each token, if not its features.
-        line: ``[N]`` int64, ascending, the line of the picture that a token is in, -1 for none; the prompt has a
-            newline after each. None if the model has no newlines.
-        newline: ``[W]``, what the engine is sent of a newline, if not zeros.
+        newlines: if the model has any.
+        extent: how many positions it takes at most where positions follow the grids (M-RoPE).
     """
 
     tokens: VisualTokens
     part: torch.Tensor
     grids: tuple[tuple[int, int], ...]
     rows: torch.Tensor | None = None
-    line: torch.Tensor | None = None
-    newline: torch.Tensor | None = None
+    newlines: Newlines | None = None
+    extent: int = 0
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -61,18 +75,14 @@ class Encoding:
             self._spectra[scope] = Spectrum.of([tokens for _, tokens in self.split(scope)])
         return self._spectra[scope]
 
-    @cached_property
-    def newlines(self) -> torch.Tensor:
+    @property
+    def is_newline(self) -> torch.Tensor:
         """``[placeholders]`` bool, which of the unpruned prompt's placeholders are newlines."""
-        token = torch.zeros(self.tokens.num_tokens, dtype=torch.bool)
-        if self.line is None:
-            return token
-        following = torch.cat((self.line[1:], self.line.new_tensor([-1])))
-        last = (self.line >= 0) & (self.line != following)
-        return torch.stack((token, last), 1).flatten()[torch.stack((~token, last), 1).flatten()]
+        return self.newlines.mask if self.newlines else torch.zeros(self.tokens.num_tokens, dtype=torch.bool)
 
     def placeholders(self, indices: torch.Tensor) -> torch.Tensor:
-        """Which placeholders stay with some of the tokens: these, and the newlines of lines that keep any.
+        """Which placeholders stay with some of the tokens: these, and the newlines of lines that keep any; with all
+        tokens all newlines do, also those of lines without any.
 
         Args:
             indices: ``[k]`` int64, of the tokens.
@@ -80,10 +90,11 @@ class Encoding:
         Returns:
             ``[p]`` int64, ascending.
         """
-        stays = torch.zeros_like(self.newlines)
-        stays[(~self.newlines).nonzero()[:, 0][indices]] = True
-        if self.line is not None:
-            stays[self.newlines] = torch.isin(torch.unique(self.line[self.line >= 0]), self.line[indices])
+        is_newline = self.is_newline
+        stays = is_newline.clone()
+        stays[(~is_newline).nonzero()[:, 0][indices]] = True
+        if self.newlines and len(indices) < self.tokens.num_tokens:
+            stays[is_newline] = torch.isin(torch.arange(int(is_newline.sum())), self.newlines.line[indices])
         return stays.nonzero()[:, 0]
 
     def rows_of(self, kept: "Kept") -> torch.Tensor:
@@ -91,15 +102,16 @@ class Encoding:
         rows = self.tokens.features if self.rows is None else self.rows
         sent = rows.new_zeros(len(kept.placeholders), rows.shape[1])
         sent[~kept.newlines] = rows[kept.indices]
-        if self.newline is not None:
-            sent[kept.newlines] = self.newline
+        if self.newlines and self.newlines.row is not None:
+            sent[kept.newlines] = self.newlines.row
         return sent
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes once it was pruned."""
-        grams = sum(min(tokens.features.shape) ** 2 * 4 for _, tokens in self.parts)
-        return grams + sum(tensor.nbytes for tensor in (self.tokens.features, self.rows) if tensor is not None)
+        """Memory it takes once it was pruned under either scope."""
+        matrices = {id(tokens): tokens.features for _, tokens in [*self.whole, *self.parts]}.values()
+        grams = sum(min(features.shape) ** 2 * 4 for features in matrices)
+        return grams + sum(tensor.nbytes for tensor in (*matrices, self.rows) if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class Kept:
         placeholders: ``[p]`` int64, ascending, the placeholders that stay: these tokens and their newlines.
         newlines: ``[p]`` bool, which of these are newlines.
         unpruned: how many placeholders there are unpruned.
-        extent: how many positions they take at most where positions follow the grids (M-RoPE).
+        extent: how many positions they take at most (M-RoPE).
         energy: share of the spectral energy that a budget of k holds.
         selector: what chose them.
         spectrum_seconds: time the spectrum took.
@@ -163,7 +175,6 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         indices = torch.cat(chosen).sort().values
     assert len(indices) == k
     placeholders = encoding.placeholders(indices)
-    newlines = encoding.newlines[placeholders]
+    newlines, unpruned = encoding.is_newline[placeholders], len(encoding.is_newline)
     seconds = measured - start, time.perf_counter() - measured
-    extent = sum(max(grid) for grid in encoding.grids)
-    return Kept(indices, placeholders, newlines, len(encoding.newlines), extent, energy, selector, *seconds)
+    return Kept(indices, placeholders, newlines, unpruned, encoding.extent, energy, selector, *seconds)

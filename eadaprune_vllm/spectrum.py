@@ -57,8 +57,12 @@ class Spectrum:
             gains[-1][: len(share)] = share * total
             totals.append(float(total))
         sizes = torch.tensor([tokens.num_tokens for tokens in parts])
-        ascending, order = torch.cat(needed_above).sort(stable=True)
-        held = torch.cat(gains)[order].cumsum(0)
+        # Of tokens that are needed at once, those that hold more come first.
+        gain = torch.cat(gains)
+        by_gain = gain.argsort(descending=True, stable=True)
+        ascending, order = torch.cat(needed_above)[by_gain].sort(stable=True)
+        order = by_gain[order]
+        held = gain[order].cumsum(0)
         cumulative = (held / sum(totals)).clamp(max=1) if any(totals) else torch.ones_like(held)
         return cls(ascending, torch.arange(len(parts)).repeat_interleave(sizes)[order], cumulative, len(parts))
 

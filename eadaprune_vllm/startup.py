@@ -44,6 +44,10 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         lambda mm, c: (mm.get_mm_processor_device_type() or "cpu") != "cpu",
         "an image processor on the accelerator (--mm-processor-device) is not supported",
     ),
+    (
+        lambda mm, c: _decodes_on_gpu((mm.media_io_kwargs or {}).get("video") or {}),
+        "decoding videos on the GPU (--media-io-kwargs) is not supported: the vision tower is on the CPU",
+    ),
     (lambda mm, c: mm.mm_encoder_only, f"--mm-encoder-only {_NO_TOWER}"),
     (lambda mm, c: mm.mm_encoder_tp_mode == "data", f"--mm-encoder-tp-mode data {_NO_TOWER}"),
     (lambda mm, c: mm.mm_encoder_attn_backend, f"--mm-encoder-attn-backend {_NO_TOWER}"),
@@ -56,6 +60,11 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         f"--enable-tower-connector-lora {_NO_TOWER}",
     ),
 ]
+
+
+def _decodes_on_gpu(video: dict[str, Any]) -> bool:
+    backends = {envs.VLLM_VIDEO_LOADER_BACKEND, video.get("backend"), video.get("video_backend")}
+    return "cuda" in str(video.get("device")) or bool(backends & {"pynvvideocodec", "deepstream"})
 
 
 def _encoder(vllm_config: Any) -> type[VisionEncoder]:

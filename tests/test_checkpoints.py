@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,16 @@ import torch
 from families import FAMILIES, LATER, later_name, quantize
 from huggingface_hub import save_torch_state_dict
 from inprocess import SCENES
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from shared import encoder
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.encoder import drawn
 from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.models.items import joined
 from eadaprune_vllm.models.qwen2_5_vl import Qwen2_5_VLVisionEncoder
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, prune
@@ -97,6 +102,54 @@ def test_full_towers_of_llava_next_are_refused(family: Callable[[str], Path], tm
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
     with pytest.raises(StartupError, match="vision_feature_select_strategy='full' is not supported"):
         encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("size", [(800, 5), (5, 800), (200, 1), (300, 20)])
+def test_very_thin_images_have_the_placeholders_of_stock_vllm(
+    family: Callable[[str], Path], name: str, size: tuple[int, int]
+) -> None:
+    """Of which nothing but padding, or nothing but newlines, may be left."""
+    folder = family(name)
+    inputs = AutoImageProcessor.from_pretrained(folder)(Image.new("RGB", size), return_tensors="pt")
+    found: Any = encoder(folder, torch.float32)
+    encoding = found.encode(inputs)
+    arranged = found.arrange(torch.zeros(len(inputs["pixel_values"][0]), found.side**2, 1), inputs["image_sizes"][0])
+    assert len(prune(encoding, PruneOptions(energy=1.0)).placeholders) == len(arranged)
+    assert len(prune(encoding, PruneOptions(energy=0.5, min_tokens=1))) < 20
+    assert sum(height * width for height, width in encoding.grids) == encoding.tokens.num_tokens
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_rotary_frequencies_stay_in_float32(family: Callable[[str], Path], name: str) -> None:
+    buffers = dict(encoder(family(name), torch.bfloat16).named_buffers())
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
+
+
+def test_items_are_joined_whatever_their_shapes() -> None:
+    """Timestamps of two videos are of different lengths; vLLM takes a tensor or a list."""
+    short, long = torch.ones(1, 2), torch.ones(1, 3)
+    assert joined(joined(None, short), short).shape == (2, 2)
+    assert [len(item) for item in joined(joined(short, long), long)] == [2, 3, 3]
+    assert joined([[0.5]], [[1.0]]) == [[0.5], [1.0]]
+
+
+def test_positions_reach_as_far_as_the_models_table() -> None:
+    """Four times its length, YaRN's factor included."""
+
+    def refused(skipped: int, **rope: Any) -> bool:
+        text = SimpleNamespace(max_position_embeddings=1000, rope_parameters=rope)
+        model = SimpleNamespace(hf_text_config=text, uses_mrope=True, max_model_len=1000)
+        processor: Any = SimpleNamespace(info=SimpleNamespace(ctx=SimpleNamespace(model_config=model)))
+        try:
+            PruningProcessor._check_positions(processor, skipped)
+        except VLLMValidationError:
+            return True
+        return False
+
+    assert [refused(skipped, rope_type="default") for skipped in (-5, 3000, 3001)] == [False, False, True]
+    yarn = {"rope_type": "yarn", "original_max_position_embeddings": 1000, "factor": 4.0}
+    assert [refused(skipped, **yarn) for skipped in (15000, 15001)] == [False, True]
 
 
 def test_attention_drawn_is_the_mean_over_heads_and_queries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import torch
 from eadaprune_vllm.encoder import whole
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, prune
+from eadaprune_vllm.prune import Encoding, Newlines, prune
 from eadaprune_vllm.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 
@@ -109,24 +109,34 @@ def test_a_part_of_zeros_needs_one_token() -> None:
 
 
 def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
-    """Two tokens without a line, then three lines of three with a newline after each."""
-    line = torch.tensor([-1, -1, 0, 0, 0, 1, 1, 1, 2, 2, 2])
-    found = VisualTokens(torch.randn(11, 4), torch.zeros(11))
-    found.attention[torch.tensor([1, 4, 8])] = 1.0  # type: ignore[index]
-    encoding = Encoding(found, torch.zeros(11).long(), ((1, 11),), line=line, newline=torch.full((4,), 7.0))
-    assert encoding.newlines.nonzero()[:, 0].tolist() == [5, 9, 13]
+    """Two tokens without a line, then lines of three tokens, of none, and of three again, a newline after each."""
+    mask = torch.zeros(11, dtype=torch.bool)
+    mask[torch.tensor([5, 6, 10])] = True
+    line = torch.tensor([-1, -1, 0, 0, 0, 2, 2, 2])
+    scores = torch.zeros(8)
+    scores[torch.tensor([1, 3])] = 1.0
+    found = VisualTokens(torch.randn(8, 4), scores)
+    newlines = Newlines(mask, line, row=torch.full((4,), 7.0))
+    encoding = Encoding(found, torch.zeros(8).long(), ((1, 8),), newlines=newlines)
 
-    kept = prune(encoding, PruneOptions(min_tokens=3, max_tokens=3))
-    assert kept.unpruned == 14
-    assert kept.placeholders.tolist() == [1, 4, 5, 10, 13]
-    assert kept.newlines.tolist() == [False, False, True, False, True]
-    assert len(kept) == 3  # newlines are not in the budget
+    kept = prune(encoding, PruneOptions(min_tokens=2, max_tokens=2))
+    assert kept.unpruned == 11
+    assert kept.placeholders.tolist() == [1, 3, 5]
+    assert kept.newlines.tolist() == [False, False, True]
+    assert len(kept) == 2  # newlines are not in the budget
     rows = encoding.rows_of(kept)
     assert rows[kept.newlines].eq(7).all()
     assert torch.equal(rows[~kept.newlines], found.features[kept.indices])
 
     full = prune(encoding, PruneOptions(energy=1.0))
-    assert full.placeholders.tolist() == list(range(14))
+    assert full.placeholders.tolist() == list(range(11))
+
+
+def test_fewer_tokens_than_parts_go_to_those_that_hold_most() -> None:
+    found = tiles(*[0.75] * 24)
+    found.tokens.features[found.part >= 16] *= 10
+    kept = counts(found, energy=0.9, min_tokens=1, max_tokens=8)
+    assert kept == [0] * 16 + [1] * 8
 
 
 def test_rows_that_are_not_the_features() -> None:

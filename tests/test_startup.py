@@ -48,6 +48,8 @@ def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], wo
     [
         ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data is not supported"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
+        ({"media_io_kwargs": {"video": {"backend": "torchcodec", "device": "cuda"}}}, "decoding videos on the GPU"),
+        ({"media_io_kwargs": {"video": {"backend": "pynvvideocodec"}}}, "decoding videos on the GPU"),
     ],
 )
 def test_flags_of_vllms_own_encoder_cannot_be_honoured(

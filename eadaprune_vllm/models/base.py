@@ -4,7 +4,7 @@ Invariant: count and content come from one object. ``FrontEnd.prune`` decides on
 positions and the report of an item are all made from that decision, and travel with its cache entry.
 """
 
-import math
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -81,8 +81,9 @@ class PruningProcessor(BaseMultiModalProcessor):
             engine. vLLM makes tables for four times the model's length, and checks tokens only.
         """
         model, text = self.info.ctx.model_config, self.info.ctx.model_config.hf_text_config
-        rope = getattr(text, "rope_parameters", None) or {}
-        longest = min(text.max_position_embeddings, rope.get("original_max_position_embeddings") or math.inf)
+        longest, rope = text.max_position_embeddings, getattr(text, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "yarn":
+            longest = int(rope["original_max_position_embeddings"] * rope["factor"])
         if model.uses_mrope and model.max_model_len + skipped > 4 * longest:
             raise VLLMValidationError(
                 f"the images and videos of this request span up to {skipped} positions more than it has tokens, and "
@@ -163,7 +164,8 @@ class PruningProcessor(BaseMultiModalProcessor):
         assert self.front_end
         of_each = mm_items[modality]
         if isinstance(of_each, EmbeddingItems | DictEmbeddingItems):
-            inputs, fields = embeddings_of(of_each, index)
+            fields = super()._get_mm_fields_config(BatchFeature(dict(of_each.get_passthrough_data())), hf_kwargs)
+            inputs = embeddings_of(of_each, index, fields)
         else:
             alone = self.info.parse_mm_data({modality: [of_each[index]]}, validate=False)
             own = super()._get_cache_missing_processor_kwargs(
@@ -205,19 +207,19 @@ class PruningProcessor(BaseMultiModalProcessor):
                     kept, encoding = self.front_end.preview(source, chosen)
                 drawn = None
                 if overlay:
-                    pictures = self._pictures(modality, mm_items[modality].get(index), len(encoding.grids))
-                    drawn = draw.data_url(draw.dim_pruned(pictures, kept.indices.tolist(), encoding.grids))
+                    view = functools.partial(self._view, mm_items[modality].get(index), len(encoding.grids))
+                    drawn = draw.data_url(draw.dim_pruned(view, kept.indices.tolist(), encoding.grids))
                 report = report_of(kept, chosen)
                 curve = encoding.spectrum(chosen.scope).curve()
                 previews[modality].append(ItemPreview(**report.model_dump(), curve=curve, overlay=drawn))
         return Pruning(previews, time.perf_counter() - start, self.front_end.kv_bytes_per_token)
 
-    def _pictures(self, modality: str, item: Any, count: int) -> list[Image.Image]:
-        """What the grids of an encoding lie over: an image each time, a video's frames at equal distances."""
-        if modality == "image":
-            return [item.convert("RGB")] * count
+    def _view(self, item: Any, count: int, number: int) -> Image.Image:
+        """What one of ``count`` grids lies over: the image each time, or the frames of a video at equal distances."""
+        if isinstance(item, Image.Image):
+            return item
         frames = item[0] if isinstance(item, tuple) else item
-        return [Image.fromarray(frames[len(frames) * number // count]) for number in range(count)]
+        return Image.fromarray(frames[len(frames) * number // count])
 
     def _get_mm_fields_config(self, *args: Any) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(*args))

@@ -83,16 +83,24 @@ def split(hf_kwargs: Mapping[str, Any]) -> tuple[Items, dict[str, Any]]:
 
 
 def joined(batch: Any, more: Any) -> Any:
-    """One batch of the items of both."""
+    """One batch of the items of both: a tensor if they are of one shape."""
     if batch is None:
         return more
-    return torch.cat((batch, more)) if isinstance(batch, torch.Tensor) else [*batch, *more]
+    if isinstance(batch, torch.Tensor) and batch.shape[1:] == more.shape[1:]:
+        return torch.cat((batch, more))
+    return [*batch, *more]
 
 
-def embeddings_of(of_each: Any, index: int) -> tuple[Mapping[str, Any], Mapping[str, MultiModalFieldConfig]]:
-    """Precomputed embeddings of one of several items and what came with them, and what vLLM says about these fields."""
+def embeddings_of(of_each: Any, index: int, fields: Mapping[str, MultiModalFieldConfig]) -> Mapping[str, Any]:
+    """Precomputed embeddings of one of several items, and what came with them.
+
+    Args:
+        of_each: the items.
+        index: of the one.
+        fields: what vLLM says about the fields of all.
+    """
     if isinstance(of_each, EmbeddingItems):
-        return {f"{of_each.modality}_embeds": of_each.get(index)}, {}
-    every = MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(of_each.data)), of_each.fields_config)
+        return {f"{of_each.modality}_embeds": of_each.get(index)}
+    every = MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(of_each.data)), fields)
     one = MultiModalKwargsItems({of_each.modality: [every[of_each.modality][index]]})
-    return one.get_data(), of_each.fields_config
+    return dict(one.get_data())

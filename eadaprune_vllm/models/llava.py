@@ -20,8 +20,8 @@ class PrunedLlavaProcessingInfo(MaxTokens, llava.LlavaProcessingInfo):
 class PrunedLlavaProcessor(PruningProcessor, llava.LlavaMultiModalProcessor):
     """LLaVA-1.5's processor, pruning."""
 
-    def _pictures(self, modality: str, item: Any, count: int) -> list[Image.Image]:
-        return [draw.seen(self.info.get_hf_processor().image_processor, item)]
+    def _view(self, item: Any, count: int, number: int) -> Image.Image:
+        return draw.seen(self.info.get_hf_processor().image_processor, item)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

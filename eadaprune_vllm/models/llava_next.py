@@ -21,7 +21,7 @@ from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.models.base import PruningProcessor
 from eadaprune_vllm.models.fields import NEWLINES
 from eadaprune_vllm.models.towerless import MaxTokens, Towerless, instead, nothing, without
-from eadaprune_vllm.prune import Encoding
+from eadaprune_vllm.prune import Encoding, Newlines
 from eadaprune_vllm.selectors import VisualTokens
 
 
@@ -38,6 +38,11 @@ class LlavaNextVisionEncoder(LlavaVisionEncoder):
         super().__init__(hf_config)
         if self.has_cls and not self.first:
             raise StartupError("vision_feature_select_strategy='full' is not supported for this model")
+
+    @property
+    def newline(self) -> torch.Tensor | None:
+        """What the engine is sent of a newline, if it does not write it itself."""
+        return None
 
     def arrange(self, embeddings: torch.Tensor, image_size: torch.Tensor) -> torch.Tensor:
         """Args:
@@ -72,16 +77,18 @@ class LlavaNextVisionEncoder(LlavaVisionEncoder):
         place = [(-1.0, -1.0), *((float(row), float(column)) for row in range(height) for column in range(width))]
         known = torch.cat((torch.tensor(place)[:, None].expand(-1, side**2, -1), attention[..., None]), -1)
         rows, columns, attention = self.arrange(known, image_size).unbind(-1)
-        newlines = rows.isnan()
-        part = (rows.round() * width + columns.round())[~newlines].long()
-        line = newlines.cumsum(0)[~newlines]
+        mask = rows.isnan()
+        part = (rows.round() * width + columns.round())[~mask].long()
+        line = mask.cumsum(0)[~mask]
         grids = [(side, side)]
         if len(features) > 1:
             line[: side**2] = -1
-            lines = int(newlines.sum())
-            grids.append((lines, (len(line) - side**2) // lines))
-        tokens = VisualTokens(self.arrange(features, image_size)[~newlines], attention[~newlines])
-        return Encoding(tokens, part, tuple(grids), line=line)
+            # Of a very thin image nothing but its padding may be left.
+            if unpadded := len(line) - side**2:
+                lines = int(mask.sum())
+                grids.append((lines, unpadded // lines))
+        tokens = VisualTokens(self.arrange(features, image_size)[~mask], attention[~mask])
+        return Encoding(tokens, part, tuple(grids), newlines=Newlines(mask, line, self.newline))
 
     @torch.inference_mode()
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:

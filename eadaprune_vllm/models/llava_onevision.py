@@ -5,7 +5,6 @@ language model.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from eadaprune_vllm.models.base import PruningProcessor
 from eadaprune_vllm.models.llava_next import LlavaNextVisionEncoder
 from eadaprune_vllm.models.towerless import MaxTokens, Towerless, instead, nothing, without
-from eadaprune_vllm.prune import Encoding
+from eadaprune_vllm.prune import Encoding, Newlines
 from eadaprune_vllm.selectors import VisualTokens
 
 
@@ -33,6 +32,10 @@ class LlavaOnevisionVisionEncoder(LlavaNextVisionEncoder):
         super().__init__(hf_config)
         self.multi_modal_projector = LlavaOnevisionMultiModalProjector(hf_config)
         self.image_newline = torch.nn.Parameter(torch.zeros(self.row_width(hf_config)))
+
+    @property
+    def newline(self) -> torch.Tensor:
+        return self.image_newline
 
     @classmethod
     def row_width(cls, hf_config: Any) -> int:
@@ -50,8 +53,7 @@ class LlavaOnevisionVisionEncoder(LlavaNextVisionEncoder):
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
         if "pixel_values" in inputs:
             features, attention = self.tower(inputs["pixel_values"][0])
-            encoding = self.tiled(self.multi_modal_projector(features), attention, inputs["image_sizes"][0])
-            return replace(encoding, newline=self.image_newline)
+            return self.tiled(self.multi_modal_projector(features), attention, inputs["image_sizes"][0])
         features, attention = self.tower(inputs["pixel_values_videos"][0])
         model = SimpleNamespace(config=self.hf_config)
         features = self.model.apply_pooling(model, self.multi_modal_projector(features))
@@ -59,12 +61,12 @@ class LlavaOnevisionVisionEncoder(LlavaNextVisionEncoder):
         frames, length, _ = features.shape
         part = torch.arange(frames).repeat_interleave(length)
         side = round(length**0.5)
+        last = torch.arange(len(part) + 1) == len(part)
         return Encoding(
             VisualTokens(features.flatten(0, 1), attention.flatten()),
             part,
             ((side, side),) * frames,
-            line=torch.zeros_like(part),
-            newline=self.image_newline,
+            newlines=Newlines(last, torch.zeros_like(part), self.newline),
         )
 
 

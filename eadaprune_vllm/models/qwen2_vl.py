@@ -1,5 +1,6 @@
 """Qwen2-VL (dynamic resolution, merger in the front end, M-RoPE positions as unpruned)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,15 +38,17 @@ class QwenVisionEncoder(VisionEncoder):
         patches = torch.cat([drawn(query, key, scale) for (query,), (key,), scale in calls])
         attention = patches.view(len(output.pooler_output), -1).mean(1)
         tokens = VisualTokens(output.pooler_output, self.in_raster_order(attention, grid))
-        return self._encoding(tokens, self.rows(output), grid)
+        return self._encoding(tokens, self.rows(output), inputs)
 
     def embedded(self, embeddings: torch.Tensor, inputs: Mapping[str, Any]) -> Encoding:
-        features = embeddings[..., : self.feature_width(self.hf_config)]
-        encoding = self._encoding(VisualTokens(features, None), embeddings, _grid(inputs))
-        due = len(encoding.part), self.row_width(self.hf_config)
-        if embeddings.shape != due:
-            raise ValueError(f"embeddings of shape {tuple(embeddings.shape)} where their grid says {due}")
-        return encoding
+        (frames, height, width), merged = _grid(inputs)[0].tolist(), self.hf_config.vision_config.spatial_merge_size
+        due = frames * height * width // merged**2, self.row_width(self.hf_config)
+        if embeddings.shape != due or min(frames, height, width) < 1 or ("image_grid_thw" in inputs and frames > 1):
+            raise ValueError(
+                f"embeddings of shape {tuple(embeddings.shape)} do not go with a grid of {frames} x {height} x {width}"
+            )
+        features = embeddings[:, : self.feature_width(self.hf_config)]
+        return self._encoding(VisualTokens(features, None), embeddings, inputs)
 
     @classmethod
     def feature_width(cls, hf_config: Any) -> int:
@@ -67,11 +70,15 @@ class QwenVisionEncoder(VisionEncoder):
         """
         return attention
 
-    def _encoding(self, tokens: VisualTokens, rows: torch.Tensor | None, grid: torch.Tensor) -> Encoding:
+    def _encoding(self, tokens: VisualTokens, rows: torch.Tensor | None, inputs: Mapping[str, Any]) -> Encoding:
         merged = self.hf_config.vision_config.spatial_merge_size
-        frames, height, width = (grid[0] // torch.tensor([1, merged, merged])).tolist()
+        frames, height, width = (_grid(inputs)[0] // torch.tensor([1, merged, merged])).tolist()
         part = torch.arange(frames).repeat_interleave(height * width)
-        return Encoding(tokens, part, ((height, width),) * frames, rows=rows)
+        # Positions go on after the longest side of every frame; in Qwen2.5-VL they also go with time.
+        speed = getattr(self.hf_config.vision_config, "tokens_per_second", 1)
+        seconds = max(float(second) for second in inputs.get("second_per_grid_ts", (1,)))
+        extent = max(frames * max(height, width), math.ceil(frames * seconds * speed) + max(height, width))
+        return Encoding(tokens, part, ((height, width),) * frames, rows=rows, extent=extent)
 
 
 def _grid(inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -77,7 +77,7 @@ class QwenVisionEncoder(VisionEncoder):
         # Positions go on after the longest side of every frame; in Qwen2.5-VL they also go with time.
         speed = getattr(self.hf_config.vision_config, "tokens_per_second", 1)
         seconds = max(float(second) for second in inputs.get("second_per_grid_ts", (1,)))
-        extent = max(frames * max(height, width), math.ceil(frames * seconds * speed) + max(height, width))
+        extent = max(frames * max(height, width), math.ceil((frames - 1) * seconds * speed) + max(height, width))
         return Encoding(tokens, part, ((height, width),) * frames, rows=rows, extent=extent)
 
 

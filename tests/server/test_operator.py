@@ -135,7 +135,7 @@ def patch_shown(picture: Image.Image, index: int) -> bool:
         (
             {"messages": [{"content": [{"type": "image_url", "image_url": "http://127.0.0.1:1/a.png"}]}]},
             400,
-            "an image could not be fetched",
+            "an image or video could not be read",
         ),
         ({"messages": [{"content": [{"image_url": "data:,", "uuid": "a"}] * 3}]}, 400, "At most 2 image(s)"),
     ],

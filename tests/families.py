@@ -11,8 +11,11 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
@@ -22,6 +25,7 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -83,6 +87,25 @@ def _tower(config: Any) -> Any:
         image_size=SIDE,
         patch_size=PATCH,
     )
+
+
+def _llava() -> tuple[Any, Any, Any]:
+    config = LlavaConfig(
+        vision_config=_tower(CLIPVisionConfig),
+        text_config=LlamaConfig(**_text(LLAVA)),
+        image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        LLAVA,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        num_additional_image_tokens=1,
+    )
+    return LlavaForConditionalGeneration, config, processor
 
 
 def _llava_next(text: Any) -> tuple[Any, Any, Any]:
@@ -212,6 +235,7 @@ _MOE = {
     "norm_topk_prob": True,
 }
 FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
+    "llava": _llava,
     "llava_next": lambda: _llava_next(LlamaConfig),
     "llava_next_mistral": lambda: _llava_next(MistralConfig),
     "llava_onevision": _llava_onevision,
@@ -223,6 +247,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
+WITHOUT_VIDEO = ("llava", "llava_next", "llava_next_mistral")
 
 
 def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:

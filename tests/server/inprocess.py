@@ -5,8 +5,10 @@ import base64
 import io
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from families import WITHOUT_VIDEO
 from PIL import Image
 from shared import module_classes, noise, photo
 from vllm import LLM, SamplingParams
@@ -91,7 +93,7 @@ if __name__ == "__main__":
             max_model_len=4096,
             max_num_batched_tokens=64,  # images are cut over several steps
             block_size=32,
-            limit_mm_per_prompt={"image": 5, "video": 2 if "next" not in folder else 0},
+            limit_mm_per_prompt={"image": 5, "video": 0 if Path(folder).name in WITHOUT_VIDEO else 2},
         )
         result[folder] = [answers(llm, batch) for batch in batches], llm.apply_model(module_classes)[0]
         llm.llm_engine.engine_core.shutdown()

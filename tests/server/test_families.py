@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, quantize
+from families import FAMILIES, WITHOUT_VIDEO, quantize
 from harness import environment
 from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
 from PIL import Image
@@ -39,7 +39,7 @@ Answers = list[dict[str, Any]]
 
 
 def chats(name: str) -> list[str]:
-    return [*CHATS, *(VIDEO_CHATS if "next" not in name else ())]
+    return [*CHATS, *(() if name in WITHOUT_VIDEO else VIDEO_CHATS)]
 
 
 def run(work: dict[str, list[Any]], **env: str) -> dict[str, tuple[list[Answers], list[str]]]:

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -100,7 +101,7 @@ class FrontEnd:
         start = time.perf_counter()
         encoding = self.encoder.encode(source)
         seconds = time.perf_counter() - start
-        if encoding.nbytes <= MEMO_BYTES:
+        with suppress(ValueError):  # larger than the memo
             self._memo[key] = encoding
         return encoding, {"encode": seconds}
 

@@ -24,7 +24,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from eadaprune_vllm import draw
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import encoder_class
-from eadaprune_vllm.models.fields import FEATURES, KEPT, NEWLINES, ROWS
+from eadaprune_vllm.models.fields import FEATURES, KEPT, NEWLINES, ROWS, fields_of
 from eadaprune_vllm.models.items import (
     Items,
     PrunedDetails,
@@ -151,8 +151,8 @@ class PruningProcessor(BaseMultiModalProcessor):
                 items.seconds.append(time.perf_counter() - start)
                 items.kept[modality].append(kept)
                 projected = isinstance(source, Encoding) or self.front_end.encoder.projected
-                fields = {modality + (ROWS if projected else FEATURES): [rows], modality + KEPT: [kept.placeholders]}
-                for name, value in (metadata | fields | {modality + NEWLINES: [kept.newlines]}).items():
+                fields = fields_of(modality, rows, projected, kept.newlines, kept.placeholders)
+                for name, value in (metadata | fields).items():
                     batch[name] = joined(batch.get(name), value)
         return BatchFeature(batch)
 
@@ -262,9 +262,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         for modality, count in mm_counts.items():
             length = lengths[modality]
             rows = torch.zeros(length, encoder.row_width(model_config.hf_config), dtype=model_config.dtype)
-            batch[modality + (ROWS if encoder.projected else FEATURES)] = [rows] * count
-            batch[modality + NEWLINES] = [torch.zeros(length, dtype=torch.bool)] * count
-            batch[modality + KEPT] = [torch.arange(length)] * count
+            newlines = torch.zeros(length, dtype=torch.bool)
+            fields = fields_of(modality, rows, encoder.projected, newlines, torch.arange(length))
+            batch |= {name: value * count for name, value in fields.items()}
             placeholders[modality] = [PlaceholderRange(end + number * length, length) for number in range(count)]
             end += count * length
         return {

@@ -32,6 +32,7 @@ class LlavaNextVisionEncoder(LlavaVisionEncoder):
     """
 
     takes_embeddings = False
+    newline_is_argument = False  # of vLLM's function, which finds it on the model otherwise
     model: Any = llava_next.LlavaNextForConditionalGeneration
 
     def __init__(self, hf_config: Any) -> None:
@@ -54,8 +55,9 @@ class LlavaNextVisionEncoder(LlavaVisionEncoder):
         """
         newline = embeddings.new_full(embeddings.shape[-1:], torch.nan)
         model = SimpleNamespace(config=self.hf_config, image_newline=newline)
+        argument = {"image_newline": newline} if self.newline_is_argument else {}
         arranged: torch.Tensor = self.model._merge_image_patch_embeddings(
-            model, image_size, embeddings, strategy="spatial_unpad"
+            model, image_size, embeddings, strategy="spatial_unpad", **argument
         )
         return arranged
 

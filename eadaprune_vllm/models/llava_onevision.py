@@ -26,6 +26,7 @@ class LlavaOnevisionVisionEncoder(LlavaNextVisionEncoder):
 
     modalities = ("image", "video")
     projected = True
+    newline_is_argument = True
     model: Any = llava_onevision.LlavaOnevisionForConditionalGeneration
 
     def __init__(self, hf_config: Any) -> None:
@@ -40,14 +41,6 @@ class LlavaOnevisionVisionEncoder(LlavaNextVisionEncoder):
     @classmethod
     def row_width(cls, hf_config: Any) -> int:
         return int(hf_config.text_config.hidden_size)
-
-    def arrange(self, embeddings: torch.Tensor, image_size: torch.Tensor) -> torch.Tensor:
-        newline = embeddings.new_full(embeddings.shape[-1:], torch.nan)
-        model = SimpleNamespace(config=self.hf_config, image_newline=newline)
-        arranged: torch.Tensor = self.model._merge_image_patch_embeddings(
-            model, image_size, embeddings, image_newline=newline, strategy="spatial_unpad"
-        )
-        return arranged
 
     @torch.inference_mode()
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:

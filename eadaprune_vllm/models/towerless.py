@@ -70,7 +70,7 @@ class UnprunedPositions:
             grid = feature.data[f"{modality}_grid_thw"].data
             frame = int(grid[1:].prod()) // config.vision_config.spatial_merge_size**2
             kept = feature.data[modality + KEPT].data.numpy()
-            where = _where(item, item == token, item == config.vision_end_token_id, kept, frame)
+            where = _where(item == token, item == config.vision_end_token_id, kept, frame)
             unpruned = np.full(int(grid[0]) * frame + (item != token).sum(), token)
             unpruned[where] = item
             prompt += [text, unpruned]
@@ -85,12 +85,11 @@ class UnprunedPositions:
         return positions[:, np.concatenate(columns)], following - len(input_tokens)
 
 
-def _where(item: Any, embeds: Any, ends: Any, kept: Any, frame: int) -> Any:
+def _where(embeds: Any, ends: Any, kept: Any, frame: int) -> Any:
     """Where the tokens of a pruned item are in the unpruned one.
 
     Args:
-        item: ``[p]``, tokens of the item, which may have text between its frames.
-        embeds: ``[p]`` bool, which of them are not text.
+        embeds: ``[p]`` bool, which of its tokens are not text, of which there may be some between its frames.
         ends: ``[p]`` bool, which of them end a frame.
         kept: which of the unpruned embeds are left.
         frame: unpruned embeds of a frame.

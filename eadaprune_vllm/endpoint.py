@@ -17,11 +17,11 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from eadaprune_vllm import __version__
-from eadaprune_vllm.hooks import on_render_thread
+from eadaprune_vllm.hooks import on_render_thread, watch_load
 from eadaprune_vllm.options import ServerOptions, request_schema
 from eadaprune_vllm.plugin import NAME
 from eadaprune_vllm.report import Preview
-from eadaprune_vllm.request import DOORS, HEADER, RequestContext, item_options, item_parts, refusals, request_layers
+from eadaprune_vllm.request import DOORS, HEADER, RequestContext, choose, item_parts, refusals, request_layers
 from eadaprune_vllm.route import PruningRoute, openapi_extra
 from eadaprune_vllm.selectors import SELECTORS
 
@@ -67,6 +67,8 @@ class EndpointPlugin:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.eadaprune_renderer = engine_client.renderer
         state.eadaprune = engine_client.renderer.mm_processor
+        if state.eadaprune.server_options.load_aware:
+            watch_load(engine_client, state.eadaprune.front_end.observe_load)
 
 
 class Config(BaseModel):
@@ -131,9 +133,9 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
     with refusals(processor.front_end):
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
         layers = request_layers(context, (body.model_extra or {}).get("mm_processor_kwargs"))
-        options = item_options(processor.server_options, layers, messages, context.met)
+        choices = choose(processor.server_options, layers, messages, context.met)
     items = await _fetch(state.eadaprune_renderer.model_config, messages)
-    pruning = await on_render_thread(state.eadaprune_renderer, processor.preview, items, options, body.overlay)
+    pruning = await on_render_thread(state.eadaprune_renderer, processor.preview, items, choices, body.overlay)
     return Preview.of([pruning])
 
 

@@ -5,6 +5,8 @@ import json
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
+from pydantic import BaseModel
+
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.options import KEY, ServerOptions, allowed
 from eadaprune_vllm.plugin import NAME, name_plugins, named_plugins
@@ -21,7 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Name a vLLM plugin to use, in addition to those loaded anyway. May be given more than once.",
     )
     for name, field in ServerOptions.model_fields.items():
-        default = "no limit" if field.default is None else field.default
+        default = field.default
+        if default is None:
+            default = "off" if name == "load_aware" else "no limit"
         text = f"{field.description} {allowed(name, ServerOptions).capitalize()}. (default: {default})"
         group.add_argument(
             _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(field.annotation)
@@ -60,6 +64,8 @@ def _kind(annotation: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
+    if issubclass(get_origin(annotation) or annotation, BaseModel):
+        return {"type": json.loads, "metavar": "JSON", "nargs": "?", "const": {}}
     if get_origin(annotation) is dict:
         return {"type": json.loads, "metavar": "JSON"}
     return {"type": annotation, "metavar": annotation.__name__.upper()}

@@ -13,14 +13,17 @@ from cachetools import LRUCache
 
 from eadaprune_vllm.encoder import VisionEncoder
 from eadaprune_vllm.errors import NonFiniteFeaturesError
+from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.options import Choice, PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, prune
 from eadaprune_vllm.report import Pruning
 
 # For a request that repeats an image, and for the same image on its way through /tokenize and chat: about 25 images of
 # LLaVA-1.5. What is larger than all of it is not kept.
 MEMO_BYTES = 64 * 2**20
+# Images and videos whose threshold under load is remembered, at some hundred bytes each.
+REMEMBERED = 10_000
 
 
 class FrontEnd:
@@ -32,27 +35,39 @@ class FrontEnd:
         metrics: where to count.
         model_name: label of the metrics.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
+        load: of the server, if thresholds follow it.
     """
 
     def __init__(
-        self, encoder: VisionEncoder, dtype: torch.dtype, metrics: Metrics, model_name: str, kv_bytes_per_token: int
+        self,
+        encoder: VisionEncoder,
+        dtype: torch.dtype,
+        metrics: Metrics,
+        model_name: str,
+        kv_bytes_per_token: int,
+        load: Load | None = None,
     ) -> None:
         self.encoder = encoder
         self.dtype = dtype
         self.metrics = metrics
         self.model_name = model_name
         self.kv_bytes_per_token = kv_bytes_per_token
+        self.load = load
+        self._in_force: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._memo: LRUCache[bytes, Encoding] = LRUCache(MEMO_BYTES, getsizeof=lambda encoding: encoding.nbytes)
         self._lock = Lock()
         metrics.declare(model_name)
 
-    def prune(self, source: Mapping[str, Any] | Encoding, options: PruneOptions) -> tuple[torch.Tensor, Kept]:
+    def prune(
+        self, source: Mapping[str, Any] | Encoding, options: PruneOptions
+    ) -> tuple[torch.Tensor, Kept, dict[str, float]]:
         """Args:
             source: what the encoder is fed with, of one image or video; or what was encoded elsewhere.
             options: resolved options.
 
         Returns:
-            The rows that the engine is sent, ``[p, W]`` in the model's dtype, and the decision.
+            The rows that the engine is sent, ``[p, W]`` in the model's dtype, the decision, and how many seconds each
+            stage took.
 
         Raises:
             NonFiniteFeaturesError: if the features are NaN or infinite.
@@ -69,7 +84,7 @@ class FrontEnd:
                 raise
         stages |= {"spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
         self.metrics.observe_stages(self.model_name, **stages)
-        return rows, kept
+        return rows, kept, stages
 
     def warm_up(self, source: Mapping[str, Any] | Encoding) -> None:
         """Encode for nothing."""
@@ -104,6 +119,29 @@ class FrontEnd:
         with suppress(ValueError):  # larger than the memo
             self._memo[key] = encoding
         return encoding, {"encode": seconds}
+
+    def in_force(self, choice: Choice, identity: str, held: bool) -> PruneOptions:
+        """The options of one image or video at the present load.
+
+        Args:
+            choice: what was chosen for it.
+            identity: what tells it from others.
+            held: whether it keeps the threshold that it last had: because its data is not at hand, or because a
+                conversation's earlier turns would have to be computed again.
+        """
+        if not self.load:
+            return choice.options
+        key = identity, choice.options.key
+        with self._lock:
+            options = self._in_force.get(key) if held else None
+            self._in_force[key] = options = options or choice.at(self.load.level)
+        return options
+
+    def observe_load(self, engine: int, kv_usage: float, waiting: int) -> None:
+        """Take in what an engine reports after a step: share of its KV cache in use, requests in its queue."""
+        assert self.load
+        self.load.observe(engine, kv_usage, waiting)
+        self.metrics.set_load_level(self.model_name, self.load.level)
 
     def admit(self, pruning: Pruning) -> None:
         """Count the images and videos of a prompt that enters the engine."""

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -106,6 +107,7 @@ def install() -> None:
 def _install_configuration() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.renderers.registry import RendererRegistry
+    from vllm.usage.usage_lib import UsageContext
 
     from eadaprune_vllm import startup
 
@@ -114,6 +116,9 @@ def _install_configuration() -> None:
         # vLLM would hand our key to the image processor, so it travels as an attribute of the config instead.
         given = engine_args.mm_processor_kwargs
         options = startup.server_options((given or {}).get(KEY))
+        if options.load_aware:
+            usage = kwargs.get("usage_context", args[0] if args else None)
+            startup.check_load_aware(serving=usage is UsageContext.OPENAI_API_SERVER, engine_args=engine_args)
         engine_args.mm_processor_kwargs = {k: v for k, v in (given or {}).items() if k != KEY} or None
         try:
             vllm_config = original(engine_args, *args, **kwargs)
@@ -201,6 +206,10 @@ def _install_requests() -> None:
         request = original(input_processor, request_id, prompt, *args, **kwargs)
         if isinstance(prompt, dict) and KEY in prompt:
             input_processor.renderer.mm_processor.front_end.admit(prompt[KEY])
+            if input_processor.vllm_config.observability_config.otlp_traces_endpoint:
+                from eadaprune_vllm.tracing import trace_pruning  # vLLM checks that OpenTelemetry is installed
+
+                request.trace_headers = trace_pruning(request.trace_headers, prompt[KEY])
         return request
 
     # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they
@@ -251,6 +260,31 @@ def _install_anthropic() -> None:
     async def render_probe_prompt(original: Any, serving: Any, effort: Any) -> Any:
         with requests.request_context(requests.RequestContext()):
             return await original(serving, effort)
+
+
+def watch_load(engine_client: Any, observe: Callable[[int, float, int], None]) -> None:
+    """Have ``observe`` called after each step of an engine, with its number, the share of its KV cache in use, and
+    how many requests wait. Of several front ends each step reaches one."""
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+    class LoadLogger(AggregateStatLoggerBase):
+        def __init__(self) -> None: ...
+
+        def log_engine_initialized(self) -> None: ...
+
+        def record(self, scheduler_stats: Any, *_: Any, engine_idx: int = 0, **__: Any) -> None:
+            if scheduler_stats:
+                observe(engine_idx, scheduler_stats.kv_cache_usage, scheduler_stats.num_waiting_reqs)
+
+    engine_client.logger_manager.stat_loggers.append(LoadLogger())
+
+
+def shared_by_front_ends(vllm_config: Any) -> Path | None:
+    """A file of this server that all of its front ends find, and vLLM removes; None if there is only one of them."""
+    if vllm_config.parallel_config._api_process_count == 1:
+        return None
+    # They share this folder for their metrics; other servers may, too, but their front ends have another parent.
+    return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{KEY}-load-{os.getppid()}")
 
 
 async def on_render_thread(renderer: Any, function: Callable[..., Any], *args: Any) -> Any:

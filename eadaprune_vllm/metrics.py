@@ -4,7 +4,7 @@ Plain counters and histograms, so that they add up over several API servers (mul
 ``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
 """
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from eadaprune_vllm.report import Pruning
 
@@ -43,7 +43,18 @@ class Metrics:
             "rejected_requests", "Requests refused: 'options' for bad pruning options, 'features' for NaN.", "reason"
         )
         self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image or video.", _RATIOS)
-        self._threshold = histogram("energy_threshold", "Energy threshold asked for, per image or video.", _THRESHOLDS)
+        self._threshold = histogram("energy_threshold", "Energy threshold in force, per image or video.", _THRESHOLDS)
+        self._requested = histogram(
+            "energy_requested", "Energy threshold asked for, per image or video; load may lower it.", _THRESHOLDS
+        )
+        self._lowered = counter("load_lowered", "Images and videos whose energy threshold was lowered under load.")
+        self._load_level = Gauge(
+            "eadaprune_load_level",
+            "How far load lowers energy thresholds: 0 not at all, 1 down to the floor of the policy.",
+            [LABEL],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
         self._stage = histogram(
             "stage_seconds",
             "Time of pruning one image or video; what is found in a cache skips stages.",
@@ -60,6 +71,9 @@ class Metrics:
             self._bytes_saved,
             self._kept_ratio,
             self._threshold,
+            self._requested,
+            self._lowered,
+            self._load_level,
         ):
             metric.labels(model_name)
         for labelled, values in (
@@ -82,6 +96,12 @@ class Metrics:
             self._bytes_saved.labels(model_name).inc(saved * pruning.kv_bytes_per_token)
             self._kept_ratio.labels(model_name).observe(item.kept_tokens / item.visual_tokens)
             self._threshold.labels(model_name).observe(item.energy_threshold)
+            self._requested.labels(model_name).observe(item.energy_requested)
+            self._lowered.labels(model_name).inc(item.energy_threshold < item.energy_requested)
+
+    def set_load_level(self, model_name: str, level: float) -> None:
+        """Show how far load lowers thresholds."""
+        self._load_level.labels(model_name).set(level)
 
     def observe_stages(self, model_name: str, **seconds: float) -> None:
         """Record how long each stage of pruning one image or video took; ``total`` is their sum."""

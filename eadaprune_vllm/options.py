@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eadaprune_vllm.errors import InvalidOptionsError
+from eadaprune_vllm.load import LoadPolicy
 from eadaprune_vllm.selectors import SELECTORS
 
 # The options' name wherever they travel: request field, attribute of vLLM's multimodal config, cache key.
@@ -80,6 +81,29 @@ class Layer:
     trusted: bool = False
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one image or video.
+
+    Attributes:
+        options: resolved.
+        energy_floor: how far load may lower its threshold; None if it may not.
+        answered: whether it is of an earlier turn of the conversation.
+    """
+
+    options: PruneOptions
+    energy_floor: float | None = None
+    answered: bool = False
+
+    def at(self, level: float) -> PruneOptions:
+        """The options in force where the threshold has gone this share of its way to the floor."""
+        threshold, floor = self.options.threshold, self.energy_floor
+        if not level or floor is None or threshold <= floor:
+            return self.options
+        energy = round(threshold - level * (threshold - floor), 6)
+        return self.options.model_copy(update={"enabled": True, "energy": energy})
+
+
 class ServerOptions(PruneOptions):
     """What the operator sets: the defaults of every option, presets, and bounds of what requests may ask for."""
 
@@ -102,6 +126,11 @@ class ServerOptions(PruneOptions):
         default="reject", description="What becomes of a request beyond these bounds."
     )
     report: bool = Field(default=True, description="Whether responses say what pruning saved.")
+    load_aware: LoadPolicy | None = Field(
+        default=None,
+        description="Lower thresholds while the engine is under load. "
+        f"By default {LoadPolicy().model_dump_json()}, or what is given in its place;",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerOptions":
@@ -109,6 +138,9 @@ class ServerOptions(PruneOptions):
             raise ValueError(f"energy_floor={self.energy_floor} is above energy_ceiling={self.energy_ceiling}")
         for layer in (Layer("the default", None), *map(self.preset, ("low", "high"))):
             self.resolve(layer)
+        policy, energy = self.load_aware, self.resolve().threshold
+        if policy and policy.explicit == "keep" and energy <= policy.energy_floor:
+            raise ValueError(f"load_aware.energy_floor={policy.energy_floor:g} is not below energy={energy:g}")
         return self
 
     @property
@@ -140,6 +172,13 @@ class ServerOptions(PruneOptions):
             options = self._bounded(overlay(options, layer.given, layer.where), layer)
         # As many as an image has is as many as it may.
         return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
+
+    def choose(self, *layers: Layer, answered: bool = False) -> Choice:
+        """``resolve``, and how far load may lower the threshold that comes of it."""
+        options, policy = self.resolve(*layers), self.load_aware
+        explicit = any(isinstance(of.given, dict) and of.given.keys() & {"energy", "enabled"} for of in layers)
+        lowers = policy and (policy.explicit == "lower" or not explicit)
+        return Choice(options, policy.energy_floor if policy and lowers else None, answered)
 
     def _bounded(self, options: PruneOptions, layer: Layer) -> PruneOptions:
         energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
@@ -192,11 +231,14 @@ def overlay(options: Options, override: object, where: str) -> Options:
         raise _explain(error, type(options), where) from None
 
 
-def _explain(error: ValidationError, model: type[PruneOptions], where: str) -> InvalidOptionsError:
+def _explain(error: ValidationError, model: type[BaseModel], where: str) -> InvalidOptionsError:
     first = error.errors(include_url=False)[0]
-    if not first["loc"]:  # a check across fields
+    loc: tuple[Any, ...] = first["loc"]
+    if loc[:1] == ("load_aware",) and (loc[1:] or first["type"] == "value_error"):  # it has options of its own
+        model, where, loc = LoadPolicy, f"{where}.load_aware", loc[1:]
+    if not loc:  # a check across fields
         return InvalidOptionsError(f"{where}: {first['msg'].removeprefix('Value error, ')}", where)
-    name = str(first["loc"][0])
+    name = str(loc[0])
     field = f"{where}.{name}"
     if name not in model.model_fields:
         known = ", ".join(model.model_fields)
@@ -206,7 +248,7 @@ def _explain(error: ValidationError, model: type[PruneOptions], where: str) -> I
     )
 
 
-def allowed(name: str, model: type[PruneOptions] = PruneOptions) -> str:
+def allowed(name: str, model: type[BaseModel] = PruneOptions) -> str:
     """The values an option takes, in words: 'a number greater than 0 and at most 1'."""
     schema: dict[str, Any] = model.model_json_schema()["properties"][name]
     nullable = any(branch.get("type") == "null" for branch in schema.get("anyOf", []))
@@ -214,6 +256,7 @@ def allowed(name: str, model: type[PruneOptions] = PruneOptions) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     words = {
+        None: "an object of options",
         "number": "a number",
         "integer": "an integer",
         "boolean": "true or false",
@@ -221,7 +264,7 @@ def allowed(name: str, model: type[PruneOptions] = PruneOptions) -> str:
     }
     limits = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum": "at most"}
     bounds = [f"{text} {schema[key]:g}" for key, text in limits.items() if key in schema]
-    return " ".join([words[schema["type"]], " and ".join(bounds)]).strip() + (" or null" if nullable else "")
+    return " ".join([words[schema.get("type")], " and ".join(bounds)]).strip() + (" or null" if nullable else "")
 
 
 def request_schema() -> dict[str, Any]:

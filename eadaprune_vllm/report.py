@@ -19,6 +19,7 @@ class ItemReport(BaseModel):
         description="How many of these end lines of the picture; some models want that, and no budget counts it.",
     )
     energy_threshold: float = Field(description="The threshold in force.")
+    energy_requested: float = Field(description="The threshold asked for; load may have lowered it.")
     energy_kept: float = Field(description="Share of the spectral energy that a budget of so many tokens holds.")
     selector: str = Field(description="The selector in force.")
     cached: bool = Field(default=False, description="Whether it came out of vLLM's processor cache.")
@@ -36,6 +37,21 @@ class ItemPreview(ItemReport):
 
 
 @dataclass(frozen=True)
+class Timing:
+    """When one image or video was pruned.
+
+    Attributes:
+        modality: ``image`` or ``video``.
+        started: nanoseconds since the epoch.
+        stages: seconds that each took, one after the other; stages whose result was at hand are missing.
+    """
+
+    modality: str
+    started: int
+    stages: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Pruning:
     """What became of the images and videos of one prompt; travels with vLLM's engine input.
 
@@ -43,11 +59,13 @@ class Pruning:
         reports: one per image and per video, by modality, in the order of the prompt.
         seconds: time that encoding and pruning took; what was found in the cache takes none.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
+        timings: of those images and videos that were not found in the cache.
     """
 
     reports: Mapping[str, Sequence[ItemReport]]
     seconds: float
     kv_bytes_per_token: int
+    timings: Sequence[Timing] = ()
 
     def of(self, *modalities: str) -> list[ItemReport]:
         """The reports of some modalities, by default of all."""

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.options import KEY, Layer, PruneOptions, ServerOptions
+from eadaprune_vllm.options import KEY, Choice, Layer, ServerOptions
 from eadaprune_vllm.report import Pruning, Report
 
 HEADER = "X-EAdaPrune-Energy"
@@ -45,8 +45,8 @@ _TYPES = {
 _KEYS = ("image_url", "image_pil", "image_embeds", "video_embeds", "video_url")
 
 
-class ItemOptions(dict[str, tuple[PruneOptions, ...]]):
-    """The resolved options of each image and of each video of a prompt, by modality, all modalities present."""
+class Choices(dict[str, tuple[Choice, ...]]):
+    """What was chosen for each image and each video of a prompt, by modality, all modalities present."""
 
 
 @dataclass
@@ -104,8 +104,8 @@ def request_layers(context: RequestContext, processor_kwargs: object) -> list[La
     return layers
 
 
-def item_options(server: ServerOptions, layers: list[Layer], messages: list[Any], met: dict[str, int]) -> ItemOptions:
-    """The options of each image and video in ``messages``, in the order in which vLLM numbers them.
+def choose(server: ServerOptions, layers: list[Layer], messages: list[Any], met: dict[str, int]) -> Choices:
+    """What is chosen for each image and video in ``messages``, in the order in which vLLM numbers them.
 
     Args:
         server: the server's options.
@@ -119,17 +119,22 @@ def item_options(server: ServerOptions, layers: list[Layer], messages: list[Any]
     server.resolve(*layers)  # also where there is no image
     parts = list(item_parts(messages))
     check_places(messages)
-    options: dict[str, list[PruneOptions]] = {modality: [] for modality in MODALITIES}
-    for modality, part in parts:
+    answers = [
+        n for n, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"
+    ]
+    answered = len(list(item_parts(messages[: max(answers, default=0)])))
+    chosen: dict[str, list[Choice]] = {modality: [] for modality in MODALITIES}
+    for number, (modality, part) in enumerate(parts):
         # OpenAI's detail is in image_url of chat completions, and on the part itself of responses.
         url = part.get("image_url")
         details = [place.get("detail") for place in (url, part) if isinstance(place, dict)]
         detail = next((detail for detail in details if detail is not None), "auto")
         where = f"{modality}s[{met[modality]}]"
         preset = server.preset(detail, f"{where}.detail")
-        options[modality].append(server.resolve(*layers, preset, Layer(f"{where}.{KEY}", part.get(KEY))))
+        own = Layer(f"{where}.{KEY}", part.get(KEY))
+        chosen[modality].append(server.choose(*layers, preset, own, answered=number < answered))
         met[modality] += 1
-    return ItemOptions({modality: tuple(of_each) for modality, of_each in options.items()})
+    return Choices({modality: tuple(of_each) for modality, of_each in chosen.items()})
 
 
 def item_parts(messages: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -176,7 +181,7 @@ def chat_extras(renderer: Any, messages: list[Any], prompt_extras: Mapping[str, 
     with refusals(processor.front_end):
         context = current()
         layers = request_layers(context, kwargs)
-        kwargs[KEY] = item_options(processor.server_options, layers, messages, context.met)
+        kwargs[KEY] = choose(processor.server_options, layers, messages, context.met)
     return extras | {"mm_processor_kwargs": kwargs}
 
 

@@ -11,6 +11,8 @@ from eadaprune_vllm.checkpoint import Checkpoint
 from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.hooks import shared_by_front_ends
+from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES, encoder_class
 from eadaprune_vllm.options import KEY, ServerOptions, overlay
@@ -87,6 +89,19 @@ def check(vllm_config: Any) -> None:
     _checkpoint(vllm_config).check(functools.partial(_encoder(vllm_config), model_config.hf_config))
 
 
+def check_load_aware(serving: bool, engine_args: Any) -> None:
+    """Raises:
+    StartupError: if thresholds cannot follow the load.
+    """
+    flag = "--eadaprune-load-aware"
+    if not serving:
+        raise StartupError(f"{flag} works in vllm serve only: offline, all requests are there before the first step")
+    if engine_args.disable_log_stats:
+        raise StartupError(f"{flag} needs the statistics that --disable-log-stats switches off")
+    if engine_args.enable_elastic_ep:
+        raise StartupError(f"{flag} is not supported with --enable-elastic-ep: it replaces the statistics")
+
+
 def server_options(given: object) -> ServerOptions:
     """What the operator set, by flags and ``--mm-processor-kwargs``.
 
@@ -122,7 +137,11 @@ def front_end(vllm_config: Any) -> FrontEnd:
     if not hasattr(model.multimodal_config, KEY):
         raise StartupError("only vllm serve, vllm run-batch and LLM(...) are supported, not vllm launch render")
     encoder = _checkpoint(vllm_config).load(functools.partial(_encoder(vllm_config), model.hf_config))
-    return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes_per_token(vllm_config))
+    load, policy = None, getattr(model.multimodal_config, KEY).load_aware
+    if policy:
+        load = Load(policy, vllm_config.parallel_config.data_parallel_size, shared_by_front_ends(vllm_config))
+    kv_bytes = kv_bytes_per_token(vllm_config)
+    return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes, load)
 
 
 @functools.cache

@@ -59,6 +59,7 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
         "detail_high": {},
         "energy_floor": 0.1,
     }
+    options |= {"load_aware": {"waiting_high": 8}}
     options |= {"energy_ceiling": 1.0, "max_tokens_ceiling": 99, "out_of_bounds": "clamp", "report": True}
     assert options.keys() == ServerOptions.model_fields.keys()
     line = []
@@ -76,7 +77,12 @@ def test_metrics() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     report = ItemReport(
-        visual_tokens=576, kept_tokens=144, energy_threshold=0.99, energy_kept=0.991, selector="attention"
+        visual_tokens=576,
+        kept_tokens=144,
+        energy_threshold=0.99,
+        energy_requested=0.995,
+        energy_kept=0.991,
+        selector="attention",
     )
     metrics.count("m", Pruning({"image": [report], "video": [report]}, 0.5, kv_bytes_per_token=10))
     metrics.observe_stages("m", encode=0.5, spectrum=0.0002, select=0.0003)
@@ -95,6 +101,9 @@ def test_metrics() -> None:
     assert value("eadaprune_kept_ratio_bucket", le="0.2") == 0
     assert value("eadaprune_energy_threshold_bucket", le="0.985") == 0
     assert value("eadaprune_energy_threshold_bucket", le="0.99") == 2
+    assert value("eadaprune_energy_requested_bucket", le="0.99") == 0
+    assert value("eadaprune_energy_requested_bucket", le="0.995") == 2
+    assert value("eadaprune_load_lowered_total") == 2
     assert value("eadaprune_stage_seconds_sum", stage="total") == pytest.approx(0.5005)
     assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0001") == 0
     assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0002") == 1

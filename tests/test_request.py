@@ -7,7 +7,7 @@ import pytest
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.options import ServerOptions
-from eadaprune_vllm.request import RequestContext, item_options, request_layers
+from eadaprune_vllm.request import RequestContext, choose, request_layers
 
 SERVER = ServerOptions(energy=0.9, detail_low={"energy": 0.5})
 
@@ -26,8 +26,8 @@ def user(*parts: Any) -> dict[str, Any]:
 
 def energies(*messages: Any, header: str | None = None, options: object = None, kwargs: object = None) -> list[float]:
     context = RequestContext(header, options)
-    options_of_each = item_options(SERVER, request_layers(context, kwargs), list(messages), context.met)
-    return [found.energy for found in options_of_each["image"]]
+    chosen = choose(SERVER, request_layers(context, kwargs), list(messages), context.met)
+    return [choice.options.energy for choice in chosen["image"]]
 
 
 def test_precedence_image_request_header_server() -> None:
@@ -68,12 +68,12 @@ def test_videos_are_numbered_by_themselves() -> None:
     video = {"type": "video_url", "video_url": {"url": "data:,"}}
     message = user(image(), video, video | {"eadaprune": {"energy": 0.3}}, image(eadaprune={"energy": 0.2}))
     context = RequestContext()
-    found = item_options(SERVER, [], [message], context.met)
-    assert [options.energy for options in found["image"]] == [0.9, 0.2]
-    assert [options.energy for options in found["video"]] == [0.9, 0.3]
+    chosen = choose(SERVER, [], [message], context.met)
+    assert [choice.options.energy for choice in chosen["image"]] == [0.9, 0.2]
+    assert [choice.options.energy for choice in chosen["video"]] == [0.9, 0.3]
     assert context.met == {"image": 2, "video": 2}
     with pytest.raises(InvalidOptionsError, match=re.escape("videos[3].eadaprune.energy=2 is not allowed")):
-        item_options(SERVER, [], [user(video, video | {"eadaprune": {"energy": 2}})], context.met)
+        choose(SERVER, [], [user(video, video | {"eadaprune": {"energy": 2}})], context.met)
 
 
 def test_content_that_can_be_read_once_is_still_there_afterwards() -> None:

@@ -18,7 +18,9 @@ from eadaprune_vllm.request import RequestContext, current
 from eadaprune_vllm.route import PruningRoute
 
 DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
-IMAGE = ItemReport(visual_tokens=576, kept_tokens=76, energy_threshold=0.9, energy_kept=0.91, selector="span")
+IMAGE = ItemReport(
+    visual_tokens=576, kept_tokens=76, energy_threshold=0.9, energy_requested=0.9, energy_kept=0.91, selector="span"
+)
 
 
 class Body(BaseModel):

@@ -107,7 +107,7 @@ def front_end(model: Path) -> FrontEnd:
 
 
 def test_rows_are_in_the_models_dtype(front_end: FrontEnd) -> None:
-    rows, kept = front_end.prune({"pixel_values": torch.randn(1, 3, 336, 336)}, PruneOptions(energy=0.9))
+    rows, kept, _ = front_end.prune({"pixel_values": torch.randn(1, 3, 336, 336)}, PruneOptions(energy=0.9))
     assert rows.dtype == torch.float16
     assert rows.shape == (len(kept), 256)
 

@@ -36,8 +36,8 @@ from eadaprune_vllm.models.items import (
 )
 from eadaprune_vllm.options import KEY, ServerOptions
 from eadaprune_vllm.prune import Encoding
-from eadaprune_vllm.report import ItemPreview, Pruning
-from eadaprune_vllm.request import MODALITIES, ItemOptions, RequestContext, refusals, request_layers
+from eadaprune_vllm.report import ItemPreview, Pruning, Timing
+from eadaprune_vllm.request import MODALITIES, Choices, RequestContext, refusals, request_layers
 
 
 class PruningProcessor(BaseMultiModalProcessor):
@@ -59,21 +59,39 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         assert self.front_end, "images are encoded in front-end processes only"
-        counts = {modality: inputs.mm_data_items.get_count(modality, strict=False) for modality in MODALITIES}
-        options = inputs.hf_processor_mm_kwargs.get(KEY)
-        if not isinstance(options, ItemOptions):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
-            with refusals(self.front_end):
-                layers = request_layers(RequestContext(), inputs.hf_processor_mm_kwargs)
-                resolved = self.server_options.resolve(*layers)
-            options = ItemOptions({modality: (resolved,) * count for modality, count in counts.items()})
-        if counts != {modality: len(of_each) for modality, of_each in options.items()}:
-            raise VLLMServerError(f"options for {options} where there are {counts}")
-        items = Items(options, {modality: [False] * count for modality, count in counts.items()})
+        items = self._items(inputs)
         with_items = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: items})
         result = super().apply(with_items, *args, **kwargs)
         self._check_positions(items.skipped)
-        result[KEY] = Pruning(items.reports, sum(items.seconds), self.front_end.kv_bytes_per_token)
+        result[KEY] = Pruning(items.reports, sum(items.seconds), self.front_end.kv_bytes_per_token, items.timings)
         return result
+
+    def _items(self, inputs: ProcessorInputs) -> Items:
+        """The images and videos of a request, with the options that are in force for each from now on."""
+        assert self.front_end
+        counts = {modality: inputs.mm_data_items.get_count(modality, strict=False) for modality in MODALITIES}
+        others = {name: value for name, value in inputs.hf_processor_mm_kwargs.items() if name != KEY}
+        choices = inputs.hf_processor_mm_kwargs.get(KEY)
+        if not isinstance(choices, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
+            with refusals(self.front_end):
+                layers = request_layers(RequestContext(), inputs.hf_processor_mm_kwargs)
+                chosen = self.server_options.choose(*layers)
+            choices = Choices({modality: (chosen,) * count for modality, count in counts.items()})
+        if counts != {modality: len(of_each) for modality, of_each in choices.items()}:
+            raise VLLMServerError(f"options for {choices} where there are {counts}")
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
+        return Items(
+            hashes,
+            options={
+                modality: tuple(
+                    self.front_end.in_force(choice, hashes[modality][index], choice.answered or of_each[index] is None)
+                    for index, choice in enumerate(choices[modality])
+                )
+                for modality, of_each in inputs.mm_data_items.items()
+            },
+            requested={modality: [choice.options.threshold for choice in of] for modality, of in choices.items()},
+            cached={modality: [False] * count for modality, count in counts.items()},
+        )
 
     def _check_positions(self, skipped: int) -> None:
         """Raises:
@@ -95,21 +113,22 @@ class PruningProcessor(BaseMultiModalProcessor):
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
         items, _ = split(inputs.hf_processor_mm_kwargs)
         for modality, updates in result.prompt_updates.items():
-            for (update,), cached in zip(updates, items.cached[modality], strict=True):
-                items.reports[modality].append(update.content.report.model_copy(update={"cached": cached}))
+            each = zip(updates, items.cached[modality], items.requested[modality], strict=True)
+            for (update,), cached, requested in each:
+                this_time = {"cached": cached, "energy_requested": requested}
+                items.reports[modality].append(update.content.report.model_copy(update=this_time))
                 items.skipped += update.content.skipped
         return result
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        items, others = split(inputs.hf_processor_mm_kwargs)
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
+        items, _ = split(inputs.hf_processor_mm_kwargs)
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         return {
             modality: [
                 MultiModalHasher.hash_kwargs(algorithm, item=item, **{KEY: options.key})
                 for item, options in zip(of_each, items.options[modality], strict=True)
             ]
-            for modality, of_each in hashes.items()
+            for modality, of_each in items.hashes.items()
         }
 
     def _get_cache_missing_items(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,12 +145,10 @@ class PruningProcessor(BaseMultiModalProcessor):
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
         items, others = split(inputs.hf_processor_mm_kwargs)
         items.cached |= mm_is_cached
-        missing = ItemOptions(
-            {
-                modality: tuple(of for of, cached in zip(of_each, items.cached[modality], strict=True) if not cached)
-                for modality, of_each in items.options.items()
-            }
-        )
+        missing = {
+            modality: tuple(of for of, cached in zip(of_each, items.cached[modality], strict=True) if not cached)
+            for modality, of_each in items.options.items()
+        }
         others = super()._get_cache_missing_processor_kwargs(
             replace(inputs, hf_processor_mm_kwargs=others), mm_is_cached
         )
@@ -145,10 +162,11 @@ class PruningProcessor(BaseMultiModalProcessor):
             # One item per call, here as in the encoder: what comes out must not depend on its neighbours.
             for index, options in enumerate(of_each):
                 source, metadata = self._source(mm_items, modality, index, others)
-                start = time.perf_counter()
+                started, start = time.time_ns(), time.perf_counter()
                 with refused_features(source):
-                    rows, kept = self.front_end.prune(source, options)
+                    rows, kept, stages = self.front_end.prune(source, options)
                 items.seconds.append(time.perf_counter() - start)
+                items.timings.append(Timing(modality, started, stages))
                 items.kept[modality].append(kept)
                 projected = isinstance(source, Encoding) or self.front_end.encoder.projected
                 fields = fields_of(modality, rows, projected, kept.newlines, kept.placeholders)
@@ -185,12 +203,12 @@ class PruningProcessor(BaseMultiModalProcessor):
             mm_items = self.info.parse_mm_data({"image": [Image.new("RGB", (56, 56))]})
             self.front_end.warm_up(self._source(mm_items, "image", 0, {})[0])
 
-    def preview(self, items: Mapping[str, Any], options: ItemOptions, overlay: bool) -> Pruning:
-        """What pruning makes of images and videos that are not part of a prompt.
+    def preview(self, items: Mapping[str, Any], choices: Choices, overlay: bool) -> Pruning:
+        """What pruning makes, without load, of images and videos that are not part of a prompt.
 
         Args:
             items: as vLLM fetches them, by modality.
-            options: resolved, of each.
+            choices: for each.
             overlay: whether to draw what is kept.
 
         Raises:
@@ -200,17 +218,17 @@ class PruningProcessor(BaseMultiModalProcessor):
         start = time.perf_counter()
         mm_items = self.info.parse_mm_data(items)
         previews: dict[str, list[ItemPreview]] = defaultdict(list)
-        for modality, of_each in options.items():
-            for index, chosen in enumerate(of_each):
+        for modality, of_each in choices.items():
+            for index, choice in enumerate(of_each):
                 source, _ = self._source(mm_items, modality, index, {})
                 with refused_features(source):
-                    kept, encoding = self.front_end.preview(source, chosen)
+                    kept, encoding = self.front_end.preview(source, choice.options)
                 drawn = None
                 if overlay:
                     view = functools.partial(self._view, mm_items[modality].get(index), len(encoding.grids))
                     drawn = draw.data_url(draw.dim_pruned(view, kept.indices.tolist(), encoding.grids))
-                report = report_of(kept, chosen)
-                curve = encoding.spectrum(chosen.scope).curve()
+                report = report_of(kept, choice.options)
+                curve = encoding.spectrum(choice.options.scope).curve()
                 previews[modality].append(ItemPreview(**report.model_dump(), curve=curve, overlay=drawn))
         return Pruning(previews, time.perf_counter() - start, self.front_end.kv_bytes_per_token)
 

@@ -1,7 +1,7 @@
 """One request's images and videos on their way through the processor."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import KEY, PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept
-from eadaprune_vllm.report import ItemReport
-from eadaprune_vllm.request import ItemOptions
+from eadaprune_vllm.report import ItemReport, Timing
 
 
 @dataclass
@@ -38,18 +37,24 @@ class Items:
     """The images and videos of one request on their way through the processor.
 
     Attributes:
-        options: of each, resolved.
+        hashes: by which vLLM tells each from others, our options aside.
+        options: of each, in force.
+        requested: the threshold of each before load lowered it.
         cached: whether vLLM's processor cache has it.
         kept: what was decided about those that it has not.
         seconds: how long that took.
+        timings: when, and stage by stage.
         reports: of each, once they are known.
         skipped: by how much positions may run ahead of tokens because of all of them.
     """
 
-    options: ItemOptions
+    hashes: Mapping[str, Sequence[str]]
+    options: Mapping[str, Sequence[PruneOptions]]
+    requested: Mapping[str, Sequence[float]]
     cached: dict[str, list[bool]]
     kept: dict[str, list[Kept]] = field(default_factory=lambda: defaultdict(list))
     seconds: list[float] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     skipped: int = 0
 
@@ -60,6 +65,7 @@ def report_of(kept: Kept, options: PruneOptions) -> ItemReport:
         kept_tokens=len(kept.placeholders),
         newline_tokens=int(kept.newlines.sum()),
         energy_threshold=options.threshold,
+        energy_requested=options.threshold,
         energy_kept=kept.energy,
         selector=kept.selector,
     )

@@ -51,13 +51,14 @@ def demo_model() -> Path:
     return folder
 
 
-def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -> None:
+def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB", text_layers: int = 2) -> None:
     """Write a checkpoint with weights that depend on ``SEED`` alone.
 
     Args:
         folder: where to.
         tower: ``clip`` (with a CLS token) or ``siglip`` (without).
         max_shard_size: splits the weights over several files if they are larger.
+        text_layers: depth of the language model; the deeper, the slower.
     """
     tokenizer = byte_tokenizer("<image>")
     vision = {
@@ -74,7 +75,7 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB") -
             vocab_size=320,
             hidden_size=128,
             intermediate_size=256,
-            num_hidden_layers=2,
+            num_hidden_layers=text_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=4096,

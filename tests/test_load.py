@@ -1,0 +1,219 @@
+"""Thresholds under load: the policy, its level, and who is exempt."""
+
+import math
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from eadaprune_vllm.errors import InvalidOptionsError
+from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.load import STEPS, Load, LoadPolicy
+from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.options import Choice, Layer, PruneOptions, ServerOptions, overlay
+from eadaprune_vllm.request import choose
+
+POLICY = LoadPolicy(kv_usage_low=0.5, kv_usage_high=0.9, waiting_low=2, waiting_high=10)
+
+
+@pytest.mark.parametrize(
+    ("kv_usage", "waiting", "pressure"),
+    [(0, 0, 0), (0.5, 2, 0), (0.7, 0, 0.5), (0, 6, 0.5), (0.6, 6, 0.5), (0.9, 0, 1), (1, 99, 1)],
+)
+def test_pressure_is_that_of_the_stronger_signal(kv_usage: float, waiting: int, pressure: float) -> None:
+    assert POLICY.pressure(kv_usage, waiting) == pytest.approx(pressure)
+
+
+def levels(*pressures: float) -> list[float]:
+    load = Load(POLICY)
+    seen = []
+    for pressure in pressures:
+        load.observe(0, 0.5 + 0.4 * pressure, 0)
+        seen.append(load.level)
+    return seen
+
+
+def test_the_level_rises_at_once_and_falls_a_step_late() -> None:
+    assert levels(0.0, 0.2, 0.26, 0.8, 1.0) == [0, 0, 0.25, 0.75, 1]
+    assert levels(1.0, 0.8, 0.74, 0.51, 0.3, 0.1, 0.0) == [1, 1, 0.75, 0.75, 0.5, 0.25, 0]
+    # Around any one pressure it stands still.
+    assert len(set(levels(*(0.6 + random.uniform(-0.05, 0.05) for _ in range(200))))) == 1
+
+
+def test_the_level_is_never_more_than_a_step_from_the_pressure() -> None:
+    random.seed(0)
+    load, pressure = Load(POLICY), 0.0
+    for _ in range(1000):
+        pressure = min(max(pressure + random.uniform(-0.3, 0.3), 0), 1)
+        load.observe(0, 0.5 + 0.4 * pressure, 0)
+        assert load.level * STEPS % 1 == 0
+        assert abs(load.level - pressure) < 1 / STEPS + 1e-9
+        assert load.level or pressure < 1 / STEPS
+
+
+def test_several_engines_count_alike() -> None:
+    load = Load(POLICY, engines=2)
+    load.observe(0, 0.9, 0)
+    assert load.level == 0.5
+    load.observe(1, 0.9, 0)
+    assert load.level == 1
+
+
+def test_front_ends_share_what_they_are_told(tmp_path: Path) -> None:
+    here = Load(POLICY, engines=2, shared=tmp_path / "load")
+    here.observe(0, 0.9, 0)
+    code = f"""if True:
+        from pathlib import Path
+        from eadaprune_vllm.load import Load, LoadPolicy
+        there = Load(LoadPolicy(), engines=2, shared=Path({str(tmp_path / "load")!r}))
+        assert there.level == 0.5, there.level
+        there.observe(1, kv_usage=0.0, waiting=99)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert here.level == 1
+
+
+@pytest.mark.parametrize(("level", "energy"), [(0, 0.99), (0.25, 0.9675), (0.5, 0.945), (0.75, 0.9225), (1, 0.9)])
+def test_the_threshold_goes_its_way_to_the_floor(level: float, energy: float) -> None:
+    options = PruneOptions(energy=0.99, min_tokens=7, max_tokens=100)
+    assert Choice(options, energy_floor=0.9).at(level) == options.model_copy(update={"energy": energy})
+
+
+@pytest.mark.parametrize("level", [0, 0.5, 1])
+@pytest.mark.parametrize("floor", [None, 0.8, 0.85])
+def test_what_is_at_the_floor_or_below_or_exempt_stays(level: float, floor: float | None) -> None:
+    options = PruneOptions(energy=0.8)
+    assert Choice(options, floor).at(level) is options
+
+
+def test_pruning_that_is_off_comes_on_under_load() -> None:
+    off = Choice(PruneOptions(enabled=False, energy=0.5), energy_floor=0.9)
+    assert off.at(0).threshold == 1
+    assert off.at(1).threshold == 0.9
+
+
+@pytest.mark.parametrize("explicit", ["keep", "lower"])
+def test_explicit_thresholds_are_kept_or_lowered(explicit: Any) -> None:
+    server = ServerOptions(load_aware=LoadPolicy(explicit=explicit), detail_low={"energy": 0.95})
+    floor = None if explicit == "keep" else 0.9
+    assert server.choose().energy_floor == 0.9
+    assert server.choose(Layer("x", {"max_tokens": 9}), server.preset("auto")).energy_floor == 0.9
+    for layer in (Layer("x", {"energy": 0.97}), Layer("x", {"enabled": False}), server.preset("low")):
+        assert server.choose(layer).energy_floor == floor
+    assert ServerOptions().choose().energy_floor is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"kv_usage_low": 2}, r"x\.load_aware\.kv_usage_low=2 is not allowed; it must be a number at least 0"),
+        ({"kv_usage_low": 0.97}, r"x\.load_aware: kv_usage_low=0\.97 is not below kv_usage_high=0\.95"),
+        ({"waiting_low": 5, "waiting_high": 5}, r"x\.load_aware: waiting_low=5 is not below waiting_high=5"),
+        ({"floor": 0.5}, r"x\.load_aware\.floor is not an option; the options are energy_floor, kv_usage_low"),
+        ({"explicit": "drop"}, r"x\.load_aware\.explicit='drop' is not allowed; it must be one of keep, lower"),
+        (True, r"x\.load_aware=True is not allowed; it must be an object of options or null"),
+        ({"energy_floor": 0.99}, r"x: load_aware\.energy_floor=0\.99 is not below energy=0\.99"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(policy: object, message: str) -> None:
+    with pytest.raises(InvalidOptionsError, match=message):
+        overlay(ServerOptions(), {"load_aware": policy}, "x")
+
+
+def test_images_of_earlier_turns_are_told_from_new_ones() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    user = {"role": "user", "content": [image, {"type": "text", "text": "?"}, image]}
+    answer = {"role": "assistant", "content": "!"}
+    result = {"role": "tool", "content": [image]}
+    met = {"image": 0, "video": 0}
+
+    def answered(*messages: Any) -> list[bool]:
+        return [choice.answered for choice in choose(ServerOptions(), [], list(messages), met)["image"]]
+
+    assert answered(user) == [False, False]
+    assert answered(user, answer, user) == [True, True, False, False]
+    assert answered(user, answer, user, answer, result) == [True, True, True, True, False]
+
+
+def test_what_is_held_keeps_the_threshold_it_last_had() -> None:
+    load = Load(POLICY)
+    front_end = FrontEnd(Any, torch.float32, Metrics(CollectorRegistry()), "m", 1, load)  # type: ignore[arg-type]
+    choice = Choice(PruneOptions(energy=0.98), energy_floor=0.9)
+    assert front_end.in_force(choice, "a", held=False).energy == 0.98
+    load.observe(0, 0.9, 0)
+    assert front_end.in_force(choice, "a", held=True).energy == 0.98
+    assert front_end.in_force(choice, "b", held=True).energy == 0.9  # never seen
+    assert front_end.in_force(choice, "a", held=False).energy == 0.9
+    load.observe(0, 0, 0)
+    assert front_end.in_force(choice, "a", held=True).energy == 0.9
+    assert front_end.in_force(Choice(PruneOptions(energy=0.97), 0.9), "a", held=True).energy == 0.97  # asked otherwise
+    assert front_end.in_force(choice, "a", held=False).energy == 0.98
+
+
+@dataclass
+class Outcome:
+    steps: int
+    preemptions: int
+    longest_queue: int
+    levels: list[float]
+
+
+def simulate(policy: LoadPolicy | None, arrivals: list[int], capacity: int = 4096, max_num_seqs: int = 12) -> Outcome:
+    """Serve requests of one image each on a toy engine: one new token per request and step, and the youngest request
+    is preempted when the KV cache overflows.
+
+    Args:
+        policy: None for thresholds that stay.
+        arrivals: how many requests come before each step; the engine then runs until all are served.
+        capacity: tokens in the KV cache.
+        max_num_seqs: most requests that run at once.
+    """
+    load = Load(policy or POLICY)
+    choice = Choice(PruneOptions(energy=0.99), policy.energy_floor if policy else None)
+    waiting: list[list[int]] = []  # each [tokens in the cache once it runs, tokens left to generate]
+    running: list[list[int]] = []
+    outcome = Outcome(0, 0, 0, [])
+    while waiting or running or outcome.steps < len(arrivals):
+        for _ in range(arrivals[outcome.steps] if outcome.steps < len(arrivals) else 0):
+            lost = 1 - choice.at(load.level).energy  # of the energy; tokens fall off steeply at first
+            waiting.append([30 + int(576 * math.exp(-25 * (lost - 0.01))), 200])
+        while (
+            waiting and len(running) < max_num_seqs and sum(tokens for tokens, _ in running) + waiting[0][0] <= capacity
+        ):
+            running.append(waiting.pop(0))
+        for request in running:
+            request[0], request[1] = request[0] + 1, request[1] - 1
+        running = [request for request in running if request[1]]
+        while sum(tokens for tokens, _ in running) > capacity:
+            waiting.insert(0, running.pop())
+            outcome.preemptions += 1
+        load.observe(0, sum(tokens for tokens, _ in running) / capacity, len(waiting))
+        outcome.levels.append(load.level)
+        outcome.longest_queue = max(outcome.longest_queue, len(waiting))
+        outcome.steps += 1
+    return outcome
+
+
+@pytest.mark.parametrize("gap", [10, 20])
+def test_in_simulation_a_burst_is_over_sooner(gap: int) -> None:
+    burst = [1 if step % gap == 0 else 0 for step in range(60 * gap)]
+    without, following = simulate(None, burst), simulate(POLICY, burst)
+    assert without.preemptions > 10
+    assert following.preemptions < without.preemptions / 2
+    assert following.longest_queue < without.longest_queue * 2 / 3
+    assert following.steps < without.steps * 2 / 3
+    assert following.levels[0] == following.levels[-1] == 0
+    changes = sum(a != b for a, b in zip(following.levels, following.levels[1:], strict=False))
+    assert changes < len(burst) / 10
+
+
+def test_in_simulation_nothing_changes_without_load() -> None:
+    trickle = [1 if step % 150 == 0 else 0 for step in range(1500)]
+    assert set(simulate(POLICY, trickle).levels) == {0}
+    assert simulate(POLICY, trickle).steps == simulate(None, trickle).steps

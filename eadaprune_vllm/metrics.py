@@ -39,6 +39,11 @@ class Metrics:
             "KV cache that the saved tokens would have taken. An upper bound: vLLM allocates whole blocks, "
             "and tokens found in the prefix cache take no new ones.",
         )
+        self._bound = counter(
+            "bound",
+            "Images and videos whose budget was that of min_tokens or max_tokens, not of the threshold.",
+            "bound",
+        )
         self._rejected = counter(
             "rejected_requests", "Requests refused: 'options' for bad pruning options, 'features' for NaN.", "reason"
         )
@@ -78,6 +83,7 @@ class Metrics:
             metric.labels(model_name)
         for labelled, values in (
             (self._visual_tokens, ("encoded", "kept")),
+            (self._bound, ("min_tokens", "max_tokens")),
             (self._rejected, ("options", "features")),
             (self._stage, ("encode", "spectrum", "select", "total")),
         ):
@@ -95,6 +101,8 @@ class Metrics:
             self._tokens_saved.labels(model_name).inc(saved)
             self._bytes_saved.labels(model_name).inc(saved * pruning.kv_bytes_per_token)
             self._kept_ratio.labels(model_name).observe(item.kept_tokens / item.visual_tokens)
+            if item.bound:
+                self._bound.labels(model_name, item.bound).inc()
             self._threshold.labels(model_name).observe(item.energy_threshold)
             self._requested.labels(model_name).observe(item.energy_requested)
             self._lowered.labels(model_name).inc(item.energy_threshold < item.energy_requested)

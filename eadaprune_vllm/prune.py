@@ -125,6 +125,7 @@ class Kept:
         unpruned: how many placeholders there are unpruned.
         extent: how many positions they take at most (M-RoPE).
         energy: share of the spectral energy that a budget of k holds.
+        bound: the option that decided on k in the threshold's place, ``min_tokens`` or ``max_tokens``.
         selector: what chose them.
         spectrum_seconds: time the spectrum took.
         select_seconds: time the selection took.
@@ -136,6 +137,7 @@ class Kept:
     unpruned: int
     extent: int
     energy: float
+    bound: str | None
     selector: str
     spectrum_seconds: float
     select_seconds: float
@@ -157,11 +159,14 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     start = time.perf_counter()
     if not tokens.features.isfinite().all():
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
-    k, energy, budgets = tokens.num_tokens, 1.0, None
+    k, energy, budgets, bound = tokens.num_tokens, 1.0, None, None
     if options.enabled and (options.energy < 1 or (options.max_tokens or k) < k):
         spectrum = encoding.spectrum(options.scope)
-        k = max(spectrum.budget(options.energy), options.min_tokens)
+        needed = spectrum.budget(options.energy)
+        k = max(needed, options.min_tokens)
         k = min(k, options.max_tokens or k, tokens.num_tokens)
+        if k != needed:
+            bound = "min_tokens" if k > needed else "max_tokens"
         energy, budgets = spectrum.energy_at(k), spectrum.allocate(k)
     measured = time.perf_counter()
     selector = options.selector if tokens.attention is not None else "span"
@@ -177,4 +182,4 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     placeholders = encoding.placeholders(indices)
     newlines, unpruned = encoding.is_newline[placeholders], len(encoding.is_newline)
     seconds = measured - start, time.perf_counter() - measured
-    return Kept(indices, placeholders, newlines, unpruned, encoding.extent, energy, selector, *seconds)
+    return Kept(indices, placeholders, newlines, unpruned, encoding.extent, energy, bound, selector, *seconds)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +21,9 @@ class ItemReport(BaseModel):
     energy_threshold: float = Field(description="The threshold in force.")
     energy_requested: float = Field(description="The threshold asked for; load may have lowered it.")
     energy_kept: float = Field(description="Share of the spectral energy that a budget of so many tokens holds.")
+    bound: Literal["min_tokens", "max_tokens"] | None = Field(
+        default=None, description="The option that decided on the budget in place of the threshold, if one did."
+    )
     selector: str = Field(description="The selector in force.")
     cached: bool = Field(default=False, description="Whether it came out of vLLM's processor cache.")
 

@@ -82,6 +82,7 @@ def test_metrics() -> None:
         energy_threshold=0.99,
         energy_requested=0.995,
         energy_kept=0.991,
+        bound="max_tokens",
         selector="attention",
     )
     metrics.count("m", Pruning({"image": [report], "video": [report]}, 0.5, kv_bytes_per_token=10))
@@ -104,6 +105,8 @@ def test_metrics() -> None:
     assert value("eadaprune_energy_requested_bucket", le="0.99") == 0
     assert value("eadaprune_energy_requested_bucket", le="0.995") == 2
     assert value("eadaprune_load_lowered_total") == 2
+    assert value("eadaprune_bound_total", bound="max_tokens") == 2
+    assert value("eadaprune_bound_total", bound="min_tokens") == 0
     assert value("eadaprune_stage_seconds_sum", stage="total") == pytest.approx(0.5005)
     assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0001") == 0
     assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0002") == 1

@@ -39,9 +39,11 @@ def test_kept_is_in_raster_order_and_within_the_clamps(selector: str) -> None:
     found = image(60)
     unclamped = len(prune(found, PruneOptions(energy=0.9, min_tokens=1, selector=selector)))
     assert 4 < unclamped < 30
-    for low, high in ((1, None), (30, None), (1, 4), (30, 40), (100, None)):
+    bounds = ((1, None, None), (30, None, "min_tokens"), (1, 4, "max_tokens"), (30, 40, "min_tokens"))
+    for low, high, bound in (*bounds, (100, None, "min_tokens")):
         kept = prune(found, PruneOptions(energy=0.9, min_tokens=low, max_tokens=high, selector=selector))
         assert len(kept) == min(max(unclamped, low), high or 60, 60)
+        assert kept.bound == bound
         assert kept.indices.tolist() == kept.placeholders.tolist() == sorted(set(kept.indices.tolist()))
 
 

@@ -67,6 +67,7 @@ def report_of(kept: Kept, options: PruneOptions) -> ItemReport:
         energy_threshold=options.threshold,
         energy_requested=options.threshold,
         energy_kept=kept.energy,
+        bound=kept.bound,
         selector=kept.selector,
     )
 

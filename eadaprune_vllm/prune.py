@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -137,7 +138,7 @@ class Kept:
     unpruned: int
     extent: int
     energy: float
-    bound: str | None
+    bound: Literal["min_tokens", "max_tokens"] | None
     selector: str
     spectrum_seconds: float
     select_seconds: float
@@ -159,7 +160,8 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     start = time.perf_counter()
     if not tokens.features.isfinite().all():
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
-    k, energy, budgets, bound = tokens.num_tokens, 1.0, None, None
+    k, energy, budgets = tokens.num_tokens, 1.0, None
+    bound: Literal["min_tokens", "max_tokens"] | None = None
     if options.enabled and (options.energy < 1 or (options.max_tokens or k) < k):
         spectrum = encoding.spectrum(options.scope)
         needed = spectrum.budget(options.energy)

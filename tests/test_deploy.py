@@ -1,0 +1,175 @@
+"""What is in deploy/ and docker/ is current, valid, and fits together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from shared import program
+
+from eadaprune_vllm.options import ServerOptions
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+K8S = DEPLOY / "k8s"
+OVERLAYS = [K8S / "base", *sorted(folder for folder in (K8S / "overlays").iterdir())]
+KUBERNETES = ("1.31", kubernetes_validate.latest_version())
+# Kinds that come with operators, and what of them is Kubernetes' own.
+CUSTOM = {"PodMonitor", "PrometheusRule", "ScaledObject", "LeaderWorkerSet"}
+
+
+def run(*command: object, cwd: Path = ROOT) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_is_generated_is_current_and_names_metrics_that_exist() -> None:
+    run(sys.executable, "deploy/generate.py", "--check")
+
+
+def test_a_stale_file_and_an_unknown_metric_are_found(tmp_path: Path) -> None:
+    for change, message in (
+        ('sed -i "s/Visual tokens saved/Tokens/" deploy/grafana/board.py', "deploy/grafana/eadaprune.json is stale"),
+        ('sed -i "s/eadaprune_tokens_saved_total/eadaprune_saved_total/" deploy/prometheus/rules.yml', "saved_total"),
+        ('sed -i "s/vllm:num_requests_running/vllm:requests/" deploy/grafana/board.py', "defines vllm:requests"),
+    ):
+        run("rm", "-rf", tmp_path / "deploy")
+        run("cp", "-r", DEPLOY, tmp_path)
+        run("sh", "-c", change, cwd=tmp_path)
+        command = [sys.executable, "deploy/generate.py", "--check"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 1
+        assert message in done.stdout
+
+
+def test_the_boards_conventions() -> None:
+    board = json.loads((DEPLOY / "grafana/eadaprune.json").read_text())
+    assert (board["title"], board["uid"], board["tags"]) == ("vLLM / EAdaPrune", "vllm-eadaprune", ["vllm"])
+    names = [variable["name"] for variable in board["templating"]["list"]]
+    assert names == ["datasource", "job", "model_name", "instance", "filters"]
+    panels = [inner for panel in board["panels"] for inner in (panel, *panel.get("panels", ()))]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        if panel["type"] != "row":
+            assert panel["description"].split()[-1].startswith(("eadaprune_", "vllm:"))
+            assert panel["datasource"]["uid"] == "${datasource}"
+
+
+def test_rules_and_alerts() -> None:
+    promtool = program("promtool")
+    run(promtool, "check", "rules", DEPLOY / "prometheus/rules.yml")
+    run(promtool, "test", "rules", "rules.test.yml", cwd=DEPLOY / "prometheus")
+
+
+def test_each_alert_has_a_test_and_a_section_in_the_runbook() -> None:
+    groups = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"]
+    alerts = {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
+    tests = yaml.safe_load((DEPLOY / "prometheus/rules.test.yml").read_text())["tests"]
+    cases = [case for test in tests for case in test.get("alert_rule_test", ())]
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == alerts
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == alerts
+    runbook = (DEPLOY / "README.md").read_text()
+    assert {alert for alert in alerts if f"| `{alert}` |" in runbook} == alerts
+
+
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    text = (DEPLOY / "prometheus/prometheus.yml").read_text()
+    (tmp_path / "prometheus.yml").write_text(text.replace("/etc/prometheus", str(DEPLOY / "prometheus")))
+    run(program("promtool"), "check", "config", tmp_path / "prometheus.yml")
+
+
+def objects(folder: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(run(program("kubectl"), "kustomize", folder)))
+
+
+def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pod templates of a manifest."""
+    spec = manifest.get("spec", {})
+    of_group = spec.get("leaderWorkerTemplate", {})
+    return [
+        pod for pod in (spec.get("template"), of_group.get("leaderTemplate"), of_group.get("workerTemplate")) if pod
+    ]
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_manifests_are_valid(folder: Path, version: str) -> None:
+    for manifest in objects(folder):
+        if manifest["kind"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, version, strict=True)
+        for template in pods(manifest):
+            pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+            kubernetes_validate.validate(pod, version, strict=True)
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+def test_pods_run_the_plugin_without_privileges(folder: Path) -> None:
+    templates = [template for manifest in objects(folder) for template in pods(manifest)]
+    assert templates
+    for template in templates:
+        assert template["metadata"]["labels"]["app.kubernetes.io/name"] == "eadaprune-vllm"
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        (container,) = spec["containers"]
+        assert "--plugin=eadaprune" in container["args"]
+        assert container["image"] == "eadaprune-vllm:cuda"
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert (
+            container["resources"]["requests"]["nvidia.com/gpu"] == container["resources"]["limits"]["nvidia.com/gpu"]
+        )
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
+        flags = {arg.split("=")[0].removeprefix("--eadaprune-") for arg in container["args"] if "--eadaprune-" in arg}
+        assert {flag.replace("-", "_") for flag in flags} <= ServerOptions.model_fields.keys()
+
+
+def test_flags_of_the_overlays_are_vllms() -> None:
+    known = run(Path(sys.executable).with_name("vllm"), "serve", "--help=all")
+    args = {
+        arg.split("=")[0]
+        for folder in OVERLAYS
+        for manifest in objects(folder)
+        for template in pods(manifest)
+        for arg in template["spec"]["containers"][0]["args"]
+        if arg.startswith("--")
+    }
+    assert {arg for arg in args if arg not in known} == set()
+
+
+def test_the_dashboard_reaches_grafanas_sidecar() -> None:
+    (config,) = (manifest for manifest in objects(K8S / "overlays/monitored") if manifest["kind"] == "ConfigMap")
+    assert config["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert json.loads(config["data"]["eadaprune.json"])["uid"] == "vllm-eadaprune"
+
+
+def test_compose_mounts_what_is_there_and_has_a_server_per_profile() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    for service in compose["services"].values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            assert source in compose["volumes"] or (DEPLOY / source).exists()
+        if build := service.get("build"):
+            assert (DEPLOY / build["context"] / build["dockerfile"]).exists()
+    for profile in ("cpu", "gpu"):
+        names = {name for name, service in compose["services"].items() if profile in service["profiles"]}
+        assert names == {f"server-{profile}", "prometheus", "grafana"}
+    target = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
+    assert target == [{"targets": ["server:8000"]}]
+    for name in ("server-cpu", "server-gpu"):
+        assert compose["services"][name]["networks"]["default"]["aliases"] == ["server"]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_compose_takes_its_file(profile: str) -> None:
+    run(program("docker-compose"), "-f", DEPLOY / "compose.yaml", "--profile", profile, "config", "--quiet")
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda"])
+def test_dockerfiles_are_linted(image: str) -> None:
+    run(Path(sys.executable).with_name("hadolint"), f"docker/{image}/Dockerfile")

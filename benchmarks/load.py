@@ -1,0 +1,136 @@
+"""A burst that overflows the KV cache, with and without load-aware thresholds:  python benchmarks/load.py
+
+The same requests, at the same times, go to a server whose thresholds stay and to one whose thresholds follow the load,
+in turns. Each has an image of its own, and thresholds start at 1.0: nothing is pruned before there is load. Random
+weights: this is about queues and the KV cache, not about answers. Writes ``load.json`` and ``load.png`` in ``results/``
+beside this file.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import typer
+from matplotlib import pyplot as plt
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from eadaprune_vllm.demo.model import make_model
+from eadaprune_vllm.demo.server import Server, total
+from eadaprune_vllm.draw import data_url
+
+RESULTS = Path(__file__).parent / "results"
+POLICY = {"energy_floor": 0.9, "kv_usage_low": 0.5, "kv_usage_high": 0.9, "waiting_low": 1, "waiting_high": 8}
+FLAGS = ["--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--enforce-eager", "--dtype", "bfloat16"]
+FLAGS += ["--block-size", "32", "--num-gpu-blocks-override", "192", "--max-model-len", "2048", "--max-num-seqs", "32"]
+COUNTED = ["vllm:num_preemptions_total", "vllm:request_queue_time_seconds_sum", "vllm:prompt_tokens_total"]
+
+
+def picture(number: int) -> Image.Image:
+    """Coloured squares and noise: of middling density."""
+    random = np.random.default_rng(number)
+    squares = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((336, 336))
+    return Image.fromarray(np.clip(np.array(squares) + random.normal(0, 12, (336, 336, 3)), 0, 255).astype(np.uint8))
+
+
+def ask(server: Server, number: int, max_tokens: int) -> dict[str, float]:
+    """One streamed request: when its first token came, when it ended, and the threshold that its image got."""
+    content = [{"type": "image_url", "image_url": {"url": data_url(picture(number))}}]
+    body = {"model": server.NAME, "messages": [{"role": "user", "content": content}], "stream": True}
+    body |= {"max_tokens": max_tokens, "ignore_eos": True}
+    start, first, energy = time.perf_counter(), 0.0, 0.0
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=600) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if report := event.get("eadaprune"):
+                energy = report["images"][0]["energy_threshold"]
+            if not first and event["choices"] and event["choices"][0]["delta"].get("content"):
+                first = time.perf_counter() - start
+    return {"first_token": first, "seconds": time.perf_counter() - start, "energy": energy}
+
+
+def burst(server: Server, requests: int, gap: float, max_tokens: int, seed: int) -> dict[str, Any]:
+    before = server.samples()
+    start = time.perf_counter()
+    with ThreadPoolExecutor(requests) as pool:
+        asked = []
+        for number in range(requests):
+            time.sleep(max(0.0, start + number * gap - time.perf_counter()))
+            asked.append(pool.submit(ask, server, seed + number, max_tokens))
+        answers = [each.result() for each in asked]
+    seconds = time.perf_counter() - start
+    after = server.samples()
+    preemptions, queued, prompt = (total(after, name) - total(before, name) for name in COUNTED)
+    return {
+        "seconds": seconds,
+        "preemptions": preemptions,
+        "mean_queue_seconds": queued / requests,
+        "prompt_tokens": prompt,
+        "median_first_token": statistics.median(answer["first_token"] for answer in answers),
+        "last_level": total(after, "eadaprune_load_level"),
+        "answers": answers,
+    }
+
+
+def main(
+    requests: Annotated[int, typer.Option(help="Requests of a burst.")] = 40,
+    gap: Annotated[float, typer.Option(help="Seconds between two of them.")] = 0.3,
+    max_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 400,
+    rounds: Annotated[int, typer.Option(help="Bursts per server.")] = 3,
+) -> None:
+    console = Console()
+    names = {"thresholds stay": [], "thresholds follow the load": ["--eadaprune-load-aware", json.dumps(POLICY)]}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        make_model(model, text_layers=12)
+        for turn in range(rounds):
+            for name, flags in names.items():
+                status = console.status(f"{name}, burst {turn + 1} of {rounds}")
+                with status, Server(Path(folder, "log"), model, *FLAGS, *flags) as server:
+                    ask(server, 0, 4)
+                    found[name].append(burst(server, requests, gap, max_tokens, seed=1000 * turn + 1))
+    table = Table("", *(f"{name} (median of {rounds})" for name in names))
+    for key in ("seconds", "median_first_token", "mean_queue_seconds", "preemptions", "prompt_tokens", "last_level"):
+        table.add_row(key, *(f"{statistics.median(each[key] for each in found[name]):.4g}" for name in names))
+    console.print(table)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    about: dict[str, Any] = {"commit": commit.strip(), "cpu": cpu.split(": ")[1], "python": platform.python_version()}
+    about |= {"policy": POLICY, "requests": requests, "gap": gap, "max_tokens": max_tokens, "flags": FLAGS}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "load.json").write_text(json.dumps({"about": about, "bursts": found}, indent=1) + "\n")
+    draw(found, gap)
+
+
+def draw(found: dict[str, list[dict[str, Any]]], gap: float) -> None:
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    for number, (name, bursts) in enumerate(found.items()):
+        for each in bursts:
+            at = [gap * index for index in range(len(each["answers"]))]
+            above.plot(at, [answer["first_token"] for answer in each["answers"]], color=f"C{number}", alpha=0.6)
+            below.plot(at, [answer["energy"] for answer in each["answers"]], ".", color=f"C{number}", alpha=0.6)
+        above.plot([], [], color=f"C{number}", label=name)
+    above.set_ylabel("seconds to first token")
+    above.legend()
+    below.set_ylabel("energy threshold in force")
+    below.set_xlabel("seconds into the burst at which the request was sent")
+    figure.savefig(RESULTS / "load.png", dpi=100)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
 import typer
 from matplotlib import pyplot as plt
+from openai import OpenAI
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -47,18 +47,20 @@ def picture(number: int) -> Image.Image:
 
 def ask(server: Server, number: int, max_tokens: int) -> dict[str, float]:
     """One streamed request: when its first token came, when it ended, and the threshold that its image got."""
-    content = [{"type": "image_url", "image_url": {"url": data_url(picture(number))}}]
-    body = {"model": server.NAME, "messages": [{"role": "user", "content": content}], "stream": True}
-    body |= {"max_tokens": max_tokens, "ignore_eos": True}
+    url = data_url(picture(number))
     start, first, energy = time.perf_counter(), 0.0, 0.0
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=600) as response:
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if report := event.get("eadaprune"):
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+        chunks = client.chat.completions.create(
+            model=server.NAME,
+            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}],
+            max_tokens=max_tokens,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for chunk in chunks:
+            if report := (chunk.model_extra or {}).get("eadaprune"):
                 energy = report["images"][0]["energy_threshold"]
-            if not first and event["choices"] and event["choices"][0]["delta"].get("content"):
+            if not first and chunk.choices and chunk.choices[0].delta.content:
                 first = time.perf_counter() - start
     return {"first_token": first, "seconds": time.perf_counter() - start, "energy": energy}
 

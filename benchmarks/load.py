@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 POLICY = {"energy_floor": 0.9, "kv_usage_low": 0.5, "kv_usage_high": 0.9, "waiting_low": 1, "waiting_high": 8}
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--enforce-eager", "--dtype", "bfloat16"]
 FLAGS += ["--block-size", "32", "--num-gpu-blocks-override", "192", "--max-model-len", "2048", "--max-num-seqs", "32"]
+FLAGS += ["--stream-interval", "10"]  # so that the front end keeps up
 COUNTED = ["vllm:num_preemptions_total", "vllm:request_queue_time_seconds_sum", "vllm:prompt_tokens_total"]
 
 
@@ -90,8 +91,8 @@ def burst(server: Server, requests: int, gap: float, max_tokens: int, seed: int)
 
 def main(
     requests: Annotated[int, typer.Option(help="Requests of a burst.")] = 40,
-    gap: Annotated[float, typer.Option(help="Seconds between two of them.")] = 0.3,
-    max_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 400,
+    gap: Annotated[float, typer.Option(help="Seconds between two of them.")] = 0.4,
+    max_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 200,
     rounds: Annotated[int, typer.Option(help="Bursts per server.")] = 3,
 ) -> None:
     console = Console()
@@ -99,7 +100,7 @@ def main(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
-        make_model(model, text_layers=12)
+        make_model(model, text_layers=48)
         for turn in range(rounds):
             for name, flags in names.items():
                 status = console.status(f"{name}, burst {turn + 1} of {rounds}")

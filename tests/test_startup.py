@@ -106,6 +106,18 @@ def front_end(model: Path) -> FrontEnd:
     return FrontEnd(encoder, torch.float16, Metrics(), "m", kv_bytes_per_token=1)
 
 
+def test_load_aware_thresholds_are_refused_where_they_cannot_work() -> None:
+    def refusal(serving: bool = True, **flags: bool) -> str:
+        args = argparse.Namespace(**({"disable_log_stats": False, "enable_elastic_ep": False} | flags))
+        with pytest.raises(StartupError) as refused:
+            startup.check_load_aware(serving, args)
+        return str(refused.value)
+
+    assert "works in vllm serve only" in refusal(serving=False)
+    assert "--disable-log-stats" in refusal(disable_log_stats=True)
+    assert "--enable-elastic-ep" in refusal(enable_elastic_ep=True)
+
+
 def test_rows_are_in_the_models_dtype(front_end: FrontEnd) -> None:
     rows, kept, _ = front_end.prune({"pixel_values": torch.randn(1, 3, 336, 336)}, PruneOptions(energy=0.9))
     assert rows.dtype == torch.float16

@@ -63,6 +63,14 @@ CASES = [
     Case("argument --eadaprune-energy: invalid float value: 'high'", [*PRUNING, "--eadaprune-energy", "high"]),
     Case("unrecognized arguments: --eadaprune-enregy", [*PRUNING, "--eadaprune-enregy", "0.9"]),
     Case("eadaprune.x is not an option", [*PRUNING, "--mm-processor-kwargs", '{"eadaprune": {"x": 1}}']),
+    Case(
+        "needs the statistics that --disable-log-stats switches off",
+        [*PRUNING, "--eadaprune-load-aware", "--disable-log-stats"],
+    ),
+    Case(
+        "eadaprune: load_aware.energy_floor=0.9 is not below energy=0.8",
+        [*PRUNING, "--eadaprune-load-aware", "--eadaprune-energy", "0.8"],
+    ),
     Case("so there is nothing to prune", [*PRUNING, "--language-model-only"]),
     Case("architecture TransformersMultiModalForCausalLM is not supp", [*PRUNING, "--model-impl", "transformers"]),
     Case("--load-format tensorizer is not supported", [*PRUNING, "--load-format", "tensorizer"]),

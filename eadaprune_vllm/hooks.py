@@ -12,6 +12,7 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 from packaging.specifiers import SpecifierSet
 
 from eadaprune_vllm.errors import StartupError
@@ -283,8 +284,10 @@ def shared_by_front_ends(vllm_config: Any) -> Path | None:
     """A file of this server that all of its front ends find, and vLLM removes; None if there is only one of them."""
     if vllm_config.parallel_config._api_process_count == 1:
         return None
-    # They share this folder for their metrics; other servers may, too, but their front ends have another parent.
-    return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{KEY}-load-{os.getppid()}")
+    # They share this folder for their metrics. So may other servers, and this one's predecessor in its container, but
+    # their front ends have another parent.
+    parent = psutil.Process(os.getppid())
+    return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{KEY}-load-{parent.pid}-{parent.create_time()}")
 
 
 async def on_render_thread(renderer: Any, function: Callable[..., Any], *args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,25 @@ def test_flags_of_the_overlays_are_vllms() -> None:
         if arg.startswith("--")
     }
     assert {arg for arg in args if arg not in known} == set()
+
+
+@pytest.mark.slow
+def test_objects_of_operators_are_valid(tmp_path: Path) -> None:
+    """With the schemas of npm's packages. LeaderWorkerSet has none; its pods are validated above."""
+    shutil.copy(ROOT / "tests/custom_resources.mjs", tmp_path)
+    packages = ["@kubernetes-models/prometheus-operator@6", "@kubernetes-models/keda@2"]
+    run(program("npm"), "install", "--silent", "--no-audit", "--no-fund", *packages, cwd=tmp_path)
+    manifests = [each for each in objects(K8S / "overlays/monitored") if each["kind"] in CUSTOM]
+
+    def validate(manifests: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
+        command = [program("node"), "custom_resources.mjs"]
+        return subprocess.run(command, cwd=tmp_path, input=json.dumps(manifests), capture_output=True, text=True)
+
+    done = validate(manifests)
+    assert sorted(done.stdout.split()) == ["PodMonitor", "PrometheusRule", "ScaledObject"], done.stderr
+    (scaled,) = (each for each in manifests if each["kind"] == "ScaledObject")
+    scaled["spec"]["minReplicaCount"] = "one"
+    assert "minReplicaCount must be integer" in validate([scaled]).stderr
 
 
 def test_the_dashboard_reaches_grafanas_sidecar() -> None:

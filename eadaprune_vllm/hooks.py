@@ -264,9 +264,11 @@ def _install_anthropic() -> None:
 
 
 def watch_load(engine_client: Any, observe: Callable[[int, float, int], None]) -> None:
-    """Have ``observe`` called after each step of an engine, with its number, the share of its KV cache in use, and
-    how many requests wait. Of several front ends each step reaches one."""
+    """Have ``observe`` called after each step of an engine, with its number among this server's, the share of its KV
+    cache in use, and how many requests wait. Of several front ends each step reaches one."""
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+    first = engine_client.engine_core.engine_ranks_managed[0]
 
     class LoadLogger(AggregateStatLoggerBase):
         def __init__(self) -> None: ...
@@ -275,7 +277,7 @@ def watch_load(engine_client: Any, observe: Callable[[int, float, int], None]) -
 
         def record(self, scheduler_stats: Any, *_: Any, engine_idx: int = 0, **__: Any) -> None:
             if scheduler_stats:
-                observe(engine_idx, scheduler_stats.kv_cache_usage, scheduler_stats.num_waiting_reqs)
+                observe(engine_idx - first, scheduler_stats.kv_cache_usage, scheduler_stats.num_waiting_reqs)
 
     engine_client.logger_manager.stat_loggers.append(LoadLogger())
 

@@ -139,7 +139,10 @@ def front_end(vllm_config: Any) -> FrontEnd:
     encoder = _checkpoint(vllm_config).load(functools.partial(_encoder(vllm_config), model.hf_config))
     load, policy = None, getattr(model.multimodal_config, KEY).load_aware
     if policy:
-        load = Load(policy, vllm_config.parallel_config.data_parallel_size, shared_by_front_ends(vllm_config))
+        parallel = vllm_config.parallel_config
+        # As vLLM's client counts the engines it manages.
+        engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
+        load = Load(policy, engines, shared_by_front_ends(vllm_config))
     kv_bytes = kv_bytes_per_token(vllm_config)
     return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes, load)
 

@@ -20,13 +20,14 @@ from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import total
 from eadaprune_vllm.draw import data_url
 
-STREAMS, BLOCKS = 4, 2000
+STREAMS, BLOCKS, ANSWER_TOKENS = 4, 2400, 15_000  # answers last for minutes, far longer than a test
 HIGH = STREAMS * 576 / (BLOCKS * BLOCK_SIZE)  # what the streams' images alone take of the KV cache
 POLICY = {"energy_floor": 0.6, "kv_usage_low": HIGH / 4, "kv_usage_high": HIGH, "waiting_low": 50, "waiting_high": 100}
 FLAGS = ["--plugin", "eadaprune", "--enforce-eager", "--dtype", "bfloat16", "--eadaprune-energy", "0.99"]
 FLAGS += ["--eadaprune-load-aware", json.dumps(POLICY), "--limit-mm-per-prompt", '{"image": 4}']
-# Answers that last longer than a test, in chunks so large that sending them leaves time for others.
-FLAGS += ["--num-gpu-blocks-override", str(BLOCKS), "--max-model-len", "4096", "--stream-interval", "20"]
+FLAGS += ["--num-gpu-blocks-override", str(BLOCKS), "--max-model-len", "16384"]
+FLAGS += ["--hf-overrides", '{"text_config": {"max_position_embeddings": 16384}}']
+FLAGS += ["--stream-interval", "20"]  # chunks so large that sending them leaves time for others
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,8 @@ def level(server: Server) -> float:
 @contextmanager
 def loaded(server: Server, seed: int) -> Iterator[None]:
     """While open, long answers about unpruned images are generated; then all their clients are gone at once."""
-    body = {"model": server.NAME, "max_tokens": 3000, "ignore_eos": True, "stream": True, "eadaprune": {"energy": 1}}
+    body = {"model": server.NAME, "max_tokens": ANSWER_TOKENS, "ignore_eos": True, "stream": True}
+    body["eadaprune"] = {"energy": 1}
     with ExitStack() as streams, httpx.Client(timeout=120) as client:
         for number in range(STREAMS):
             messages = [{"role": "user", "content": content(noise(seed + number))}]

@@ -33,8 +33,10 @@ from eadaprune_vllm.draw import data_url
 
 RESULTS = Path(__file__).parent / "results"
 POLICY = {"energy_floor": 0.9, "kv_usage_low": 0.4, "kv_usage_high": 0.7, "waiting_low": 1, "waiting_high": 8}
+TEXT_LAYERS = 192
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--enforce-eager", "--dtype", "bfloat16"]
 FLAGS += ["--block-size", "32", "--num-gpu-blocks-override", "192", "--max-model-len", "2048", "--max-num-seqs", "64"]
+FOLLOW = ["--eadaprune-load-aware", json.dumps(POLICY)]
 COUNTED = ["vllm:num_preemptions_total", "vllm:request_queue_time_seconds_sum", "vllm:prompt_tokens_total"]
 
 
@@ -96,11 +98,11 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
 ) -> None:
     console = Console()
-    names = {"thresholds stay": [], "thresholds follow the load": ["--eadaprune-load-aware", json.dumps(POLICY)]}
+    names = {"thresholds stay": [], "thresholds follow the load": FOLLOW}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
-        make_model(model, text_layers=192)
+        make_model(model, text_layers=TEXT_LAYERS)
         for turn in range(rounds):
             for name, flags in names.items():
                 status = console.status(f"{name}, burst {turn + 1} of {rounds}")

@@ -68,7 +68,7 @@ class EndpointPlugin:
         state.eadaprune_renderer = engine_client.renderer
         state.eadaprune = engine_client.renderer.mm_processor
         if state.eadaprune.server_options.load_aware:
-            watch_load(engine_client, state.eadaprune.front_end.observe_load)
+            watch_load(engine_client, state.eadaprune.front_end.observe_load, state.eadaprune.front_end.show_load)
 
 
 class Config(BaseModel):

@@ -141,6 +141,11 @@ class FrontEnd:
         """Take in what an engine reports after a step: share of its KV cache in use, requests in its queue."""
         assert self.load
         self.load.observe(engine, kv_usage, waiting)
+        self.show_load()
+
+    def show_load(self) -> None:
+        """Bring the metric up to date: the level falls by itself once no engine reports any more."""
+        assert self.load
         self.metrics.set_load_level(self.model_name, self.load.level)
 
     def admit(self, pruning: Pruning) -> None:

@@ -6,6 +6,7 @@ its way to the floor; at level 0 nothing changes.
 """
 
 import math
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 STEPS = 4
+# An idle engine reports nothing, and with several front ends its last reports may be taken in out of order. What it
+# said counts for longer than a step takes, and not for ever.
+FRESH_SECONDS = 30
 
 
 class LoadPolicy(BaseModel):
@@ -66,18 +70,24 @@ class Load:
 
     def __init__(self, policy: LoadPolicy, engines: int = 1, shared: Path | None = None) -> None:
         self.policy = policy
-        self._table = _table(1 + engines, shared)
+        table = _table(1 + 2 * engines, shared)
+        self._level, self._pressures, self._heard = table[:1], table[1 : 1 + engines], table[1 + engines :]
 
     @property
     def level(self) -> float:
         """Share of the way from the requested threshold to the floor: a multiple of 1 / STEPS."""
-        return float(self._table[0]) / STEPS
+        return float(self._level[0]) / STEPS if self._fresh().any() else 0.0
 
     def observe(self, engine: int, kv_usage: float, waiting: int) -> None:
         """Take in what one engine reports after a step. The level goes by the mean over all engines."""
-        self._table[1 + engine] = self.policy.pressure(kv_usage, waiting)
-        steps = STEPS * float(self._table[1:].mean())
-        self._table[0] = min(max(self._table[0], math.floor(steps)), math.ceil(steps))
+        before = self.level * STEPS
+        self._pressures[engine], self._heard[engine] = self.policy.pressure(kv_usage, waiting), time.monotonic()
+        steps = STEPS * float((self._pressures * self._fresh()).mean())
+        self._level[0] = min(max(before, math.floor(steps)), math.ceil(steps))
+
+    def _fresh(self) -> NDArray[np.bool_]:
+        """Which engines reported lately."""
+        return self._heard > time.monotonic() - FRESH_SECONDS
 
 
 def _table(length: int, shared: Path | None) -> NDArray[np.float64]:

@@ -130,7 +130,7 @@ def test_pods_run_the_plugin_without_privileges(folder: Path) -> None:
         assert {flag.replace("-", "_") for flag in flags} <= ServerOptions.model_fields.keys()
 
 
-def test_flags_of_the_overlays_are_vllms() -> None:
+def test_flags_of_the_manifests_are_vllms_and_ours() -> None:
     known = run(Path(sys.executable).with_name("vllm"), "serve", "--help=all")
     args = {
         arg.split("=")[0]
@@ -138,9 +138,20 @@ def test_flags_of_the_overlays_are_vllms() -> None:
         for manifest in objects(folder)
         for template in pods(manifest)
         for arg in template["spec"]["containers"][0]["args"]
-        if arg.startswith("--")
     }
-    assert {arg for arg in args if arg not in known} == set()
+    values = yaml.safe_load((K8S / "production-stack/values.yaml").read_text())
+    for model in values["servingEngineSpec"]["modelSpec"]:
+        args |= set(model["vllmConfig"]["extraArgs"])
+    assert {arg for arg in args if arg.startswith("--") and arg not in known} == set()
+
+
+def test_names_that_operators_take_are_free() -> None:
+    """LeaderWorkerSet makes a headless service of its own name, by which the nodes find each other."""
+    for folder in OVERLAYS:
+        manifests = objects(folder)
+        services = {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "Service"}
+        groups = {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "LeaderWorkerSet"}
+        assert not services & groups
 
 
 @pytest.mark.slow
@@ -164,7 +175,7 @@ def test_objects_of_operators_are_valid(tmp_path: Path) -> None:
 
 def test_the_dashboard_reaches_grafanas_sidecar() -> None:
     (config,) = (manifest for manifest in objects(K8S / "overlays/monitored") if manifest["kind"] == "ConfigMap")
-    assert config["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert json.loads(config["data"]["eadaprune.json"])["uid"] == "vllm-eadaprune"
 
 

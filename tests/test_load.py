@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.load import STEPS, Load, LoadPolicy
+from eadaprune_vllm.load import FRESH_SECONDS, STEPS, Load, LoadPolicy
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.options import Choice, Layer, PruneOptions, ServerOptions, overlay
 from eadaprune_vllm.request import choose
@@ -42,8 +42,10 @@ def levels(*pressures: float) -> list[float]:
 def test_the_level_rises_at_once_and_falls_a_step_late() -> None:
     assert levels(0.0, 0.2, 0.26, 0.8, 1.0) == [0, 0, 0.25, 0.75, 1]
     assert levels(1.0, 0.8, 0.74, 0.51, 0.3, 0.1, 0.0) == [1, 1, 0.75, 0.75, 0.5, 0.25, 0]
-    # Around any one pressure it stands still.
-    assert len(set(levels(*(0.6 + random.uniform(-0.05, 0.05) for _ in range(200))))) == 1
+    # Around any one pressure it stands still, also where a step begins.
+    random.seed(0)
+    for around in (0.6, 0.75):
+        assert len(set(levels(around + 0.05, *(around + random.uniform(-0.05, 0.05) for _ in range(200))))) == 1
 
 
 def test_the_level_is_never_more_than_a_step_from_the_pressure() -> None:
@@ -63,6 +65,21 @@ def test_several_engines_count_alike() -> None:
     assert load.level == 0.5
     load.observe(1, 0.9, 0)
     assert load.level == 1
+
+
+def test_an_engine_that_was_busy_when_last_heard_of_counts_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    here, there = (Load(POLICY, shared=tmp_path / "load") for _ in range(2))
+    there.observe(0, 0, 0)  # the last step
+    here.observe(0, 0.9, 0)  # the one before, taken in late
+    assert here.level == there.level == 1
+    now += FRESH_SECONDS
+    assert here.level == there.level == 0
+    there.observe(0, 0.75, 0)
+    assert here.level == 0.5
 
 
 def test_front_ends_share_what_they_are_told(tmp_path: Path) -> None:

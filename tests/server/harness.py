@@ -15,7 +15,7 @@ from eadaprune_vllm.demo.server import VLLM
 from eadaprune_vllm.demo.server import Server as PlainServer
 from eadaprune_vllm.draw import data_url
 
-__all__ = ["BLOCK_SIZE", "VLLM", "Server", "content", "environment"]
+__all__ = ["BLOCK_SIZE", "VLLM", "PlainServer", "Server", "content", "environment"]
 
 FRESH = {"connection": "close"}  # a new connection per request, so that several API servers share them
 BLOCK_SIZE = 32  # the smallest that attention on a CPU takes

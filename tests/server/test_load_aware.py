@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import load
 import pytest
 import torch
 from conftest import Start
-from harness import BLOCK_SIZE, Server, content
+from grafana import render
+from harness import BLOCK_SIZE, PlainServer, Server, content
 from PIL import Image
+from prometheus import Prometheus
 from shared import Reference, noise
 
 from eadaprune_vllm.demo.model import make_model
@@ -141,6 +144,39 @@ def test_images_of_earlier_turns_keep_theirs_and_their_prefix(server: Server) ->
         hits = server.metric("vllm:prefix_cache_hits_total")
         assert thresholds(ask(first, answer, second)) == [(0.99, 0.99), (0.6, 0.99)]
         assert server.metric("vllm:prefix_cache_hits_total") > hits + 150
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_burst_that_overflows_the_kv_cache_is_over_sooner(tmp_path: Path) -> None:
+    """The burst of ``benchmarks/load.py`` on two servers, one after the other; a Prometheus watches the second."""
+    model = tmp_path / "model"
+    make_model(model, text_layers=load.TEXT_LAYERS)
+    with PlainServer(tmp_path / "stay", model, *load.FLAGS) as server:
+        stay = load.burst(server, requests=40, gap=0.4, max_tokens=100, seed=1)
+    with PlainServer(tmp_path / "follow", model, *load.FLAGS, *load.FOLLOW) as server:
+        prometheus = Prometheus(tmp_path, server.url.removeprefix("http://"))
+        try:
+            follow = load.burst(server, requests=40, gap=0.4, max_tokens=100, seed=1)
+            time.sleep(2)
+            seen = {
+                panel["title"]: [prometheus.values(expr, 120) for expr, _ in render.expressions(panel, "10s")]
+                for panel in render.panels()
+            }
+            render.render(prometheus.url, tmp_path / "board.png", minutes=1)
+        finally:
+            prometheus.close()
+    assert stay["preemptions"] > 0
+    assert follow["preemptions"] < stay["preemptions"] / 2
+    assert follow["mean_queue_seconds"] < stay["mean_queue_seconds"] / 2
+    assert follow["seconds"] < stay["seconds"]
+    assert min(answer["energy"] for answer in stay["answers"]) == 1
+    (levels,), (lowered,), (requested, in_force) = (
+        seen[title] for title in ("Load level", "Thresholds lowered", "Energy thresholds, mean")
+    )
+    assert max(levels) == 1
+    assert max(lowered) > 0
+    assert min(in_force) < min(requested) == 1
 
 
 def test_several_front_ends_share_the_load(start: Start, slow_model: Path) -> None:

@@ -1,59 +1,19 @@
 """A real Prometheus beside a real server: every query of the dashboard and every rule returns data."""
 
-import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from grafana import render
 from harness import Server
 from openai import BadRequestError
 from PIL import Image
-from shared import noise, program
+from prometheus import Prometheus
+from shared import noise
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
 RECORDED = ["items:rate5m", "tokens_saved:rate5m", "kept:ratio5m", "spectrum_seconds:p95_5m"]
-
-
-class Prometheus:
-    def __init__(self, folder: Path, target: str) -> None:
-        shutil.copy(DEPLOY / "prometheus/rules.yml", folder)
-        config = (DEPLOY / "prometheus/prometheus.yml").read_text()
-        for shipped, here in (
-            ("server:8000", target),
-            ("/etc/prometheus/rules.yml", str(folder / "rules.yml")),
-            ("scrape_interval: 5s", "scrape_interval: 1s"),
-            ("evaluation_interval: 15s", "evaluation_interval: 1s"),
-        ):
-            assert shipped in config
-            config = config.replace(shipped, here)
-        (folder / "prometheus.yml").write_text(config)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.url = f"http://{address}"
-        flags = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(
-                [program("prometheus"), *flags, f"--web.listen-address={address}"], stdout=log, stderr=log
-            )
-
-    def get(self, path: str, **params: Any) -> Any:
-        response = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)
-        assert response.status_code == 200, response.text
-        return response.json()["data"]
-
-    def values(self, expr: str, seconds: float) -> list[float]:
-        """All values that a query had in the last seconds."""
-        now = time.time()
-        data = self.get("query_range", query=expr, start=now - seconds, end=now, step=1)
-        assert data["resultType"] == "matrix"
-        return [float(value) for series in data["result"] for _, value in series["values"]]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +33,7 @@ def prometheus(
             number += 1
         yield prometheus
     finally:
-        prometheus.process.terminate()
-        prometheus.process.wait()
+        prometheus.close()
 
 
 def test_the_server_is_scraped(prometheus: Prometheus) -> None:
@@ -83,13 +42,16 @@ def test_the_server_is_scraped(prometheus: Prometheus) -> None:
 
 
 @pytest.mark.parametrize(
-    ("title", "expr"),
-    [(panel["title"], expr) for panel in render.panels() for expr, _ in render.expressions(panel, "10s")],
+    ("panel", "expr"),
+    [(panel, expr) for panel in render.panels() for expr, _ in render.expressions(panel, "10s")],
 )
-def test_each_query_of_the_board_returns_data(prometheus: Prometheus, title: str, expr: str) -> None:
+def test_each_query_of_the_board_returns_data(prometheus: Prometheus, panel: dict[str, Any], expr: str) -> None:
+    title = panel["title"]
     values = [value for value in prometheus.values(expr, seconds=25) if value == value]
     assert values, f"{title}: {expr}"
     assert min(values) >= 0
+    if panel["fieldConfig"]["defaults"].get("unit") == "percentunit" and "bytes_saved" not in expr:
+        assert max(values) <= 1.01
     if not title.startswith(
         ("Preemptions", "Load level", "Thresholds lowered", "Requests", "KV cache in use", "Budgets")
     ):
@@ -100,7 +62,7 @@ def test_every_rule_is_evaluated(prometheus: Prometheus) -> None:
     groups = prometheus.get("rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert [(rule["name"], rule.get("lastError", "")) for rule in rules if rule["health"] != "ok"] == []
-    assert len(rules) == 4 + 7
+    assert len(rules) == 4 + 8
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -12,11 +12,9 @@ from fastapi.routing import APIRoute
 from PIL.Image import DecompressionBombError
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.datastructures import State
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
-from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
-from eadaprune_vllm import __version__
+from eadaprune_vllm import __version__, compat
 from eadaprune_vllm.hooks import on_render_thread, watch_load
 from eadaprune_vllm.options import ServerOptions, request_schema
 from eadaprune_vllm.plugin import NAME
@@ -24,6 +22,8 @@ from eadaprune_vllm.report import Preview
 from eadaprune_vllm.request import DOORS, HEADER, RequestContext, choose, item_parts, refusals, request_layers
 from eadaprune_vllm.route import PruningRoute, openapi_extra
 from eadaprune_vllm.selectors import SELECTORS
+
+ErrorResponse = compat.module("vllm.entrypoints.serve.engine.protocol").ErrorResponse
 
 
 class OwnRoute(APIRoute):
@@ -61,7 +61,7 @@ class EndpointPlugin:
                 twin.__class__ = PruningRoute  # FastAPI builds the included route of its class
                 twin.openapi_extra = openapi_extra(route.path)
                 twins.routes.append(twin)
-        app.include_router(twins)
+        compat.replace_routes(app, twins)
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -141,7 +141,7 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
 
 async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
     """The images and videos of a request by modality, under vLLM's own limits."""
-    tracker = AsyncMultiModalItemTracker(model_config)
+    tracker = compat.module("vllm.renderers.chat_utils").AsyncMultiModalItemTracker(model_config)
     parser = tracker.create_parser()
     for modality, part in item_parts(messages):
         url = part.get(f"{modality}_url")

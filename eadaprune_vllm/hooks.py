@@ -1,4 +1,5 @@
-"""Every private name of vLLM that this package touches, tested with the versions in ``TESTED``.
+"""Every private name of vLLM that this package touches, tested with the versions in ``TESTED``; ``compat`` has what
+older ones name otherwise.
 
 Each hook wraps one function and calls the original. Installing twice is harmless.
 """
@@ -38,17 +39,19 @@ def check_version() -> None:
 
 
 def wrap(
-    owner: Any, name: str, kind: Callable[[Any], Any] = lambda function: function
+    owner: Any, name: str, kind: Callable[[Any], Any] = lambda function: function, optional: bool = False
 ) -> Callable[[Callable[..., Any]], None]:
     """Decorator: replace ``owner.name`` by a function that is called with the original before its own arguments.
 
     Does nothing if it was wrapped before. ``kind`` is ``staticmethod`` or ``classmethod`` where the original is one.
 
     Raises:
-        AttributeError: if there is no such name, which is better than a wrapper that nobody calls.
+        AttributeError: if there is no such name, which is better than a wrapper that nobody calls, unless ``optional``.
     """
 
     def decorate(wrapper: Callable[..., Any]) -> None:
+        if optional and not hasattr(owner, name):
+            return
         original = getattr(owner, name)
         original = getattr(original, "__func__", original)
         if hasattr(original, _MARK):
@@ -100,6 +103,9 @@ def _install_supervisor() -> None:
 
 def install() -> None:
     """Hook into an active server: its configuration, its front ends, its requests."""
+    from eadaprune_vllm import compat
+
+    compat.install()
     _install_configuration()
     _install_requests()
     _install_anthropic()
@@ -110,7 +116,7 @@ def _install_configuration() -> None:
     from vllm.renderers.registry import RendererRegistry
     from vllm.usage.usage_lib import UsageContext
 
-    from eadaprune_vllm import startup
+    from eadaprune_vllm import compat, startup
 
     @wrap(EngineArgs, "create_engine_config")
     def create_engine_config(original: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,13 +140,13 @@ def _install_configuration() -> None:
     def load_renderer(original: Any, registry: Any, mode: str, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         front_end = startup.front_end(vllm_config)
         renderer = original(registry, mode, vllm_config, *args, **kwargs)
-        renderer.mm_processor.front_end = front_end
+        for processor in compat.processors(renderer):
+            processor.front_end = front_end
         renderer.mm_processor.warm_up()
         return renderer
 
 
 def _install_requests() -> None:
-    from vllm.entrypoints.launchers import run_batch
     from vllm.entrypoints.pooling.base import io_processor as pooling_processor
     from vllm.entrypoints.pooling.base import serving as pooling
     from vllm.exceptions import VLLMValidationError
@@ -148,6 +154,7 @@ def _install_requests() -> None:
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.engine.input_processor import InputProcessor
 
+    from eadaprune_vllm import compat
     from eadaprune_vllm import request as requests
 
     # All that is chat-like is rendered by one of these two: every such door, and LLM.chat.
@@ -179,13 +186,13 @@ def _install_requests() -> None:
             requests.refuse_options(renderer, prompts, prompt_extras)
             return original(renderer, prompts, *args, prompt_extras=prompt_extras, **kwargs)
 
-    # Pooling renders on a thread, which must find the request's context.
-    @wrap(pooling_processor, "make_async")
+    # Pooling renders on a thread, which must find the request's context. (In 0.26 it is the other module's.)
+    @wrap(pooling_processor if hasattr(pooling_processor, "make_async") else pooling, "make_async")
     def make_async(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         return lambda *a, **k: original(functools.partial(copy_context().run, function), *args, **kwargs)(*a, **k)
 
     # These requests come from a file, past all HTTP routes; what the function raises becomes the line's error.
-    @wrap(run_batch, "run_request")
+    @wrap(compat.module("vllm.entrypoints.launchers.run_batch"), "run_request")
     async def run_request(original: Any, function: Any, request: Any, *args: Any) -> Any:
         async def refuse(_: Any) -> None:
             raise VLLMValidationError(f"{KEY} does nothing at {request.url}", parameter=KEY)
@@ -217,7 +224,7 @@ def _install_requests() -> None:
     # are resolved, so they may pass; it judges the rest.
     for module in (online_renderer, pooling):
 
-        @wrap(module, "validate_request_mm_kwargs")
+        @wrap(module, "validate_request_mm_kwargs", optional=compat.OLDER)
         def validate_request_mm_kwargs(original: Any, *, mm_processor_kwargs: Any, **kwargs: Any) -> None:
             others = {key: value for key, value in (mm_processor_kwargs or {}).items() if key != KEY}
             original(mm_processor_kwargs=others, **kwargs)
@@ -229,6 +236,7 @@ def _install_anthropic() -> None:
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.exceptions import VLLMValidationError
 
+    from eadaprune_vllm import compat
     from eadaprune_vllm import request as requests
 
     protocol.AnthropicContentBlock.model_config["extra"] = "allow"
@@ -257,7 +265,7 @@ def _install_anthropic() -> None:
                 image[KEY] = source[KEY]
 
     # This renders other texts than the client's while serving it, and remembers whether that went well.
-    @wrap(AnthropicServingMessages, "_render_probe_prompt")
+    @wrap(AnthropicServingMessages, "_render_probe_prompt", optional=compat.OLDER)
     async def render_probe_prompt(original: Any, serving: Any, effort: Any) -> Any:
         with requests.request_context(requests.RequestContext()):
             return await original(serving, effort)

@@ -8,6 +8,7 @@ import torch
 from vllm import envs
 
 from eadaprune_vllm.checkpoint import Checkpoint
+from eadaprune_vllm.compat import processor_device
 from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
@@ -43,7 +44,7 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "--video-pruning-rate is vLLM's own pruning of videos and cannot be combined with this plugin",
     ),
     (
-        lambda mm, c: (mm.get_mm_processor_device_type() or "cpu") != "cpu",
+        lambda mm, c: processor_device(mm) != "cpu",
         "an image processor on the accelerator (--mm-processor-device) is not supported",
     ),
     (

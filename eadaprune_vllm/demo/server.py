@@ -32,6 +32,7 @@ class Server:
     """
 
     NAME = "demo"
+    COMMAND = VLLM
 
     def __init__(self, log: Path, model: Path | str, *flags: str, env: dict[str, str] | None = None) -> None:
         with socket.socket() as free:
@@ -44,7 +45,7 @@ class Server:
         env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | dict(os.environ if env is None else env)
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [VLLM, "serve", str(model), *address, *flags],
+                [self.COMMAND, "serve", str(model), *address, *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=env,

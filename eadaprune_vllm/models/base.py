@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vllm.exceptions import VLLMServerError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, PromptUpdateDetails
+from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import draw
+from eadaprune_vllm.compat import Processor, VLLMServerError, hasher
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import encoder_class
 from eadaprune_vllm.models.fields import FEATURES, KEPT, NEWLINES, ROWS, fields_of
@@ -40,7 +41,7 @@ from eadaprune_vllm.report import ItemPreview, Pruning, Timing
 from eadaprune_vllm.request import MODALITIES, Choices, RequestContext, refusals, request_layers
 
 
-class PruningProcessor(BaseMultiModalProcessor):
+class PruningProcessor(Processor):
     """Mixin in front of a model's multimodal processor.
 
     Modifications:
@@ -122,10 +123,9 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         items, _ = split(inputs.hf_processor_mm_kwargs)
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         return {
             modality: [
-                MultiModalHasher.hash_kwargs(algorithm, item=item, **{KEY: options.key})
+                MultiModalHasher.hash_kwargs(*hasher(self.info), item=item, **{KEY: options.key})
                 for item, options in zip(of_each, items.options[modality], strict=True)
             ]
             for modality, of_each in items.hashes.items()

@@ -88,25 +88,36 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB", t
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
     model = random_model(LlavaForConditionalGeneration, config)
-    folder.mkdir(parents=True)
-    config.dtype = torch.bfloat16
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
+    save_without_weights(config, tokenizer, folder)
     weights = {_hub_name(name): weight.to(config.dtype) for name, weight in model.state_dict().items()}
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+
+def save_without_weights(config: LlavaConfig, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write all of a LLaVA-1.5 checkpoint but its weights; ``--load-format dummy`` needs no more.
+
+    Args:
+        config: of the model; its dtype and architecture are set.
+        tokenizer: one with a placeholder for images.
+        folder: where to.
+    """
+    folder.mkdir(parents=True)
+    config.dtype = torch.bfloat16
+    config.architectures = [LlavaForConditionalGeneration.__name__]
+    config.save_pretrained(folder)
+    clip = config.vision_config.model_type == "clip_vision_model"
+    side = config.vision_config.image_size
+    size = {"height": side, "width": side}
     image_processor = (
-        CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
-        if tower == "clip"
-        else SiglipImageProcessor(size=size)
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size) if clip else SiglipImageProcessor(size=size)
     )
     LlavaProcessor(
         image_processor,
         tokenizer,
-        patch_size=PATCH_SIZE,
+        patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=_CHAT_TEMPLATE,
-        num_additional_image_tokens=int(tower == "clip"),
+        num_additional_image_tokens=int(clip),
     ).save_pretrained(folder)
 
 
@@ -143,11 +154,13 @@ def _scale(name: str, weight: torch.Tensor) -> float:
     return float(fan_in**-0.5) if "embed_tokens" not in name else 1.0
 
 
-def byte_tokenizer(*placeholders: str) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, after the special ones and those that stand for images."""
+def byte_tokenizer(*placeholders: str, vocab_size: int = 0) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, after the special ones and those that stand for images. Up to ``vocab_size`` the rest are words
+    that no text is made into, so that whatever a model says can be read."""
     special = [*_SPECIAL, *placeholders]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    words = [f"w{number}" for number in range(vocab_size - len(special) - len(alphabet))]
+    vocabulary = {token: index for index, token in enumerate(special + alphabet + words)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,183 @@
+"""How long it takes to decide on a budget and a selection:  python benchmarks/budget.py [--device cuda]
+
+Each contender decides on the budget of the same feature matrices, in turns; the randomized ones find budgets of up to
+``K_MAX`` tokens. What the plugin runs is timed with the selection of tokens, the others without. The matrices have a
+dominant direction, a steep head and a flat tail, as those of vision towers do. Writes ``budget.json``, ``budget.png``.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+import typer
+from common import RESULTS, about
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from eadaprune_vllm.encoder import whole
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import prune
+from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.spectrum import TIE_TOLERANCE
+
+ENERGY = 0.95
+K_MAX, OVERSAMPLING = 192, 10
+SIZES = {
+    "LLaVA-1.5 (576 x 1024)": (576, 1024),
+    "SigLIP-384 (729 x 1152)": (729, 1152),
+    "LLaVA-NeXT, 5 tiles as one (2880 x 1024)": (2880, 1024),
+    "Qwen2.5-VL, 4096 tokens (4096 x 3584)": (4096, 3584),
+}
+SECONDS = 8.0  # of each contender with each size and batch; at least three times
+
+
+def features(count: int, rows: int, columns: int, device: str) -> torch.Tensor:
+    """``[count, rows, columns]`` bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    rank = min(rows, columns)
+    index = torch.arange(rank)
+    sigma = torch.exp(-index / 40) + 0.05
+    sigma[0] *= 8
+    made = []
+    for _ in range(count):
+        left = torch.linalg.qr(torch.randn(rows, rank, generator=random)).Q
+        right = torch.linalg.qr(torch.randn(columns, rank, generator=random)).Q
+        made.append((left * sigma) @ right.T)
+    return torch.stack(made).bfloat16().to(device)
+
+
+def smallest(energies: torch.Tensor, total: torch.Tensor) -> list[int]:
+    """The budget of each image, from squared singular values ``[B, n]``, descending, and ``[B]`` totals."""
+    share = energies.double().cumsum(-1) / total.double()[:, None]
+    return ((share < ENERGY + TIE_TOLERANCE).sum(-1) + 1).tolist()
+
+
+def svdvals(batch: torch.Tensor) -> list[int]:
+    rows = batch.float()
+    return smallest(torch.linalg.svdvals(rows).square(), rows.square().sum((1, 2)))
+
+
+def svd_lowrank(batch: torch.Tensor) -> list[int]:
+    rows = batch.float()
+    return smallest(torch.svd_lowrank(rows, K_MAX + OVERSAMPLING, niter=2)[1].square(), rows.square().sum((1, 2)))
+
+
+def randomized(batch: torch.Tensor) -> list[int]:
+    """Halko, Martinsson and Tropp's, with two power iterations."""
+    rows = batch.float()
+    random = torch.Generator(rows.device).manual_seed(0)
+    start = torch.randn(rows.shape[-1], K_MAX + OVERSAMPLING, generator=random, device=rows.device)
+    basis = torch.linalg.qr(rows @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(rows @ torch.linalg.qr(rows.mT @ basis).Q).Q
+    return smallest(torch.linalg.svdvals(basis.mT @ rows).square(), rows.square().sum((1, 2)))
+
+
+def ours(selector: str) -> Callable[[torch.Tensor], list[int]]:
+    options = PruneOptions(energy=ENERGY, min_tokens=1, selector=selector)
+
+    def decide(batch: torch.Tensor) -> list[int]:
+        """One image after the other, as a server does it, from features on the CPU."""
+        kept = []
+        for rows in batch.cpu():
+            tokens = VisualTokens(rows, torch.arange(len(rows)).float())
+            kept.append(len(prune(whole(tokens, (1, len(rows))), options)))
+        return kept
+
+    return decide
+
+
+def gram(batch: torch.Tensor) -> list[int]:
+    """All of a batch at once."""
+    rows = batch.float()
+    rows = rows if rows.shape[1] <= rows.shape[2] else rows.mT
+    product = rows @ rows.mT
+    total = product.diagonal(dim1=1, dim2=2).sum(-1)
+    return smallest(torch.linalg.eigvalsh(product).flip(-1).clamp(min=0), total)
+
+
+CONTENDERS: dict[str, Callable[[torch.Tensor], list[int]]] = {
+    "svdvals": svdvals,
+    "svd_lowrank": svd_lowrank,
+    "randomized SVD": randomized,
+    "Gram + eigvalsh, batched": gram,
+    "eadaprune, attention": ours("attention"),
+    "eadaprune, span": ours("span"),
+}
+
+
+def measure(batch: torch.Tensor) -> dict[str, dict[str, Any]]:
+    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    budgets: dict[str, list[int]] = {}
+    while pending := [name for name, spent in times.items() if len(spent) < 3 or sum(spent) < SECONDS / 2]:
+        for name in pending:
+            start = time.perf_counter()
+            budgets[name] = CONTENDERS[name](batch)  # on the CPU at the end, so that a GPU is waited for
+            times[name].append(time.perf_counter() - start)
+    exact = budgets["svdvals"]
+    return {
+        name: {
+            "milliseconds": 1000 * statistics.median(spent[1:]) / len(batch),
+            "least": 1000 * min(spent) / len(batch),
+            "runs": len(spent),
+            "budgets": budgets[name],
+            "excess": max(mine - due for mine, due in zip(budgets[name], exact, strict=True)),
+        }
+        for name, spent in times.items()
+    }
+
+
+def main(
+    device: Annotated[str, typer.Option(help="Where the contenders compute; the plugin decides on the CPU.")] = "cpu",
+    batch: Annotated[list[int], typer.Option(help="Images at a time.")] = [1, 8, 32],  # noqa: B006
+    output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
+) -> None:
+    console = Console()
+    found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
+    for size, (rows, columns) in SIZES.items():
+        found[size] = {}
+        for count in batch if rows * columns < 10**7 else batch[:1]:
+            with console.status(f"{size}, {count} at a time"):
+                found[size][count] = measure(features(count, rows, columns, device))
+            table = Table(
+                title=f"{size}, {count} at a time: milliseconds per image; budgets are {ENERGY} of the energy"
+            )
+            for heading in ("contender", "ms", "x svdvals", "x randomized", "most tokens too many"):
+                table.add_column(heading, justify="left" if heading == "contender" else "right")
+            each = found[size][count]
+            for name, row in each.items():
+                ratios = [each[other]["milliseconds"] / row["milliseconds"] for other in ("svdvals", "randomized SVD")]
+                table.add_row(name, f"{row['milliseconds']:.2f}", *(f"{r:.2f}" for r in ratios), str(row["excess"]))
+            console.print(table)
+    name = "budget" if device == "cpu" else f"budget-{device}"
+    output.mkdir(exist_ok=True)
+    settings = {"energy": ENERGY, "k_max": K_MAX, "computed_on": device}
+    (output / f"{name}.json").write_text(json.dumps({"about": about() | settings, "found": found}, indent=1) + "\n")
+    draw(found, output / f"{name}.png")
+
+
+def draw(found: dict[str, dict[int, dict[str, dict[str, Any]]]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    groups = [(size, count) for size, counts in found.items() for count in counts]
+    for number, name in enumerate(CONTENDERS):
+        at = [index + (number - len(CONTENDERS) / 2 + 0.5) * 0.14 for index in range(len(groups))]
+        axes.bar(at, [found[size][count][name]["milliseconds"] for size, count in groups], 0.14, label=name)
+    axes.set_yscale("log")
+    axes.set_ylabel("milliseconds per image")
+    axes.set_xticks(
+        range(len(groups)), [f"{size.replace(' (', chr(10) + '(')}\n{n} at a time" for size, n in groups], fontsize=6
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    typer.run(main)

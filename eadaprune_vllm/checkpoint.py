@@ -75,7 +75,9 @@ class Checkpoint:
         logger.info("Vision tower loaded: %s, %s", type(encoder).__name__, self.dtype)
         for weight in encoder.parameters():  # not its buffers: rotary frequencies stay in float32, as in vLLM
             weight.data = weight.data.to(self.dtype)
-        return encoder.eval().requires_grad_(False)
+        encoder.eval().requires_grad_(False)
+        encoder.pack()
+        return encoder
 
     def _locate(self, build: Callable[[], VisionEncoder]) -> dict[Path, dict[str, str]]:
         """For each file that holds weights of the encoder, the encoder's name of a weight -> the file's name of it."""

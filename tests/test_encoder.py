@@ -15,7 +15,7 @@ from shared import Reference, encoder, towers
 from transformers import AutoConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from eadaprune_vllm.checkpoint import INDEX, Checkpoint
-from eadaprune_vllm.encoder import LlavaVisionEncoder, compute_dtype
+from eadaprune_vllm.encoder import LlavaVisionEncoder, PackedLinear, compute_dtype
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.selectors import VisualTokens
 
@@ -208,3 +208,11 @@ def test_towers_that_are_not_supported_are_refused(model: Path, changes: dict[st
 def test_the_search_for_towers_finds_them(model: Path) -> None:
     """The server tests rely on it finding nothing in a worker."""
     assert "CLIPVisionModel" in towers(encoder(model))
+
+
+@pytest.mark.skipif(compute_dtype(torch.bfloat16) != torch.bfloat16, reason="this CPU has no bfloat16 instructions")
+def test_packed_weights_compute_the_same_to_the_bit() -> None:
+    linear = torch.nn.Linear(96, 160).bfloat16().requires_grad_(False)
+    for shape in ((7, 96), (577, 96), (3, 577, 96)):
+        rows = torch.randn(shape).bfloat16()
+        assert torch.equal(PackedLinear(linear)(rows), linear(rows))

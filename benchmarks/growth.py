@@ -1,0 +1,87 @@
+"""How the front end's cost and memory grow:  python benchmarks/growth.py
+
+Real servers of the embedded model, with one API server and with two. Every image is a new one.
+
+- cost: what encoding and pruning take per image, and how long that waits for others, at several concurrencies and
+  images per request
+- memory: of the front end, over ten thousand requests
+
+Writes ``growth.json`` and ``growth.png``.
+"""
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import psutil
+import typer
+from common import RESULTS, about
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+from serving import Bench, Cell
+
+from eadaprune_vllm.demo.model import demo_model
+from eadaprune_vllm.demo.server import Server
+
+FLAGS = ["--plugin", "eadaprune", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 4}']
+API_SERVERS, CONCURRENCY, IMAGES = (1, 2), (1, 4, 16), (1, 4)
+STAGES = ("encode", "spectrum", "select")
+
+
+def stages(server: Server) -> dict[str, float]:
+    """Seconds that each stage took so far, and how many images there were."""
+    found = {stage: server.metric("eadaprune_stage_seconds_sum", stage=stage) for stage in STAGES}
+    return found | {"images": server.metric("eadaprune_images_total")}
+
+
+def main(
+    requests: Annotated[int, typer.Option(help="Over which memory is watched.")] = 10_000,
+    output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
+) -> None:
+    console, rows, memory = Console(), list[dict[str, Any]](), list[tuple[int, float]]()
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), demo_model()
+        bench = Bench(folder, model, output_tokens=4)
+        for count in API_SERVERS:
+            flags = [*FLAGS, "--api-server-count", str(count), "--allowed-local-media-path", name]
+            with Server(folder / "log", model, *flags) as server:
+                bench.run(server, Cell(4, 16, 16), None)  # set up once, for nothing
+                for images, concurrency in itertools.product(IMAGES, CONCURRENCY):
+                    before = stages(server)
+                    found = bench.run(server, Cell(images, concurrency, 48), None)
+                    spent = {name: value - before[name] for name, value in stages(server).items()}
+                    each = {stage: 1000 * spent[stage] / spent["images"] for stage in STAGES}
+                    row = {"api_servers": count, "images": images, "concurrency": concurrency}
+                    rows.append(row | each | {"images_per_second": found["requests"] * images})
+                    console.print(rows[-1])
+                while count == 1 and len(memory) < 11:
+                    resident = psutil.Process(server.process.pid).memory_info().rss
+                    memory.append((len(memory) * requests // 10, resident / 2**20))
+                    console.print(f"{memory[-1][0]} requests: {memory[-1][1]:.0f} MiB")
+                    if len(memory) < 11:
+                        bench.run(server, Cell(1, 16, requests // 10), None)
+    table = Table(title="Milliseconds per image in the front end")
+    for heading in rows[0]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    output.mkdir(exist_ok=True)
+    text = json.dumps({"about": about(), "cost": rows, "memory": memory}, indent=1)
+    (output / "growth.json").write_text(text + "\n")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*memory, strict=True), marker="o")
+    axes.set_ylim(0)
+    axes.set_xlabel("requests, each with an image of its own")
+    axes.set_ylabel("MiB resident in the front end")
+    figure.savefig(output / "growth.png", dpi=100)
+
+
+if __name__ == "__main__":
+    typer.run(main)

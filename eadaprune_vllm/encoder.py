@@ -94,7 +94,7 @@ class VisionEncoder(torch.nn.Module, ABC):
         """Lay weights out for this CPU's bfloat16 kernels, if they are used, once instead of at each call."""
         capabilities = torch.cpu.get_capabilities()
         x86 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        if self.dtype != torch.bfloat16 or not x86 or not torch._C.has_mkldnn:
+        if self.dtype != torch.bfloat16 or not x86 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return
         for module in list(self.modules()):
             for name, child in module.named_children():

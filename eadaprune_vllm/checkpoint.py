@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import SafetensorError, safe_open
 from transformers.initialization import no_init_weights
 
+from eadaprune_vllm.device import CPU
 from eadaprune_vllm.encoder import VisionEncoder
 from eadaprune_vllm.errors import StartupError
 
@@ -37,6 +38,7 @@ class Checkpoint:
         load_format: ``--load-format``; one of ``LOAD_FORMATS``.
         dtype: what the tower is cast to.
         token: ``--hf-token``.
+        device: where the tower will compute, once it was moved there.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Checkpoint:
     load_format: str
     dtype: torch.dtype
     token: str | bool | None = None
+    device: torch.device = CPU
 
     def check(self, build: Callable[[], VisionEncoder]) -> None:
         """Make sure that the encoder's weights are all there, reading headers only.
@@ -76,8 +79,14 @@ class Checkpoint:
         for weight in encoder.parameters():  # not its buffers: rotary frequencies stay in float32, as in vLLM
             weight.data = weight.data.to(self.dtype)
         encoder.eval().requires_grad_(False)
-        encoder.pack()
+        if self.device == CPU:
+            encoder.pack()
         return encoder
+
+    def nbytes(self, build: Callable[[], VisionEncoder]) -> int:
+        """Memory that the encoder's weights take in ``dtype``. Arguments are those of ``check``."""
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in build().parameters()) * self.dtype.itemsize
 
     def _locate(self, build: Callable[[], VisionEncoder]) -> dict[Path, dict[str, str]]:
         """For each file that holds weights of the encoder, the encoder's name of a weight -> the file's name of it."""

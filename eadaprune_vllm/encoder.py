@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface, CLIPVisionModel, SiglipVisionModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from eadaprune_vllm.device import CPU
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.prune import Encoding
 from eadaprune_vllm.selectors import VisualTokens
@@ -26,12 +27,15 @@ _OBSERVER = "_eadaprune_observer"
 _ATTENTION_WEIGHTS = 2**24  # how many are held at a time
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a tower computes in on this CPU where the model's dtype is ``dtype``.
+def compute_dtype(dtype: torch.dtype, device: torch.device = CPU) -> torch.dtype:
+    """What a tower computes in on ``device`` where the model's dtype is ``dtype``: on a GPU in that, on this CPU in
+    what it is fast at.
 
     No CPU has fast float16 kernels, and not every one has instructions for bfloat16; without them float32 is several
     times faster, and no less exact.
     """
+    if device.type != "cpu":
+        return dtype
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return dtype if dtype == torch.bfloat16 and native else torch.float32
@@ -66,8 +70,17 @@ class VisionEncoder(torch.nn.Module, ABC):
     @abstractmethod
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:
         """Args:
-        inputs: of one image or video, as the model's processor makes them, pixels in any dtype.
+        inputs: of one image or video, as the model's processor makes them, pixels in any dtype; these on the
+            encoder's device, which is torch's default here, and all else on the CPU, where it is read.
+
+        Returns:
+            The encoding, on the encoder's device.
         """
+
+    def forward(self, inputs: Mapping[str, Any]) -> Encoding:
+        """``encode`` on whatever device the weights are, from and to the CPU."""
+        with torch.device(self.device):
+            return self.encode({name: _on(self.device, name, value) for name, value in inputs.items()}).cpu()
 
     @classmethod
     @abstractmethod
@@ -89,6 +102,10 @@ class VisionEncoder(torch.nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def pack(self) -> None:
         """Lay weights out for this CPU's bfloat16 kernels, if they are used, once instead of at each call."""
@@ -126,6 +143,14 @@ class PackedLinear(torch.nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return product
+
+
+def _on(device: torch.device, name: str, value: Any) -> Any:
+    """An input of that name for an encoder on ``device``. Only pixels move: whoever reads a size or a grid would have
+    to wait for the GPU each time."""
+    if not name.startswith("pixel_values"):
+        return value
+    return value.to(device) if isinstance(value, torch.Tensor) else [_on(device, name, tile) for tile in value]
 
 
 class LlavaVisionEncoder(VisionEncoder):

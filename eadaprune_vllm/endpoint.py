@@ -67,8 +67,15 @@ class EndpointPlugin:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.eadaprune_renderer = engine_client.renderer
         state.eadaprune = engine_client.renderer.mm_processor
+        await on_render_thread(state.eadaprune_renderer, _place, state.eadaprune)
         if state.eadaprune.server_options.load_aware:
             watch_load(engine_client, state.eadaprune.front_end.observe_load, state.eadaprune.front_end.show_load)
+
+
+def _place(processor: Any) -> None:
+    """Now that the engine is ready, move the tower to its device, and warm it up there."""
+    if processor.front_end.place():
+        processor.warm_up()
 
 
 class Config(BaseModel):

@@ -1,6 +1,7 @@
 """What a front-end process holds: the vision encoder, a memo of its latest encodings, and the metrics."""
 
 import hashlib
+import logging
 import pickle
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from cachetools import LRUCache
 
+from eadaprune_vllm.device import CPU, prepare
 from eadaprune_vllm.encoder import VisionEncoder
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.load import Load
@@ -18,6 +20,8 @@ from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.options import Choice, PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, prune
 from eadaprune_vllm.report import Pruning
+
+logger = logging.getLogger("vllm." + __name__)
 
 # For a request that repeats an image, and for the same image on its way through /tokenize and chat: about 25 images of
 # LLaVA-1.5. What is larger than all of it is not kept.
@@ -36,6 +40,8 @@ class FrontEnd:
         model_name: label of the metrics.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
         load: of the server, if thresholds follow it.
+        device: where the encoder runs once the engine is ready; until then it is on the CPU.
+        gpu_bytes: the most that torch may take of that device in this process, if there is a limit.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class FrontEnd:
         model_name: str,
         kv_bytes_per_token: int,
         load: Load | None = None,
+        device: torch.device = CPU,
+        gpu_bytes: int | None = None,
     ) -> None:
         self.encoder = encoder
         self.dtype = dtype
@@ -53,6 +61,8 @@ class FrontEnd:
         self.model_name = model_name
         self.kv_bytes_per_token = kv_bytes_per_token
         self.load = load
+        self.device = device
+        self.gpu_bytes = gpu_bytes
         self._in_force: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._memo: LRUCache[bytes, Encoding] = LRUCache(MEMO_BYTES, getsizeof=lambda encoding: encoding.nbytes)
         self._lock = Lock()
@@ -73,6 +83,7 @@ class FrontEnd:
             NonFiniteFeaturesError: if the features are NaN or infinite.
         """
         with self._lock, self.encoder.threads():
+            self._place()
             encoding, stages = self._encode(source)
             try:
                 kept = prune(encoding, options)
@@ -86,8 +97,31 @@ class FrontEnd:
         self.metrics.observe_stages(self.model_name, **stages)
         return rows, kept, stages
 
+    def place(self) -> bool:
+        """Move the encoder to its device, if it is not there. The engine must be ready: until then it would take what
+        others use of its GPU for its own. What is pruned comes later than that, and calls this too.
+
+        Returns:
+            Whether it moved.
+
+        Raises:
+            torch.OutOfMemoryError: if it does not fit.
+        """
+        with self._lock:
+            return self._place()
+
+    def _place(self) -> bool:
+        if self.encoder.device == self.device:
+            return False
+        prepare(self.device, self.gpu_bytes)
+        self.encoder.to(self.device)
+        # What was encoded on the CPU may have another budget than the same image here.
+        self._memo.clear()
+        logger.info("Vision tower moved to %s", self.device)
+        return True
+
     def warm_up(self, source: Mapping[str, Any] | Encoding) -> None:
-        """Encode for nothing."""
+        """Encode for nothing, wherever the encoder is."""
         with self._lock, self.encoder.threads():
             self._encode(source)
 
@@ -97,6 +131,7 @@ class FrontEnd:
         Arguments and errors are those of ``prune``.
         """
         with self._lock, self.encoder.threads():
+            self._place()
             encoding, _ = self._encode(source)
             kept = prune(encoding, options)
             encoding.spectrum(options.scope)
@@ -114,7 +149,7 @@ class FrontEnd:
         if key in self._memo:
             return self._memo[key], {}
         start = time.perf_counter()
-        encoding = self.encoder.encode(source)
+        encoding: Encoding = self.encoder(source)
         seconds = time.perf_counter() - start
         with suppress(ValueError):  # larger than the memo
             self._memo[key] = encoding

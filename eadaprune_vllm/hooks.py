@@ -10,10 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 from contextvars import copy_context
-from pathlib import Path
 from typing import Any
 
-import psutil
 from packaging.specifiers import SpecifierSet
 
 from eadaprune_vllm.errors import StartupError
@@ -132,7 +130,7 @@ def _install_configuration() -> None:
         finally:
             engine_args.mm_processor_kwargs = given
         startup.check(vllm_config)
-        setattr(vllm_config.model_config.multimodal_config, KEY, options)
+        startup.configure(vllm_config, options, tower=not kwargs.get("headless"))
         return vllm_config
 
     # Only front ends have a renderer, so the tower is loaded here and nowhere else.
@@ -294,14 +292,14 @@ def watch_load(engine_client: Any, observe: Callable[[int, float, int], None], s
     engine_client.logger_manager.stat_loggers.append(LoadLogger())
 
 
-def shared_by_front_ends(vllm_config: Any) -> Path | None:
-    """A file of this server that all of its front ends find, and vLLM removes; None if there is only one of them."""
-    if vllm_config.parallel_config._api_process_count == 1:
-        return None
-    # They share this folder for their metrics. So may other servers, and this one's predecessor in its container, but
-    # their front ends have another parent.
-    parent = psutil.Process(os.getppid())
-    return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{KEY}-load-{parent.pid}-{parent.create_time()}")
+def front_ends(vllm_config: Any) -> int:
+    """How many front ends this server has, on this node."""
+    return int(vllm_config.parallel_config._api_process_count)
+
+
+def speaks_for_server(vllm_config: Any) -> bool:
+    """Whether this process is the one that should say what concerns all front ends."""
+    return front_ends(vllm_config) == 1 or vllm_config.parallel_config._api_process_rank < 0
 
 
 async def on_render_thread(renderer: Any, function: Callable[..., Any], *args: Any) -> Any:

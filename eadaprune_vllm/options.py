@@ -131,6 +131,13 @@ class ServerOptions(PruneOptions):
         description="Lower thresholds while the engine is under load. "
         f"By default {LoadPolicy().model_dump_json()}, or what is given in its place;",
     )
+    # No part of a cache key: one server has one device.
+    device: str = Field(
+        default="cpu",
+        pattern="^(auto|cpu|cuda(:[0-9]{1,2})?)$",
+        description="Where the vision tower runs: 'cpu', 'cuda' (the first GPU), 'cuda:N', or 'auto', a GPU if the "
+        "engine has one. GPUs have not been tried yet.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerOptions":
@@ -261,6 +268,7 @@ def allowed(name: str, model: type[BaseModel] = PruneOptions) -> str:
         "integer": "an integer",
         "boolean": "true or false",
         "object": "an object of options",
+        "string": f"a string that matches {schema.get('pattern')}",
     }
     limits = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum": "at most"}
     bounds = [f"{text} {schema[key]:g}" for key, text in limits.items() if key in schema]

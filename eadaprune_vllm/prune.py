@@ -1,7 +1,7 @@
 """One image's pruning decision: the spectrum says how many tokens stay, the selector says which."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -26,6 +26,10 @@ class Newlines:
     mask: torch.Tensor
     line: torch.Tensor
     row: torch.Tensor | None = None
+
+    def cpu(self) -> "Newlines":
+        """The same in the CPU's memory."""
+        return Newlines(self.mask.cpu(), self.line.cpu(), None if self.row is None else self.row.cpu())
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,16 @@ class Encoding:
         if self.newlines and self.newlines.row is not None:
             sent[kept.newlines] = self.newlines.row
         return sent
+
+    def cpu(self) -> "Encoding":
+        """The same in the CPU's memory, where budget and selection are computed and encodings are remembered."""
+        return replace(
+            self,
+            tokens=self.tokens.cpu(),
+            part=self.part.cpu(),
+            rows=None if self.rows is None else self.rows.cpu(),
+            newlines=None if self.newlines is None else self.newlines.cpu(),
+        )
 
     @property
     def nbytes(self) -> int:

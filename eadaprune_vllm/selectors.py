@@ -41,6 +41,10 @@ class VisualTokens:
         attention = self.attention
         return VisualTokens(self.features[indices], None if attention is None else attention[indices])
 
+    def cpu(self) -> "VisualTokens":
+        """The same in the CPU's memory."""
+        return VisualTokens(self.features.cpu(), None if self.attention is None else self.attention.cpu())
+
 
 Selector = Callable[[VisualTokens, int], torch.Tensor]
 

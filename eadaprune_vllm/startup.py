@@ -1,22 +1,29 @@
 """Whether a configuration of vLLM can be served with pruning, and the front end it takes."""
 
 import functools
+import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from vllm import envs
 
+from eadaprune_vllm import device
 from eadaprune_vllm.checkpoint import Checkpoint
 from eadaprune_vllm.compat import processor_device
 from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.hooks import shared_by_front_ends
+from eadaprune_vllm.hooks import front_ends, speaks_for_server
 from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES, encoder_class
 from eadaprune_vllm.options import KEY, ServerOptions, overlay
+
+logger = logging.getLogger("vllm." + __name__)
 
 _NO_TOWER = "is not supported: the engine has no vision tower"
 # What vLLM can be told that pruning in the front end cannot honour: (is it so in the multimodal configuration, or in
@@ -49,7 +56,7 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     ),
     (
         lambda mm, c: _decodes_on_gpu((mm.media_io_kwargs or {}).get("video") or {}),
-        "decoding videos on the GPU (--media-io-kwargs) is not supported: the vision tower is on the CPU",
+        "decoding videos on the GPU (--media-io-kwargs) is not supported: images are prepared on the CPU",
     ),
     (lambda mm, c: mm.mm_encoder_only, f"--mm-encoder-only {_NO_TOWER}"),
     (lambda mm, c: mm.mm_encoder_tp_mode == "data", f"--mm-encoder-tp-mode data {_NO_TOWER}"),
@@ -87,7 +94,38 @@ def check(vllm_config: Any) -> None:
     for applies, reason in _REFUSED:
         if applies(model_config.multimodal_config, vllm_config):
             raise StartupError(reason)
-    _checkpoint(vllm_config).check(functools.partial(_encoder(vllm_config), model_config.hf_config))
+    _checkpoint(vllm_config).check(_build(vllm_config))
+
+
+def configure(vllm_config: Any, options: ServerOptions, tower: bool) -> None:
+    """Put the options where front ends find them and, if the tower goes to the engine's GPU, have the engine leave room
+    for it there.
+
+    Args:
+        vllm_config: checked.
+        options: the operator's.
+        tower: whether there are front ends on this node.
+
+    Raises:
+        StartupError: if the tower's device is missing, or the operator left too little room on it.
+    """
+    multimodal = vllm_config.model_config.multimodal_config
+    setattr(multimodal, KEY, options)
+    if not tower or not device.is_engines(where := device.resolve(options.device)):
+        return
+    weights, count = _checkpoint(vllm_config, where).nbytes(_build(vllm_config)), front_ends(vllm_config)
+    if given := multimodal.mm_ipc_gpu_memory_gb:
+        device.check_room(given, weights, count)
+        return
+    multimodal.mm_ipc_gpu_memory_gb = room = device.room(weights, count)
+    if speaks_for_server(vllm_config):
+        logger.info(
+            "The vision tower will be on %s: %.2f GiB are left to %d front end(s) there, of what would be KV cache "
+            "(--mm-ipc-gpu-memory-gb)",
+            where,
+            room,
+            count,
+        )
 
 
 def check_load_aware(serving: bool, engine_args: Any) -> None:
@@ -115,16 +153,21 @@ def server_options(given: object) -> ServerOptions:
         raise StartupError(str(error)) from None
 
 
-def _checkpoint(vllm_config: Any) -> Checkpoint:
-    """Where vLLM reads the served model's weights from."""
+def _build(vllm_config: Any) -> Callable[[], VisionEncoder]:
+    return functools.partial(_encoder(vllm_config), vllm_config.model_config.hf_config)
+
+
+def _checkpoint(vllm_config: Any, where: torch.device = device.CPU) -> Checkpoint:
+    """Where vLLM reads the served model's weights from, for a tower that computes there."""
     model, load = vllm_config.model_config, vllm_config.load_config
     return Checkpoint(
         model=model.model,
         revision=model.revision,
         download_dir=load.download_dir,
         load_format=str(load.load_format),
-        dtype=compute_dtype(model.dtype),
+        dtype=compute_dtype(model.dtype, where),
         token=model.hf_token,
+        device=where,
     )
 
 
@@ -137,15 +180,30 @@ def front_end(vllm_config: Any) -> FrontEnd:
     model = vllm_config.model_config
     if not hasattr(model.multimodal_config, KEY):
         raise StartupError("only vllm serve, vllm run-batch and LLM(...) are supported, not vllm launch render")
-    encoder = _checkpoint(vllm_config).load(functools.partial(_encoder(vllm_config), model.hf_config))
-    load, policy = None, getattr(model.multimodal_config, KEY).load_aware
+    options, count = getattr(model.multimodal_config, KEY), front_ends(vllm_config)
+    where, limit = device.resolve(options.device), None
+    # An engine in this process would fall under the limit too.
+    if device.is_engines(where) and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        limit = device.limit(model.multimodal_config.mm_ipc_gpu_memory_gb, count)
+    encoder = _checkpoint(vllm_config, where).load(_build(vllm_config))
+    load, policy = None, options.load_aware
     if policy:
         parallel = vllm_config.parallel_config
         # As vLLM's client counts the engines it manages.
         engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
-        load = Load(policy, engines, shared_by_front_ends(vllm_config))
+        load = Load(policy, engines, _shared_by_front_ends(count))
     kv_bytes = kv_bytes_per_token(vllm_config)
-    return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes, load)
+    return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes, load, where, limit)
+
+
+def _shared_by_front_ends(count: int) -> Path | None:
+    """A file of this server that all of its front ends find, and vLLM removes; None if there is only one of them."""
+    if count == 1:
+        return None
+    # They share this folder for their metrics. So may other servers, and this one's predecessor in its container, but
+    # their front ends have another parent.
+    parent = psutil.Process(os.getppid())
+    return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{KEY}-load-{parent.pid}-{parent.create_time()}")
 
 
 @functools.cache

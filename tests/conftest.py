@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVER_TESTS in item.path.parents:
             item.add_marker(pytest.mark.server)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip("PyTorch finds no GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,21 +14,26 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from eadaprune_vllm.checkpoint import Checkpoint
+from eadaprune_vllm.device import CPU
 from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
 from eadaprune_vllm.models import encoder_class
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
 
 
-def checkpoint(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto") -> Checkpoint:
-    return Checkpoint(str(model), revision=None, download_dir=None, load_format=load_format, dtype=dtype)
+def checkpoint(
+    model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto", device: torch.device = CPU
+) -> Checkpoint:
+    return Checkpoint(str(model), None, None, load_format=load_format, dtype=dtype, device=device)
 
 
-def encoder(model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto") -> VisionEncoder:
-    """What a front end runs of a model."""
+def encoder(
+    model: Path, dtype: torch.dtype = torch.bfloat16, load_format: str = "auto", device: torch.device = CPU
+) -> VisionEncoder:
+    """What a front end runs of a model, on the CPU yet, if it is to run elsewhere."""
     config = AutoConfig.from_pretrained(model)
     build = functools.partial(encoder_class(config.architectures[0]), config)
-    return checkpoint(model, dtype, load_format).load(build)
+    return checkpoint(model, dtype, load_format, device).load(build)
 
 
 class Reference:

@@ -19,15 +19,28 @@ class Qwen2_5_VLVisionEncoder(QwenVisionEncoder):
 
     tower_class = Qwen2_5_VisionTransformerPretrainedModel
 
+    def lengths(self, grid: torch.Tensor) -> dict[str, torch.Tensor]:
+        order, lengths = self.windows(grid)
+        return super().lengths(grid) | {"window_index": order, "cu_window_seqlens": lengths}
+
     def in_raster_order(self, attention: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        order, _ = self.windows(grid)
+        return attention[order.argsort()]
+
+    def windows(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The order that windows put tokens in, and where windows end, ``[windows + 1]`` int32 on the CPU.
+
+        Args:
+            grid: ``[1, 3]``, on the CPU.
+        """
         vision = self.hf_config.vision_config
-        order, _ = get_vision_window_index(
+        order, lengths = get_vision_window_index(
             grid,
             spatial_merge_size=vision.spatial_merge_size,
             window_size=vision.window_size,
             patch_size=vision.patch_size,
         )
-        return attention[order.argsort()]
+        return order, lengths
 
 
 class PrunedQwen2_5_VLProcessor(PruningProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_cu_seqlens
 from vllm.config import VllmConfig
 from vllm.model_executor.models import qwen2_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -34,7 +35,7 @@ class QwenVisionEncoder(VisionEncoder):
         pixels = inputs["pixel_values"] if "pixel_values" in inputs else inputs["pixel_values_videos"]
         grid = _grid(inputs)
         with observing(self.visual.blocks[-1].attn) as calls:
-            output = self.visual(pixels.to(self.dtype), grid_thw=grid)
+            output = self.visual(pixels.to(self.dtype), grid_thw=grid.to(pixels.device), **self.lengths(grid))
         patches = torch.cat([drawn(query, key, scale) for (query,), (key,), scale in calls])
         attention = patches.view(len(output.pooler_output), -1).mean(1)
         tokens = VisualTokens(output.pooler_output, self.in_raster_order(attention, grid))
@@ -63,6 +64,15 @@ class QwenVisionEncoder(VisionEncoder):
         """What of the tower's output the engine is sent, if not what the merger makes."""
         return None
 
+    def lengths(self, grid: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the tower would otherwise compute on its own device. Every block reads the lengths of its sequences,
+        for which it would wait for a GPU.
+
+        Args:
+            grid: ``[1, 3]``, on the CPU.
+        """
+        return {"cu_seqlens": get_vision_cu_seqlens(grid)}
+
     def in_raster_order(self, attention: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Args:
         attention: ``[N]``, in the order of the last block.
@@ -72,7 +82,8 @@ class QwenVisionEncoder(VisionEncoder):
 
     def _encoding(self, tokens: VisualTokens, rows: torch.Tensor | None, inputs: Mapping[str, Any]) -> Encoding:
         merged = self.hf_config.vision_config.spatial_merge_size
-        frames, height, width = (_grid(inputs)[0] // torch.tensor([1, merged, merged])).tolist()
+        frames, *sides = _grid(inputs)[0].tolist()
+        height, width = (side // merged for side in sides)
         part = torch.arange(frames).repeat_interleave(height * width)
         # Positions go on after the longest side of every frame; in Qwen2.5-VL they also go with time.
         speed = getattr(self.hf_config.vision_config, "tokens_per_second", 1)

@@ -30,6 +30,7 @@ from eadaprune_vllm.encoder import LlavaVisionEncoder, compute_dtype
 
 def main(
     repeats: Annotated[int, typer.Option(help="Images per contender.")] = 15,
+    device: Annotated[str, typer.Option(help="Where both compute: cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
 ) -> None:
     with TemporaryDirectory() as name:
@@ -38,18 +39,19 @@ def main(
         config.text_config.num_hidden_layers = 1  # not what is measured
         config.save_pretrained(folder)
         llm = LLM(str(folder), load_format="dummy", enforce_eager=True, max_model_len=2048, dtype="bfloat16")
-        source = Checkpoint(str(folder), None, None, "dummy", compute_dtype(torch.bfloat16))
-        encoder = source.load(partial(LlavaVisionEncoder, config))
+        place = torch.device(device)
+        source = Checkpoint(str(folder), None, None, "dummy", compute_dtype(torch.bfloat16, place), device=place)
+        encoder = source.load(partial(LlavaVisionEncoder, config)).to(place)
         processor = AutoImageProcessor.from_pretrained(folder)
     threads = torch.get_num_threads()
     pixels = [processor(scene(seed), return_tensors="pt").pixel_values.bfloat16() for seed in range(repeats)]
 
     def stock(model: Any, image: torch.Tensor) -> Any:
         with torch.inference_mode():
-            return model._image_pixels_to_features(model.vision_tower, image)
+            return model._image_pixels_to_features(model.vision_tower, image.to(place)).cpu()
 
     def ours(_: Any, image: torch.Tensor) -> Any:
-        return encoder.encode({"pixel_values": image}).tokens.features
+        return encoder({"pixel_values": image}).tokens.features
 
     def race(model: Any) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {"stock vLLM": [], "eadaprune": []}

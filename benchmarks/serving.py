@@ -29,7 +29,7 @@ import matplotlib
 matplotlib.use("Agg")
 import typer
 from common import RESULTS, about, scene
-from geometry import make_geometry
+from geometry import LANGUAGE_MODELS, make_geometry
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
@@ -130,10 +130,11 @@ def flops(config: LlavaConfig, images: int, prompt_tokens: float) -> float:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, model: Path) -> Iterator[tuple[Server, Server]]:
+def servers(folder: Path, model: Path, flags: list[str], device: str) -> Iterator[tuple[Server, Server]]:
+    """Stock and pruning, both up: who does not have its turn is idle."""
     env = dict(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "3", "HF_HUB_OFFLINE": "1"}
-    flags = [*FLAGS, "--allowed-local-media-path", str(folder)]
-    pruning = ["--plugin", "eadaprune"]
+    flags = [*FLAGS, "--allowed-local-media-path", str(folder), *flags]
+    pruning = ["--plugin", "eadaprune", "--eadaprune-device", device]
     with (
         Server(folder / "stock.log", model, *flags, env=env) as stock,
         Server(folder / "pruning.log", model, *flags, *pruning, env=env) as pruned,
@@ -146,15 +147,18 @@ def main(
     concurrency: Annotated[list[int], typer.Option(help="Requests under way.")] = [1, 4, 16],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="How often each contender has its turn.")] = 3,
     output_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 16,
+    language_model: Annotated[str, typer.Option(help=f"One of {', '.join(LANGUAGE_MODELS)}.")] = "1b",
+    device: Annotated[str, typer.Option(help="Where the vision tower of the pruning server runs.")] = "cpu",
+    flags: Annotated[str, typer.Option(help="More flags for both servers, separated by spaces.")] = "",
     output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
 ) -> None:
     console = Console()
     cells = [Cell(each, under_way, max(4, under_way)) for each in images for under_way in concurrency]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = make_geometry(folder / "model")
+        config = make_geometry(folder / "model", language_model)
         bench = Bench(folder, folder / "model", output_tokens)
-        with servers(folder, folder / "model") as (stock, pruned):
+        with servers(folder, folder / "model", flags.split(), device) as (stock, pruned):
             energies = thresholds(pruned)
             contenders: dict[str, tuple[Server, dict[str, Any] | None]] = {
                 "stock": (stock, None),
@@ -175,7 +179,13 @@ def main(
     rows = summarize(config, cells, list(contenders), runs)
     report(console, rows)
     output.mkdir(exist_ok=True)
-    settings = {"energies": energies, "output_tokens": output_tokens, "rounds": rounds, "flags": FLAGS}
+    settings = {
+        "energies": energies,
+        "output_tokens": output_tokens,
+        "rounds": rounds,
+        "flags": [*FLAGS, *flags.split()],
+    }
+    settings |= {"language_model": language_model, "tower_on": device}
     text = json.dumps({"about": about() | settings, "summary": rows, "runs": runs}, indent=1)
     (output / "serving.json").write_text(text + "\n")
     draw(rows, output / "serving.png")

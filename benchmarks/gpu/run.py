@@ -7,6 +7,7 @@ On a host whose vLLM is 0.26 or 0.27, set ``EADAPRUNE_SKIP_VERSION_CHECK=1``.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -40,18 +41,18 @@ def main(output: Path) -> None:
         start, folder = time.monotonic(), output / name.replace(", ", "-").replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("w") as log:
+            part = [sys.executable, HERE / command[0], *command[1:], "--output", folder]
+            process = subprocess.Popen(part, stdout=log, stderr=subprocess.STDOUT)
             try:
-                subprocess.run(
-                    [sys.executable, HERE / command[0], *command[1:], "--output", folder],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=seconds,
-                    check=True,
-                )
-                found[name] = json.loads((folder / file).read_text())
-            except (subprocess.SubprocessError, OSError, ValueError) as error:
-                found[name] = {"failed": str(error), "log": (folder / "log").read_text()[-3000:]}
-        print(f"{name}: {time.monotonic() - start:.0f} s{', failed' if 'failed' in str(found[name])[:12] else ''}")
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)  # so that it stops its servers
+                process.wait()
+        if process.returncode == 0:
+            found[name] = json.loads((folder / file).read_text())
+        else:
+            found[name] = {"failed": process.returncode, "log": (folder / "log").read_text()[-3000:]}
+        print(f"{name}: {time.monotonic() - start:.0f} s, exit status {process.returncode}")
         (output / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

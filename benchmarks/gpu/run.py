@@ -41,7 +41,7 @@ def main(output: Path) -> None:
         start, folder = time.monotonic(), output / name.replace(", ", "-").replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log").open("w") as log:
-            part = [sys.executable, HERE / command[0], *command[1:], "--output", folder]
+            part = [sys.executable, str(HERE / command[0]), *command[1:], "--output", str(folder)]
             process = subprocess.Popen(part, stdout=log, stderr=subprocess.STDOUT)
             try:
                 process.wait(seconds)

@@ -18,7 +18,7 @@ from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.options import Choice, PruneOptions
-from eadaprune_vllm.prune import Encoding, Kept, prune
+from eadaprune_vllm.prune import Encoding, Kept, finite, prune
 from eadaprune_vllm.report import Pruning
 
 logger = logging.getLogger("vllm." + __name__)
@@ -88,7 +88,7 @@ class FrontEnd:
             try:
                 kept = prune(encoding, options)
                 rows = encoding.rows_of(kept).to(self.dtype)
-                if not rows.isfinite().all():  # float16 has less range than the tower computes in
+                if not finite(rows):  # float16 has less range than the tower computes in
                     raise NonFiniteFeaturesError(f"features of this image are too large for {self.dtype}")
             except NonFiniteFeaturesError:
                 self.reject("features")

@@ -58,7 +58,7 @@ def main(
                     spent = {name: value - before[name] for name, value in stages(server).items()}
                     each = {stage: 1000 * spent[stage] / spent["images"] for stage in STAGES}
                     row = {"api_servers": count, "images": images, "concurrency": concurrency}
-                    rows.append(row | each | {"images_per_second": found["requests"] * images})
+                    rows.append(row | each | {"images_per_second": found["requests_per_second"] * images})
                     console.print(rows[-1])
                 while count == 1 and len(memory) < 11:
                     resident = psutil.Process(server.process.pid).memory_info().rss

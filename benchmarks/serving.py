@@ -27,6 +27,7 @@ import httpx
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
 import typer
 from common import RESULTS, about, scene
 from geometry import LANGUAGE_MODELS, make_geometry
@@ -46,7 +47,11 @@ SHARES = (0.5, 0.22, 0.11)
 SAMPLE = 24  # images from which thresholds are chosen; no others are sent twice
 PROMPT = "What is in the picture, and where?"
 FLAGS = ["--load-format", "dummy", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 4}']
-COLUMNS = {"first_token": "median_ttft_ms", "between_tokens": "median_tpot_ms", "requests": "request_throughput"}
+COLUMNS = {
+    "first_token": "median_ttft_ms",
+    "between_tokens": "median_tpot_ms",
+    "requests_per_second": "request_throughput",
+}
 
 
 @dataclass(frozen=True)
@@ -90,25 +95,16 @@ class Bench:
 
 
 def thresholds(server: Server) -> dict[float, float]:
-    """For each of ``SHARES`` the energy at which images keep that share of their tokens in the mean."""
-    parts = [{"type": "image_url", "image_url": {"url": data_url(scene(seed))}} for seed in range(SAMPLE)]
-
-    def mean(energy: float) -> float:
-        kept = 0
-        for part in parts:
-            body = {"messages": [{"role": "user", "content": [part]}], "eadaprune": {"energy": energy, "min_tokens": 1}}
-            answer = httpx.post(f"{server.url}/v1/eadaprune/preview", json=body, timeout=600).raise_for_status()
-            kept += answer.json()["images"][0]["kept_tokens"]
-        return kept / len(parts)
-
-    found = {}
-    for share in SHARES:
-        low, high = 0.0, 1.0
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (middle, high) if mean(middle) < share * TOKENS else (low, middle)
-        found[share] = round(high, 4)
-    return found
+    """For each of ``SHARES`` the energy at which images keep about that share of their tokens in the mean."""
+    curves = []
+    for seed in range(SAMPLE):
+        part = {"type": "image_url", "image_url": {"url": data_url(scene(seed))}}
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        answer = httpx.post(f"{server.url}/v1/eadaprune/preview", json=body, timeout=600).raise_for_status()
+        curves.append(np.array(answer.json()["images"][0]["curve"]))
+    energies = np.linspace(0.01, 1, 5000)
+    means = np.mean([np.interp(energies, curve[:, 1], curve[:, 0]) for curve in curves], axis=0)
+    return {share: round(float(energies[means.searchsorted(share * TOKENS)]), 4) for share in SHARES}
 
 
 def flops(config: LlavaConfig, images: int, prompt_tokens: float) -> float:
@@ -204,7 +200,7 @@ def summarize(
         row: dict[str, Any] = {"contender": contender, "images": cell.images, "concurrency": cell.concurrency}
         for column in COLUMNS:
             ratios = [
-                run[column] / stock[column] if column == "requests" else stock[column] / run[column]
+                run[column] / stock[column] if column == "requests_per_second" else stock[column] / run[column]
                 for run, stock in zip(of(contender), of("stock"), strict=True)
             ]
             row[column] = statistics.median(run[column] for run in of(contender))
@@ -237,7 +233,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     figure, grid = plt.subplots(2, 1, figsize=(11, 8), sharex=True, layout="constrained")
     for axes, column, title in zip(
-        grid, ("first_token", "requests"), ("first token", "requests per second"), strict=True
+        grid, ("first_token", "requests_per_second"), ("first token", "requests per second"), strict=True
     ):
         for number, contender in enumerate(contenders):
             own = {(row["images"], row["concurrency"]): row for row in rows if row["contender"] == contender}

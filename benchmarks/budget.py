@@ -43,7 +43,7 @@ def features(count: int, rows: int, columns: int, device: str) -> torch.Tensor:
     """``[count, rows, columns]`` bfloat16."""
     random = torch.Generator().manual_seed(0)
     rank = min(rows, columns)
-    sigma = torch.exp(-torch.arange(rank) / 40) + 1.2 * rank**-0.5  # the tail holds the same energy at any size
+    sigma = torch.exp(-torch.arange(rank) / 100) + 1.2 * rank**-0.5  # the tail holds the same energy at any size
     sigma[0] *= 8
     made = []
     for _ in range(count):

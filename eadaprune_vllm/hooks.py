@@ -140,7 +140,8 @@ def _install_configuration() -> None:
         renderer = original(registry, mode, vllm_config, *args, **kwargs)
         for processor in compat.processors(renderer):
             processor.front_end = front_end
-        renderer.mm_processor.warm_up()
+        if front_end.device.type == "cpu":  # it is warmed up where it computes
+            renderer.mm_processor.warm_up()
         return renderer
 
 

@@ -7,9 +7,7 @@ cores it is the engine that is busy, as on a GPU, and not its front end. Writes 
 """
 
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 import typer
+from common import RESULTS, about
 from matplotlib import pyplot as plt
 from openai import OpenAI
 from PIL import Image
@@ -31,7 +30,6 @@ from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import Server, total
 from eadaprune_vllm.draw import data_url
 
-RESULTS = Path(__file__).parent / "results"
 POLICY = {"energy_floor": 0.9, "kv_usage_low": 0.4, "kv_usage_high": 0.7, "waiting_low": 1, "waiting_high": 8}
 TEXT_LAYERS = 192
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--enforce-eager", "--dtype", "bfloat16"]
@@ -113,14 +111,9 @@ def main(
     for key in ("seconds", "median_first_token", "mean_queue_seconds", "preemptions", "prompt_tokens", "last_level"):
         table.add_row(key, *(f"{statistics.median(each[key] for each in found[name]):.4g}" for name in names))
     console.print(table)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    about: dict[str, Any] = {"commit": commit.strip(), "cpu": cpu.split(": ")[1], "python": platform.python_version()}
-    about |= {"policy": POLICY, "requests": requests, "gap": gap, "max_tokens": max_tokens, "flags": FLAGS}
+    settings = {"policy": POLICY, "requests": requests, "gap": gap, "max_tokens": max_tokens, "flags": FLAGS}
     output.mkdir(exist_ok=True)
-    (output / "load.json").write_text(json.dumps({"about": about, "bursts": found}, indent=1) + "\n")
+    (output / "load.json").write_text(json.dumps({"about": about() | settings, "bursts": found}, indent=1) + "\n")
     draw(found, gap, output / "load.png")
 
 

@@ -39,7 +39,8 @@ class PruneOptions(BaseModel):
     selector: Annotated[str, AfterValidator(_known_selector)] = Field(
         default="attention",
         description="Which tokens stay: 'attention', those the vision tower attends to most; 'span', those that "
-        "span most of the energy.",
+        "span most of the energy; 'diversity', those least like each other; 'hybrid', half by attention and half by "
+        "diversity. 'uniform' and 'random' do not look at the image, for comparison.",
         json_schema_extra={"enum": list(SELECTORS)},
     )
     scope: Literal["tile", "image"] = Field(

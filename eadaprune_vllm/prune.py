@@ -9,7 +9,7 @@ import torch
 
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.selectors import SELECTORS, VisualTokens
+from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 
 
@@ -170,7 +170,7 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     """Decide which of an image's tokens to keep; a pure function of its arguments, the times aside.
 
     ``enabled=False`` keeps every token by the same path; ``energy=1`` does, up to ``max_tokens``. Where nothing is
-    known about attention, the selector is ``span``.
+    known about attention, ``span`` takes the place of selectors that go by it.
 
     Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite.
@@ -190,7 +190,7 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
             bound = "min_tokens" if k > needed else "max_tokens"
         energy, budgets = spectrum.energy_at(k), spectrum.allocate(k)
     measured = time.perf_counter()
-    selector = options.selector if tokens.attention is not None else "span"
+    selector = "span" if tokens.attention is None and options.selector in BY_ATTENTION else options.selector
     if budgets is None or k == tokens.num_tokens:
         indices = torch.arange(k)
     else:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,7 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
     After j picks ``residual`` holds, for every token, the squared norm of its part outside that span, so that
     it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order.
     """
-    # Each step is a little work on vectors, for which NumPy takes a tenth of torch's time.
-    rows = tokens.features.float().numpy()
-    # Row by row where the Gram matrix would be larger than the features.
-    gram = tokens.token_gram.numpy() if tokens.num_tokens <= rows.shape[1] else None
-    residual = np.square(rows).sum(1)
+    products, residual = _products(tokens)
     # Below this a residual is rounding error of float32, not energy.
     floor = residual.max() * np.finfo(np.float32).eps * tokens.num_tokens
     factor = np.empty((k, tokens.num_tokens), np.float32)
@@ -78,15 +75,72 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
             chosen += [i for i in range(tokens.num_tokens) if i not in taken][: k - step]
             break
         chosen.append(pivot)
-        row = rows @ rows[pivot] if gram is None else gram[pivot]
-        row = (row - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
+        row = (products(pivot) - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
         factor[step] = row
         residual -= row * row
         residual[pivot] = -np.inf
     return torch.tensor(chosen, dtype=torch.int64)
 
 
+def diversity(tokens: VisualTokens, k: int) -> torch.Tensor:
+    """Greedy max-min distance, as in DivPrune (arXiv 2503.02175): next is the token least like the one most like it
+    among those already chosen, by the cosine of their features. First is the token least like all on average."""
+    return _diverse(tokens, k, [])
+
+
+def hybrid(tokens: VisualTokens, k: int) -> torch.Tensor:
+    """Half by ``attention``, and then those least like any that are chosen, in the manner of VisPruner
+    (arXiv 2412.01818)."""
+    return _diverse(tokens, k, attention(tokens, (k + 1) // 2).tolist())
+
+
+def uniform(tokens: VisualTokens, k: int) -> torch.Tensor:
+    """Every N/k-th token in raster order, whatever the image shows."""
+    return (torch.arange(k, dtype=torch.int64) * 2 + 1) * tokens.num_tokens // (2 * max(k, 1))
+
+
+def random(tokens: VisualTokens, k: int) -> torch.Tensor:
+    """The first k of an order drawn once for each N: the same for all images, so that an image has one result."""
+    return torch.from_numpy(np.random.default_rng(0).permutation(tokens.num_tokens)[:k]).long()
+
+
+def _diverse(tokens: VisualTokens, k: int, chosen: list[int]) -> torch.Tensor:
+    """``chosen``, and after them those that ``diversity`` would go on with."""
+    products, energy = _products(tokens)
+    norms = np.sqrt(np.where(energy > 0, energy, 1))
+    chosen = list(chosen)
+    if not chosen:
+        unit = tokens.features.float().numpy() / norms[:, None]
+        chosen.append(int((unit @ unit.sum(0)).argmin()))
+    # The cosine of each token with the chosen one that is most like it.
+    nearest = np.full(tokens.num_tokens, -np.inf, np.float32)
+    for step in range(k):
+        if step == len(chosen):
+            chosen.append(int(nearest.argmin()))
+        pivot = chosen[step]
+        nearest = np.maximum(nearest, products(pivot) / (norms * norms[pivot]))
+        nearest[pivot] = np.inf
+    return torch.tensor(chosen[:k], dtype=torch.int64)
+
+
+def _products(tokens: VisualTokens) -> tuple[Callable[[int], NDArray[np.float32]], NDArray[np.float32]]:
+    """The products of one token with all, ``[N]``, and the energy of each, ``[N]``. In NumPy: each step of a selector
+    is a little work on vectors, which takes torch ten times as long."""
+    rows: NDArray[np.float32] = tokens.features.float().numpy()
+    energy = np.square(rows).sum(1)
+    if tokens.num_tokens > rows.shape[1]:  # the Gram matrix would be larger than the features
+        return lambda pivot: rows @ rows[pivot], energy
+    gram: NDArray[np.float32] = tokens.token_gram.numpy()
+    return lambda pivot: gram[pivot], energy
+
+
 SELECTORS: dict[str, Selector] = {
     "attention": attention,
     "span": span,
+    "diversity": diversity,
+    "hybrid": hybrid,
+    "uniform": uniform,
+    "random": random,
 }
+# These cannot do without a tower's attention.
+BY_ATTENTION = ("attention", "hybrid")

@@ -7,6 +7,7 @@ import pytest
 
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.options import Layer, PruneOptions, ServerOptions, overlay, request_schema
+from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.startup import server_options
 
 DEFAULTS = PruneOptions()
@@ -25,8 +26,8 @@ DEFAULTS = PruneOptions()
         ({"min_tokens": 0}, "x.min_tokens", "an integer at least 1"),
         ({"min_tokens": 1.5}, "x.min_tokens", "an integer at least 1"),
         ({"max_tokens": "8"}, "x.max_tokens", "an integer at least 1 or null"),
-        ({"selector": "best"}, "x.selector", "one of attention, span"),
-        ({"selector": ["span"]}, "x.selector", "one of attention, span"),
+        ({"selector": "best"}, "x.selector", "one of " + ", ".join(SELECTORS)),
+        ({"selector": ["span"]}, "x.selector", "one of " + ", ".join(SELECTORS)),
         ({"enabled": "yes"}, "x.enabled", "true or false"),
         ({"engery": 0.9}, "x.engery", "the options are energy, min_tokens, max_tokens, selector, scope, enabled"),
         ({"min_tokens": 9, "max_tokens": 8}, "x", "min_tokens=9 is above max_tokens=8"),

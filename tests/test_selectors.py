@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eadaprune_vllm.selectors import SELECTORS, VisualTokens, attention, span
+from eadaprune_vllm.selectors import SELECTORS, VisualTokens, attention, diversity, hybrid, span, uniform
 
 
 def residual_energies(features: torch.Tensor, chosen: list[int]) -> torch.Tensor:
@@ -51,11 +51,44 @@ def test_attention_takes_the_highest_scores_and_the_first_of_equals() -> None:
     assert attention(VisualTokens(torch.zeros(5, 2), scores), 3).tolist() == [1, 3, 2]
 
 
+def most_alike(features: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+    """``[N]``: for each row the cosine of the most similar of the chosen rows, in float64."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    return (unit @ unit[chosen].T).max(1).values
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_diversity_picks_the_token_least_like_any_chosen(shape: tuple[int, int]) -> None:
+    features = torch.randn(shape)
+    picks = diversity(tokens(features), 12).tolist()
+    for step in range(1, 12):
+        alike = most_alike(features, picks[:step])
+        assert alike[picks[step]] == pytest.approx(float(alike.min()), abs=1e-5)
+
+
+def test_diversity_goes_by_direction_and_bears_zeros() -> None:
+    features = torch.tensor([[1.0, 0], [100, 1], [0, 0], [0, 1], [-1, 0]])
+    assert diversity(tokens(features), 3).tolist() == [4, 0, 2]
+
+
+def test_hybrid_is_half_attention_and_then_the_least_alike() -> None:
+    found = tokens(torch.randn(30, 40))
+    picks = hybrid(found, 9).tolist()
+    assert picks[:5] == attention(found, 5).tolist()
+    for step in range(5, 9):
+        alike = most_alike(found.features, picks[:step])
+        assert alike[picks[step]] == pytest.approx(float(alike.min()), abs=1e-5)
+
+
+def test_uniform_is_evenly_spaced() -> None:
+    assert uniform(tokens(torch.zeros(12, 2)), 4).tolist() == [1, 4, 7, 10]
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("num_tokens", [1, 7, 64])
 def test_every_selector_returns_k_distinct_tokens(selector: str, num_tokens: int) -> None:
     found = tokens(torch.randn(num_tokens, 16))
-    for k in range(1, num_tokens + 1):
+    for k in range(num_tokens + 1):  # none, where max_tokens leaves a tile none
         picks = SELECTORS[selector](found, k)
         assert picks.dtype == torch.int64
         assert len(set(picks.tolist()) & set(range(num_tokens))) == k

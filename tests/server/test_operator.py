@@ -15,6 +15,7 @@ from shared import Reference
 
 from eadaprune_vllm.draw import picture
 from eadaprune_vllm.options import ServerOptions
+from eadaprune_vllm.selectors import SELECTORS
 
 Images = dict[str, Image.Image]
 KEY = {"Authorization": "Bearer sesame"}
@@ -73,7 +74,7 @@ def test_config(guarded: Server) -> None:
     assert found["options"] == ServerOptions(**OPTIONS).model_dump()
     assert found["models"] == ["demo"]
     assert found["architecture"] == "LlavaForConditionalGeneration"
-    assert found["selectors"] == ["attention", "span"]
+    assert found["selectors"] == list(SELECTORS)
     doors = ["/invocations", "/tokenize", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/messages"]
     assert sorted(found["doors"]) == [*doors, "/v1/messages/count_tokens", "/v1/responses"]
 

@@ -18,6 +18,7 @@ from eadaprune_vllm import __version__, compat
 from eadaprune_vllm.hooks import on_render_thread, watch_load
 from eadaprune_vllm.options import ServerOptions, request_schema
 from eadaprune_vllm.plugin import NAME
+from eadaprune_vllm.preview import preview_items
 from eadaprune_vllm.report import Preview
 from eadaprune_vllm.request import DOORS, HEADER, RequestContext, choose, item_parts, refusals, request_layers
 from eadaprune_vllm.route import PruningRoute, openapi_extra
@@ -142,7 +143,7 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
         layers = request_layers(context, (body.model_extra or {}).get("mm_processor_kwargs"))
         choices = choose(processor.server_options, layers, messages, context.met)
     items = await _fetch(state.eadaprune_renderer.model_config, messages)
-    pruning = await on_render_thread(state.eadaprune_renderer, processor.preview, items, choices, body.overlay)
+    pruning = await on_render_thread(state.eadaprune_renderer, preview_items, processor, items, choices, body.overlay)
     return Preview.of([pruning])
 
 

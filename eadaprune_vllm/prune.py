@@ -166,6 +166,12 @@ def finite(rows: torch.Tensor) -> bool:
     return bool(rows.float().sum().isfinite())
 
 
+def clamped(needed: int, num_tokens: int, options: PruneOptions) -> int:
+    """The budget of an image of ``num_tokens`` tokens, of which it needs ``needed`` to reach the threshold."""
+    k = max(needed, options.min_tokens)
+    return min(k, options.max_tokens or k, num_tokens)
+
+
 def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     """Decide which of an image's tokens to keep; a pure function of its arguments, the times aside.
 
@@ -184,8 +190,7 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     if options.enabled and (options.energy < 1 or (options.max_tokens or k) < k):
         spectrum = encoding.spectrum(options.scope)
         needed = spectrum.budget(options.energy)
-        k = max(needed, options.min_tokens)
-        k = min(k, options.max_tokens or k, tokens.num_tokens)
+        k = clamped(needed, tokens.num_tokens, options)
         if k != needed:
             bound = "min_tokens" if k > needed else "max_tokens"
         energy, budgets = spectrum.energy_at(k), spectrum.allocate(k)

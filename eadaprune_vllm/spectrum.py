@@ -75,9 +75,7 @@ class Spectrum:
 
         ``energy = 1`` asks for every token, whatever the rank. A zero matrix needs one token.
         """
-        if energy >= 1:
-            return self.num_tokens
-        return int((self.needed_above < min(energy + TIE_TOLERANCE, 1)).sum())
+        return budget(self.needed_above, energy)
 
     def allocate(self, k: int) -> list[int]:
         """How many of ``k`` tokens go to each part: those that reach the highest threshold common to all."""
@@ -91,6 +89,13 @@ class Spectrum:
         """At most ``points`` pairs of k and ``energy_at(k)``, denser where k is small, the first and last included."""
         steps = {round(self.num_tokens ** (i / (points - 1))) for i in range(points)}
         return [(k, self.energy_at(k)) for k in sorted(steps)]
+
+
+def budget(needed_above: torch.Tensor, energy: float) -> int:
+    """``Spectrum.budget`` of a spectrum of which nothing else is known."""
+    if energy >= 1:
+        return len(needed_above)
+    return int(torch.searchsorted(needed_above, min(energy + TIE_TOLERANCE, 1.0)))
 
 
 def _energies(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor]:

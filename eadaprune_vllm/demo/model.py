@@ -89,7 +89,7 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB", t
     )
     model = random_model(LlavaForConditionalGeneration, config)
     save_without_weights(config, tokenizer, folder)
-    weights = {_hub_name(name): weight.to(config.dtype) for name, weight in model.state_dict().items()}
+    weights = {hub_name(name): weight.to(config.dtype) for name, weight in model.state_dict().items()}
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
 
 
@@ -133,7 +133,7 @@ def random_model(model_class: Any, config: Any) -> Any:
     return model
 
 
-def _hub_name(name: str) -> str:
+def hub_name(name: str) -> str:
     """Names as in the checkpoints on the hub, which vLLM's loader knows; transformers 5 saves others."""
     for ours, theirs in (
         ("model.vision_tower.", "vision_tower.vision_model."),

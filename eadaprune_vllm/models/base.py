@@ -4,9 +4,7 @@ Invariant: count and content come from one object. ``FrontEnd.prune`` decides on
 positions and the report of an item are all made from that decision, and travel with its cache entry.
 """
 
-import functools
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +19,6 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from eadaprune_vllm import draw
 from eadaprune_vllm.compat import Processor, VLLMServerError, hasher
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import encoder_class
@@ -37,7 +34,7 @@ from eadaprune_vllm.models.items import (
 )
 from eadaprune_vllm.options import KEY, ServerOptions
 from eadaprune_vllm.prune import Encoding
-from eadaprune_vllm.report import ItemPreview, Pruning, Timing
+from eadaprune_vllm.report import Pruning, Timing
 from eadaprune_vllm.request import MODALITIES, Choices, RequestContext, refusals, request_layers
 
 
@@ -161,7 +158,7 @@ class PruningProcessor(Processor):
         for modality, of_each in items.options.items():
             # One item per call, here as in the encoder: what comes out must not depend on its neighbours.
             for index, options in enumerate(of_each):
-                source, metadata = self._source(mm_items, modality, index, others)
+                source, metadata = self.source(mm_items, modality, index, others)
                 started, start = time.time_ns(), time.perf_counter()
                 with refused_features(source):
                     rows, kept, stages = self.front_end.prune(source, options)
@@ -174,7 +171,7 @@ class PruningProcessor(Processor):
                     batch[name] = joined(batch.get(name), value)
         return BatchFeature(batch)
 
-    def _source(
+    def source(
         self, mm_items: Any, modality: str, index: int, hf_kwargs: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any] | Encoding, dict[str, Any]]:
         """What is to be pruned of one item: what the encoder is fed with, or embeddings that the client made. And what
@@ -201,43 +198,7 @@ class PruningProcessor(Processor):
         assert self.front_end
         if self.info.ctx.get_mm_config().get_limit_per_prompt("image"):
             mm_items = self.info.parse_mm_data({"image": [Image.new("RGB", (56, 56))]})
-            self.front_end.warm_up(self._source(mm_items, "image", 0, {})[0])
-
-    def preview(self, items: Mapping[str, Any], choices: Choices, overlay: bool) -> Pruning:
-        """What pruning makes, without load, of images and videos that are not part of a prompt.
-
-        Args:
-            items: as vLLM fetches them, by modality.
-            choices: for each.
-            overlay: whether to draw what is kept.
-
-        Raises:
-            VLLMServerError: if the features of one are not finite.
-        """
-        assert self.front_end
-        start = time.perf_counter()
-        mm_items = self.info.parse_mm_data(items)
-        previews: dict[str, list[ItemPreview]] = defaultdict(list)
-        for modality, of_each in choices.items():
-            for index, choice in enumerate(of_each):
-                source, _ = self._source(mm_items, modality, index, {})
-                with refused_features(source):
-                    kept, encoding = self.front_end.preview(source, choice.options)
-                drawn = None
-                if overlay:
-                    view = functools.partial(self._view, mm_items[modality].get(index), len(encoding.grids))
-                    drawn = draw.data_url(draw.dim_pruned(view, kept.indices.tolist(), encoding.grids))
-                report = report_of(kept, choice.options)
-                curve = encoding.spectrum(choice.options.scope).curve()
-                previews[modality].append(ItemPreview(**report.model_dump(), curve=curve, overlay=drawn))
-        return Pruning(previews, time.perf_counter() - start, self.front_end.kv_bytes_per_token)
-
-    def _view(self, item: Any, count: int, number: int) -> Image.Image:
-        """What one of ``count`` grids lies over: the image each time, or the frames of a video at equal distances."""
-        if isinstance(item, Image.Image):
-            return item
-        frames = item[0] if isinstance(item, tuple) else item
-        return Image.fromarray(frames[len(frames) * number // count])
+            self.front_end.warm_up(self.source(mm_items, "image", 0, {})[0])
 
     def _get_mm_fields_config(self, *args: Any) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(*args))

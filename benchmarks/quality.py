@@ -1,0 +1,74 @@
+"""What pruning does to answers:  python benchmarks/quality.py
+
+Held-out scenes and questions, the embedded model behind a real server, the code of ``eadaprune evaluate``. Thresholds
+are calibrated, with every bound off, for mean budgets of ``TARGETS`` tokens on other held-out scenes; then every
+selector is asked at each threshold, and at a fixed budget of the mean that this threshold had. Writes ``quality.json``
+and ``quality.png``.
+"""
+
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from common import RESULTS, about
+from rich.console import Console
+
+from eadaprune_vllm.demo.model import demo_model
+from eadaprune_vllm.demo.questions import write_questions
+from eadaprune_vllm.demo.scenes import make_scene
+from eadaprune_vllm.demo.server import Server
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.selectors import SELECTORS
+from eadaprune_vllm.tools.calibrate import Curve, solve
+from eadaprune_vllm.tools.evaluate import Results, read_questions, run
+from eadaprune_vllm.tools.offline import OfflineModel
+from eadaprune_vllm.tools.plots import accuracy
+
+TARGETS = (288, 144, 72, 36, 18)
+CALIBRATION = 200  # scenes
+FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "1", "--enforce-eager", "--max-model-len", "2048"]
+
+
+def thresholds(model: Path) -> dict[int, float]:
+    """For each of ``TARGETS`` the threshold with that mean budget."""
+    options, offline = PruneOptions(min_tokens=1), OfflineModel(str(model))
+    scenes = (make_scene(10**6 + number, held_out=True).image for number in range(CALIBRATION))
+    curves = [
+        Curve(str(number), offline.examine(scene, options).spectrum.needed_above) for number, scene in enumerate(scenes)
+    ]
+    return {target: solve(curves, target, options).energy for target in TARGETS}
+
+
+def main(
+    scenes: Annotated[int, typer.Option(help="About nine questions are asked of each.")] = 300,
+    selector: Annotated[list[str], typer.Option(help="May be given several times.")] = list(SELECTORS),  # noqa: B006
+    output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
+) -> None:
+    model, console = demo_model(), Console()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results = Results(read_questions(write_questions(folder / "questions", scenes)))
+        energies = thresholds(model)
+        console.print(f"{len(results.questions)} questions; thresholds: {energies}")
+        with Server(folder / "log", model, *FLAGS) as server:
+            asyncio.run(run(results, server.url, None, list(energies.values()), [], selector, True, "", 16))
+    rows = results.summary()
+    for row in rows:
+        console.print(f"{row['setting']}: {row['accuracy']:.3f} at {row['mean_tokens']:.1f} tokens", highlight=False)
+    output.mkdir(exist_ok=True)
+    settings = {
+        "scenes": scenes,
+        "questions": len(results.questions),
+        "chance": results.chance(),
+        "thresholds": energies,
+    }
+    text = json.dumps({"about": about() | settings, "settings": rows}, indent=1)
+    (output / "quality.json").write_text(text + "\n")
+    accuracy(rows).savefig(output / "quality.png", dpi=100)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,139 @@
+"""Scenes and questions as the embedded model learns from them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerFast
+
+from eadaprune_vllm.demo.questions import CATEGORIES, questions
+from eadaprune_vllm.demo.scenes import COLOURS, SHAPES, SIDE, WORDS, Scene, make_scene
+
+PATCH = 14
+GRID = SIDE // PATCH
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+BOS, EOS, PAD, IMAGE = 1, 2, 3, 4
+NAMES = [*SHAPES, *map(str, range(10)), *WORDS]
+PAIRS = [(colour, name) for colour in COLOURS for name in SHAPES]
+PRESENT: list[Any] = [*PAIRS, *NAMES[len(SHAPES) :]]  # what the CLS token learns to tell
+IGNORED = -100
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and pairs that are frequent in questions and answers."""
+    random = np.random.default_rng(0)
+    texts = [
+        f"\n{question.text} ASSISTANT: {question.answer}"
+        for seed in range(400)
+        for question in questions(make_scene(seed, held_out=False), random)
+    ]
+    texts += [f" {name}" for name in NAMES] * 20
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=512, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=4096,
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scene, or with a leading dimension several.
+
+    Attributes:
+        pixels: ``[3, H, W]`` uint8.
+        patches: ``[N]``, which of the whole scene's patches these are.
+        names, colours: ``[N]``, what each patch shows, 0 for nothing.
+        present: ``[len(PRESENT)]``, whether the scene has it.
+        tokens: ``[T]``, questions with their answers one after the other.
+        targets: ``[T]``, the token to come where it is part of an answer.
+        question: ``[T]``, number of the question that a token is of, -1 for padding.
+        position: ``[T]``, within that question.
+        category: ``[T]``, index into ``CATEGORIES``.
+    """
+
+    pixels: torch.Tensor
+    patches: torch.Tensor
+    names: torch.Tensor
+    colours: torch.Tensor
+    present: torch.Tensor
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    question: torch.Tensor
+    position: torch.Tensor
+    category: torch.Tensor
+
+
+class Scenes(IterableDataset[Sample]):
+    """Scenes of ascending seeds; of each a window of ``side`` patches, all of it if that many."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, side: int, held_out: bool = False) -> None:
+        self.tokenizer, self.seed, self.side, self.held_out = tokenizer, seed, side, held_out
+
+    def __iter__(self) -> Iterator[Sample]:
+        seed = self.seed
+        while True:
+            random = np.random.default_rng((seed, 1))
+            left, top = random.integers(GRID - self.side + 1, size=2).tolist()
+            right, bottom = left + self.side, top + self.side
+            within = (left * PATCH, top * PATCH, right * PATCH, bottom * PATCH)
+            scene = make_scene(seed, self.held_out, within)
+            yield self._sample(scene, within, random)
+            seed += 1
+
+    def _sample(self, scene: Scene, within: tuple[int, int, int, int], random: np.random.Generator) -> Sample:
+        left, top, right, bottom = (edge // PATCH for edge in within)
+        window = slice(top, bottom), slice(left, right)
+        names, colours = torch.zeros(2, GRID, GRID, dtype=torch.long)
+        for thing in scene.things:
+            x0, y0, x1, y1 = (edge / PATCH for edge in thing.box)
+            inside = slice(round(y0), max(round(y1), round(y0) + 1)), slice(round(x0), max(round(x1), round(x0) + 1))
+            names[inside], colours[inside] = 1 + NAMES.index(thing.name), 1 + list(COLOURS).index(thing.colour)
+        has: set[Any] = {(t.colour, t.name) if t.kind == "shape" else t.name for t in scene.things}
+        columns: dict[str, list[int]] = {key: [] for key in ("tokens", "targets", "question", "position", "category")}
+        for number, question in enumerate(questions(scene, random)):
+            asked = self._ids(f"\n{question.text} ASSISTANT:")
+            answer = [*self._ids(f" {question.answer}"), EOS]
+            length = len(asked) + len(answer)
+            columns["tokens"] += asked + answer
+            columns["targets"] += [IGNORED] * (len(asked) - 1) + answer + [IGNORED]
+            columns["question"] += [number] * length
+            columns["position"] += range(length)
+            columns["category"] += [CATEGORIES.index(question.category)] * length
+        return Sample(
+            torch.from_numpy(np.array(scene.image.crop(within))).permute(2, 0, 1),
+            torch.arange(GRID**2).view(GRID, GRID)[window].flatten(),
+            names[window].flatten(),
+            colours[window].flatten(),
+            torch.tensor([float(each in has) for each in PRESENT]),
+            *(torch.tensor(column) for column in columns.values()),
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def collate(samples: list[Sample]) -> Sample:
+    padding = {"tokens": PAD, "targets": IGNORED, "question": -1, "position": 0, "category": -1}
+    columns = {name: [getattr(sample, name) for sample in samples] for name in Sample.__dataclass_fields__}
+    return Sample(
+        **{
+            name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding[name])
+            if name in padding
+            else torch.stack(column)
+            for name, column in columns.items()
+        }
+    )

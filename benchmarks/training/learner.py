@@ -1,0 +1,112 @@
+"""The embedded model while it learns."""
+
+import torch
+import torch.nn.functional as F
+from data import BOS, EOS, GRID, IGNORED, IMAGE, NAMES, PAD, PATCH, PRESENT, Sample
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from eadaprune_vllm.demo.scenes import COLOURS, SIDE
+
+
+def make_config(vocab_size: int) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=192,
+            intermediate_size=576,
+            num_hidden_layers=7,
+            num_attention_heads=6,
+            image_size=SIDE,
+            patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=160,
+            intermediate_size=448,
+            num_hidden_layers=4,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            max_position_embeddings=4096,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        ),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+class Learner(torch.nn.Module):
+    """The model, and the heads that only learning needs."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        config = make_config(len(tokenizer))
+        self.llava = LlavaForConditionalGeneration(config)
+        width = config.vision_config.hidden_size
+        self.names = torch.nn.Linear(width, 1 + len(NAMES))
+        self.colours = torch.nn.Linear(width, 1 + len(COLOURS))
+        self.present = torch.nn.Linear(width, len(PRESENT))
+        prefix = tokenizer("USER: ", add_special_tokens=False).input_ids
+        self.prefix = torch.tensor([BOS, *prefix])
+        self.mean, self.std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
+
+    def tower(self, pixels: torch.Tensor, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the projector is fed with, ``[B, N, D]``, and the CLS token after the last layer, ``[B, D]``."""
+        tower = self.llava.model.vision_tower
+        embeddings = tower.embeddings
+        rows = embeddings.patch_embedding((pixels / 255 - self.mean) / self.std).flatten(2).transpose(1, 2)
+        position = embeddings.position_embedding.weight
+        cls = (embeddings.class_embedding + position[0]).expand(len(rows), 1, -1)
+        hidden = tower.pre_layrnorm(torch.cat((cls, rows + position[1:][patches]), 1))
+        for layer in tower.encoder.layers:
+            features, hidden = hidden, layer(hidden, None)
+        return features[:, 1:], tower.post_layernorm(hidden[:, 0])
+
+    def forward(self, batch: Sample, jitter: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The losses, and for each target whether it would be said, ``[targets]``."""
+        features, cls = self.tower(batch.pixels, batch.patches)
+        # Most patches show nothing.
+        weight = torch.where(batch.names.flatten() == 0, 0.3, 1.0)
+        losses = {}
+        for name, labels in (("names", batch.names), ("colours", batch.colours)):
+            logits = getattr(self, name)(features).flatten(0, 1).float()
+            losses[name] = (F.cross_entropy(logits, labels.flatten(), reduction="none") * weight).mean()
+        losses["present"] = F.binary_cross_entropy_with_logits(self.present(cls).float(), batch.present)
+        hidden = self._language(self.llava.model.multi_modal_projector(features), batch, jitter)
+        asked = batch.targets != IGNORED
+        logits = self.llava.lm_head(hidden[asked]).float()
+        losses["answers"] = F.cross_entropy(logits, batch.targets[asked])
+        return losses, logits.argmax(-1) == batch.targets[asked]
+
+    def _language(self, image: torch.Tensor, batch: Sample, jitter: bool) -> torch.Tensor:
+        """Hidden states of the questions' tokens, ``[B, T, D]``."""
+        model, size, first, count = self.llava.model.language_model, len(image), len(self.prefix), image.shape[1]
+        prefix = model.embed_tokens(self.prefix).expand(size, -1, -1)
+        embeddings = torch.cat((prefix, image, model.embed_tokens(batch.tokens)), 1)
+        scale = torch.ones(size, 1)
+        if jitter:
+            scale = torch.where(torch.rand(size, 1) < 0.7, torch.rand(size, 1) * 1.5 * GRID**2 / count, scale)
+        positions = torch.cat(
+            (
+                torch.arange(first).expand(size, -1),
+                first + torch.arange(count) * scale,
+                first + count * scale + batch.position,
+            ),
+            1,
+        )
+        shared = torch.full((size, first + count), -2)
+        member = torch.cat((shared, batch.question), 1)
+        causal = torch.ones(member.shape[1], member.shape[1], dtype=torch.bool).tril()
+        sees = causal & ((member[:, None] == -2) | (member[:, None] == member[:, :, None]))
+        mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)[:, None].to(torch.bfloat16)
+        out = model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False)
+        hidden: torch.Tensor = out.last_hidden_state[:, first + count :]
+        return hidden

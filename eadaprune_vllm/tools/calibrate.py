@@ -1,0 +1,187 @@
+"""Which threshold gives images a mean budget: encodes them once, keeps their spectra, solves for it."""
+
+import glob
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import clamped
+from eadaprune_vllm.spectrum import budget
+from eadaprune_vllm.tools import is_url
+from eadaprune_vllm.tools.offline import OfflineModel, load_image
+
+# The mean budget is a step function of the threshold; finer than this no step is looked for.
+_RESOLUTION = 6  # decimal places
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One image's spectrum.
+
+    Attributes:
+        image: where it is.
+        needed_above: ``[N]`` float64, as in ``Spectrum``.
+    """
+
+    image: str
+    needed_above: torch.Tensor
+
+    def budget(self, options: PruneOptions) -> int:
+        """What ``prune`` would decide."""
+        if not options.enabled:
+            return len(self.needed_above)
+        return clamped(budget(self.needed_above, options.energy), len(self.needed_above), options)
+
+
+def find_images(sources: Iterable[str]) -> list[str]:
+    """Args:
+        sources: image files, folders of such (searched all the way down), glob patterns, URLs, and JSONL files whose
+            lines are strings or objects with a key ``image`` or ``url``. Relative paths there are relative to the file.
+
+    Raises:
+        ValueError: if a source holds no image.
+    """
+    found: list[str] = []
+    for source in sources:
+        some = list(_images_of(source))
+        if not some:
+            raise ValueError(f"{source}: no images there")
+        found += some
+    return list(dict.fromkeys(found))
+
+
+def _images_of(source: str) -> Iterator[str]:
+    if is_url(source):
+        yield source
+        return
+    extensions = Image.registered_extensions()
+    for path in sorted(map(Path, glob.glob(source, recursive=True))):
+        if path.is_dir():
+            yield from (str(file) for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions)
+        elif path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                entry = json.loads(line)
+                where = entry if isinstance(entry, str) else entry.get("image") or entry.get("url")
+                if not isinstance(where, str):
+                    raise ValueError(f"{path}:{number}: neither a string nor an object with 'image' or 'url'")
+                yield where if is_url(where) else str(path.parent / where)
+        else:
+            yield str(path)
+
+
+def encode(
+    load: Callable[[], OfflineModel], images: Sequence[str], store: Path, about: dict[str, Any], options: PruneOptions
+) -> tuple[list[Curve], dict[str, str]]:
+    """The spectra of all images that can be read; those in ``store`` are taken from there, the others are added.
+
+    Args:
+        load: the model that encodes, if there is anything to encode.
+        images: where they are.
+        store: a JSONL file; what it holds after an interruption is not lost.
+        about: what spectra depend on.
+        options: have the scope.
+
+    Returns:
+        The spectra, and why which images were skipped.
+
+    Raises:
+        ValueError: if the store is about something else, or no image can be read.
+    """
+    known = _stored(store, about)
+    found = {where: identity for where in images if (identity := _identity(where))}
+    skipped = dict.fromkeys(set(images) - found.keys(), "there is no such file")
+    missing = [where for where, identity in found.items() if identity not in known]
+    model = load() if missing else None
+    with store.open("a") as file:
+        for where in track(missing, "Encoding", console=Console(stderr=True)):
+            assert model
+            try:
+                needed_above = model.examine(load_image(where), options).spectrum.needed_above
+            except Exception as error:  # whatever is wrong with one image, the others count
+                skipped[where] = str(error).partition("\n")[0] or type(error).__name__
+                continue
+            known[found[where]] = [round(value, 9) for value in needed_above.tolist()]
+            line = {"image": where, "identity": found[where], "needed_above": known[found[where]]}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+    curves = [
+        Curve(where, torch.tensor(known[identity], dtype=torch.float64))
+        for where, identity in found.items()
+        if identity in known
+    ]
+    if not curves:
+        raise ValueError(f"none of {len(images)} images can be read; the first: {next(iter(skipped.items()))}")
+    return curves, skipped
+
+
+def _stored(store: Path, about: dict[str, Any]) -> dict[str, list[float]]:
+    """By identity; the file is made if there is none. A line that an interruption left unfinished is dropped."""
+    lines = store.read_text().splitlines() if store.exists() else []
+    complete = [json.loads(line) for line in lines if line.endswith("}")]
+    header, entries = (complete[0], complete[1:]) if complete else (about, [])
+    if header != about:
+        raise ValueError(f"{store} holds spectra of {header}, not of {about}; choose another --store")
+    store.write_text("".join(json.dumps(line) + "\n" for line in [header, *entries]))
+    return {entry["identity"]: entry["needed_above"] for entry in entries}
+
+
+def _identity(where: str) -> str | None:
+    """What tells an image from others; a file that was changed is another image. None if there is no such file."""
+    if is_url(where):
+        return where
+    try:
+        stat = Path(where).stat()
+    except OSError:
+        return None
+    return f"{where} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def mean(curves: Sequence[Curve], options: PruneOptions) -> float:
+    """The mean budget, in tokens."""
+    return sum(curve.budget(options) for curve in curves) / len(curves)
+
+
+def solve(curves: Sequence[Curve], target: float, options: PruneOptions) -> PruneOptions:
+    """The options with the threshold at which the mean budget is closest to ``target`` tokens, by bisection.
+
+    Raises:
+        ValueError: if no threshold gives as few or as many.
+    """
+
+    def at(energy: float) -> PruneOptions:
+        return options.model_copy(update={"energy": energy})
+
+    step = 10.0**-_RESOLUTION
+    low, high = step, 1.0
+    least, most = mean(curves, at(low)), mean(curves, at(high))
+    if not least <= target <= most:
+        raise ValueError(f"these images can have {least:.1f} to {most:.1f} tokens in the mean, not {target:g}")
+    while high - low > step * 1.5:
+        middle = round((low + high) / 2, _RESOLUTION)
+        if mean(curves, at(middle)) <= target:
+            low = middle
+        else:
+            high = middle
+    return min(at(low), at(high), key=lambda found: abs(mean(curves, found) - target))
+
+
+def histogram(budgets: Sequence[int], title: str) -> Figure:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(budgets, bins=40, color="tab:blue")
+    average = sum(budgets) / len(budgets)
+    axes.axvline(average, color="black", linestyle="--", label=f"mean {average:.1f}")
+    axes.set_xlabel("tokens an image keeps")
+    axes.set_ylabel("images")
+    axes.set_title(title, fontsize=10)
+    axes.legend()
+    return figure

@@ -1,0 +1,311 @@
+"""Whether answers stay right: asks a running server questions under several settings, and counts."""
+
+import asyncio
+import base64
+import itertools
+import json
+import mimetypes
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from openai import APIError, AsyncOpenAI
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from eadaprune_vllm.options import KEY
+from eadaprune_vllm.tools import is_url
+
+BOOTSTRAP = 2000  # resamples
+_INTERVAL = (2.5, 97.5)  # percentiles
+
+
+class Question(BaseModel):
+    """One line of a question set.
+
+    Attributes:
+        image: path, relative to the file, or URL.
+        answers: any of them is right; compared without regard to case, articles, punctuation and space.
+        category, group: results are also reported for each of these.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    image: str
+    question: str
+    answers: tuple[str, ...]
+    category: str = "all"
+    group: str = "all"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options to ask under, and what they are called.
+
+    Attributes:
+        kind: ``none``, ``adaptive`` or ``fixed``.
+        matched: of a fixed budget, the adaptive setting whose mean it has.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+    matched: str | None = None
+
+    @property
+    def selector(self) -> str:
+        return str(self.options.get("selector", "server's default"))
+
+
+@dataclass
+class Results:
+    """What came of a question set under each setting, question by question.
+
+    Attributes:
+        correct: by setting, ``[questions]`` bool.
+        kept: by setting, ``[questions]`` int64, tokens that the question's image kept.
+    """
+
+    questions: Sequence[Question]
+    settings: list[Setting] = field(default_factory=list)
+    correct: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def where(self, attribute: str, value: str) -> NDArray[np.bool_]:
+        return np.array([getattr(question, attribute) == value for question in self.questions])
+
+    def chance(self) -> dict[str, float]:
+        """How often the most frequent answer of a category is right, by category."""
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        for question in self.questions:
+            answers[question.category][normalized(question.answers[0])] += 1
+        return {category: max(found.values()) / found.total() for category, found in sorted(answers.items())}
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For each setting accuracy and mean tokens, overall and by category and group; and for fixed budgets by how
+        much the adaptive one of the same mean is better, with 95 % intervals."""
+        images = np.unique([question.image for question in self.questions], return_inverse=True)[1]
+        rows = []
+        for setting in self.settings:
+            correct, kept = self.correct[setting.name], self.kept[setting.name]
+            row: dict[str, Any] = {
+                "setting": setting.name,
+                "kind": setting.kind,
+                "selector": setting.selector,
+                "options": setting.options,
+                "mean_tokens": float(kept.mean()),
+                "accuracy": float(correct.mean()),
+                "interval": interval(correct, images),
+            }
+            for attribute in ("category", "group"):
+                row[attribute] = {
+                    value: {
+                        "questions": int((own := self.where(attribute, value)).sum()),
+                        "accuracy": float(correct[own].mean()),
+                        "interval": interval(correct[own], images[own]),
+                        "mean_tokens": float(kept[own].mean()),
+                    }
+                    for value in sorted({getattr(question, attribute) for question in self.questions})
+                }
+            if setting.matched:
+                gain = self.correct[setting.matched].astype(float) - correct
+                row["adaptive_minus_fixed"] = {"mean": float(gain.mean()), "interval": interval(gain, images)}
+            rows.append(row)
+        return rows
+
+
+def interval(values: NDArray[Any], images: NDArray[Any]) -> tuple[float, float]:
+    """The 95 % interval of a mean, by bootstrap over images: questions about one image are not independent.
+
+    Args:
+        values: ``[questions]``; differences make the bootstrap a paired one.
+        images: ``[questions]``, which image each is about.
+    """
+    number = np.unique(images, return_inverse=True)[1]
+    sums, counts = np.bincount(number, values.astype(float)), np.bincount(number)
+    drawn = np.random.default_rng(0).integers(len(sums), size=(BOOTSTRAP, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), _INTERVAL)
+    return float(low), float(high)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Raises:
+    ValueError: naming the line that is no question.
+    """
+    questions = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            if isinstance(entry, dict) and "answer" in entry:
+                entry["answers"] = [entry.pop("answer")]
+            question = Question.model_validate(entry)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise ValueError(f"{path}:{number}: {wrong}") from None
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not JSON") from None
+        if not is_url(question.image):
+            question = question.model_copy(update={"image": str((path.parent / question.image).resolve())})
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} holds no questions")
+    return questions
+
+
+@lru_cache(64)
+def _url(image: str) -> str:
+    """Files are sent as they are: the server need not be able to read them."""
+    if is_url(image):
+        return image
+    kind = mimetypes.guess_type(image)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+
+
+def normalized(text: str) -> str:
+    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def adaptive(energies: Iterable[float], selectors: Iterable[str]) -> list[Setting]:
+    return [
+        Setting(f"energy {energy:g}, {selector}", "adaptive", {"energy": energy, "selector": selector})
+        for selector, energy in itertools.product(selectors, energies)
+    ]
+
+
+def fixed(tokens: Iterable[int], selectors: Iterable[str]) -> list[Setting]:
+    return [
+        Setting(f"{count} tokens, {selector}", "fixed", _exactly(count, selector))
+        for selector, count in itertools.product(selectors, tokens)
+    ]
+
+
+def matched(results: Results) -> list[Setting]:
+    """For each adaptive setting a fixed one of the same mean and selector."""
+    found = []
+    for setting in results.settings:
+        if setting.kind == "adaptive":
+            count = round(float(results.kept[setting.name].mean()))
+            name = f"{count} tokens, {setting.selector} (as {setting.name})"
+            found.append(Setting(name, "fixed", _exactly(count, setting.selector), setting.name))
+    return found
+
+
+def _exactly(count: int, selector: str) -> dict[str, Any]:
+    return {"energy": 0.5, "min_tokens": count, "max_tokens": count, "selector": selector}
+
+
+async def run(
+    results: Results,
+    url: str,
+    model: str | None,
+    energies: Sequence[float],
+    tokens: Sequence[int],
+    selectors: Sequence[str],
+    with_matched: bool,
+    suffix: str,
+    concurrency: int,
+) -> None:
+    """Ask all questions without pruning, at thresholds and at fixed budgets, with every selector; then at fixed budgets
+    of the means that thresholds had.
+
+    Args:
+        results: takes what comes of it.
+        url: of the server.
+        model: name of the served model; by default the server's first.
+        energies: thresholds.
+        tokens: fixed budgets.
+        selectors: names.
+        with_matched: whether to ask at the means.
+        suffix: put after each question.
+        concurrency: requests at a time.
+
+    Raises:
+        ValueError: if the server refuses a question, cannot be reached or does not prune.
+    """
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=600)
+    first = [Setting("no pruning", "none", {"energy": 1.0}), *adaptive(energies, selectors), *fixed(tokens, selectors)]
+    try:
+        model = model or (await client.models.list()).data[0].id
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+            for name, settings in (("Asking", first), ("Asking at the means", None)):
+                todo = settings or (matched(results) if with_matched else [])
+                task = progress.add_task(name, total=len(todo) * len(results.questions))
+                await ask(client, model, results, todo, concurrency, partial(progress.advance, task), suffix)
+    except* (APIError, OSError, RuntimeError) as errors:
+        raise ValueError(str(errors.exceptions[0])) from None
+
+
+async def ask(
+    client: AsyncOpenAI,
+    model: str,
+    results: Results,
+    settings: Sequence[Setting],
+    concurrency: int,
+    progress: Callable[[], None],
+    suffix: str = "",
+) -> None:
+    """Ask every question under every setting, greedily, and add what came of it to ``results``.
+
+    An image is sent under all settings before the next one: the server then encodes it once.
+
+    Args:
+        client: of the server.
+        model: name of the served model.
+        results: gets the settings.
+        concurrency: requests at a time.
+        progress: called after each answer.
+        suffix: put after each question.
+
+    Raises:
+        openai.APIError: if the server refuses a question.
+        OSError: if an image cannot be read.
+        RuntimeError: if the server does not prune.
+    """
+    count = len(results.questions)
+    for setting in settings:
+        results.settings.append(setting)
+        results.correct[setting.name] = np.zeros(count, np.bool_)
+        results.kept[setting.name] = np.zeros(count, np.int64)
+    by_image = sorted(range(count), key=lambda number: results.questions[number].image)
+    work = (
+        (number, setting)
+        for _, numbers in itertools.groupby(by_image, key=lambda number: results.questions[number].image)
+        for own in [list(numbers)]
+        for setting in settings
+        for number in own
+    )
+
+    async def worker() -> None:
+        for number, setting in work:
+            question = results.questions[number]
+            content: list[Any] = [
+                {"type": "image_url", "image_url": {"url": _url(question.image)}},
+                {"type": "text", "text": question.question + suffix},
+            ]
+            answer = await client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=32,
+                temperature=0,
+                extra_body={KEY: setting.options},
+            )
+            report = (answer.model_extra or {}).get(KEY)
+            if not report:
+                raise RuntimeError("the server's answers have no report: is it running with --plugin eadaprune?")
+            said = normalized(answer.choices[0].message.content or "")
+            results.correct[setting.name][number] = said in map(normalized, question.answers)
+            results.kept[setting.name][number] = report["kept_tokens"]
+            progress()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(concurrency):
+            tasks.create_task(worker())

@@ -1,0 +1,96 @@
+"""Figures of results."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from PIL import Image
+
+from eadaprune_vllm.report import ItemReport
+
+_STYLES = {"adaptive": "-o", "fixed": "--x"}
+
+
+def accuracy(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy against mean tokens, overall and for each group of questions. ``rows`` as of ``Results.summary``."""
+    groups = list(rows[0]["group"])
+    views = ["all questions", *groups] if len(groups) > 1 else ["all questions"]
+    figure = Figure(figsize=(6 * min(len(views), 3), 4.5 * -(-len(views) // 3)), layout="constrained")
+    grid = figure.subplots(-(-len(views) // 3), min(len(views), 3), squeeze=False).flat
+    for view, axes in zip(views, grid, strict=False):
+        _accuracy(axes, view, [row if view == "all questions" else row["group"][view] | _identity(row) for row in rows])
+    for axes in list(grid)[len(views) :]:
+        axes.set_visible(False)
+    next(iter(figure.axes)).legend(fontsize=7)
+    return figure
+
+
+def _identity(row: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": row["kind"], "selector": row["selector"]}
+
+
+def _accuracy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    selectors = list(dict.fromkeys(row["selector"] for row in rows if row["kind"] != "none"))
+    for number, selector in enumerate(selectors):
+        for kind, style in _STYLES.items():
+            own = sorted(
+                (row for row in rows if (row["kind"], row["selector"]) == (kind, selector)),
+                key=lambda row: row["mean_tokens"],
+            )
+            if own:
+                errors = [[abs(row["interval"][end] - row["accuracy"]) for row in own] for end in (0, 1)]
+                axes.errorbar(
+                    [row["mean_tokens"] for row in own],
+                    [row["accuracy"] for row in own],
+                    errors,
+                    fmt=style,
+                    color=f"C{number}",
+                    elinewidth=0.5,
+                    label=f"{selector}, {kind}",
+                )
+    for row in rows:
+        if row["kind"] == "none":
+            axes.axhline(row["accuracy"], color="black", linewidth=0.8, label="no pruning")
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens an image keeps in the mean")
+    axes.set_ylabel("accuracy")
+    axes.set_title(title)
+
+
+def explanation(
+    panels: Sequence[tuple[str, Image.Image]],
+    curve: Sequence[tuple[int, float]],
+    chosen: Sequence[ItemReport],
+) -> Figure:
+    """An image under several thresholds, above the curve of its energy.
+
+    Args:
+        panels: captions and pictures, the image itself first.
+        curve: tokens, and the share of the energy they hold.
+        chosen: what became of it at each threshold.
+    """
+    figure = Figure(figsize=(3.2 * max(len(panels), 3), 6), layout="constrained")
+    layout = figure.add_gridspec(2, max(len(panels), 3), height_ratios=(3, 2))
+    for number, (caption, picture) in enumerate(panels):
+        axes = figure.add_subplot(layout[0, number])
+        axes.imshow(picture)
+        axes.set_title(caption, fontsize=9)
+        axes.axis("off")
+    axes = figure.add_subplot(layout[1, :])
+    # What is missing, on a logarithmic scale: thresholds worth telling apart are close to 1.
+    missing = [max(1 - energy, 1e-5) for _, energy in curve]
+    axes.plot([k for k, _ in curve], missing, color="black")
+    for number, report in enumerate(chosen):
+        k, label = report.kept_tokens - report.newline_tokens, f"energy {report.energy_threshold:g}"
+        axes.plot(k, max(1 - report.energy_kept, 1e-5), "o", color=f"C{number}", label=f"{label}: {k} tokens")
+        axes.axvline(k, color=f"C{number}", linewidth=0.5)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:g}"))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("share of the spectral energy")
+    axes.legend(fontsize=8)
+    return figure

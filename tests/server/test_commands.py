@@ -1,0 +1,150 @@
+"""The commands as a user runs them; what they say must be what a server does."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Server, content, environment
+from PIL import Image
+
+Images = dict[str, Image.Image]
+EADAPRUNE = str(Path(sys.executable).parent / "eadaprune")
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [EADAPRUNE, *map(str, arguments)]
+    # Wide enough for rich not to wrap lines.
+    env = environment(COLUMNS="200", TERM="dumb", EADAPRUNE_SKIP_VERSION_CHECK="")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def kept(server: Server, image: Image.Image, **options: object) -> int:
+    body = {"messages": [{"role": "user", "content": content(image)}], "eadaprune": options}
+    count: int = server.post("/v1/eadaprune/preview", body).json()["kept_tokens"]
+    return count
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
+    """Images, and a file that is none."""
+    found = tmp_path_factory.mktemp("images of mine")
+    for name, image in images.items():
+        image.save(found / f"{name}.png")
+    (found / "broken.png").write_bytes(b"no image")
+    return found
+
+
+def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
+    pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path
+) -> None:
+    files = ["--store", tmp_path / "spectra.jsonl", "--histogram", tmp_path / "budgets.png"]
+    arguments = ["calibrate", folder, "--model", model, "--min-tokens", 4, *files]
+    first = run(*arguments, "--target-tokens", 100, "--table")
+    assert f"skipped {folder / 'broken.png'}: " in first.stderr
+    assert "threshold" in first.stdout
+    flags = re.search(r"^vllm serve (.*)$", first.stdout, re.MULTILINE)
+    assert flags
+    energy = float(flags[1].split("--eadaprune-energy ")[1].split()[0])
+    assert "--eadaprune-min-tokens 4" in flags[1]
+    budgets = [kept(pruning, image, energy=energy, min_tokens=4) for image in images.values()]
+    assert f"{sum(budgets) / len(budgets):.1f}" in first.stdout
+    # Of eight images a single budget moves the mean by an eighth of a token.
+    assert sum(budgets) / len(budgets) == pytest.approx(100, abs=1)
+    assert Image.open(tmp_path / "budgets.png").size > (400, 200)
+
+    # Another target encodes nothing again, and loads no model.
+    again = run(*arguments, "--target-tokens", 50, "--device", "cpu")
+    assert len((tmp_path / "spectra.jsonl").read_text().splitlines()) == 1 + len(images)
+    assert energy > float(re.findall(r"--eadaprune-energy (\S+)", again.stdout)[0])
+
+    # Interrupted in the middle of a line: only that image is encoded again.
+    text = (tmp_path / "spectra.jsonl").read_text()
+    (tmp_path / "spectra.jsonl").write_text(text[:-100])
+    assert run(*arguments, "--target-tokens", 50).stdout == again.stdout
+    assert sorted((tmp_path / "spectra.jsonl").read_text().splitlines()) == sorted(text.splitlines())
+
+
+def test_calibrate_refuses_what_it_cannot_do(model: Path, folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "spectra.jsonl"
+    arguments = ["calibrate", folder / "flat.png", "--model", model, "--store", store]
+    few = run(*arguments, "--target-tokens", 600, status=2).stderr
+    assert "these images can have 16.0 to 576.0 tokens in the mean, not 600" in few
+    other = run(*arguments, "--target-tokens", 20, "--scope", "image", status=2).stderr
+    assert "choose another --store" in other
+    bad = run(*arguments, "--target-tokens", 20, "--min-tokens", 0, status=2).stderr
+    assert "options.min_tokens=0 is not allowed; it must be an integer at least 1" in bad
+    nowhere = run("calibrate", tmp_path / "none", "--model", model, "--target-tokens", 9, status=2).stderr
+    assert "no images there" in nowhere
+
+
+def test_explain_draws_and_says_what_the_server_decides(
+    pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path
+) -> None:
+    picture = tmp_path / "why.png"
+    thresholds = ["--energy", 0.9, "--energy", 0.99, "--selector", "span"]
+    arguments = ["explain", folder / "coffee.png", "--model", model, "--output", picture, *thresholds]
+    found: list[dict[str, Any]] = json.loads(run(*arguments, "--json").stdout)
+    assert [report["energy_threshold"] for report in found] == [0.9, 0.99]
+    for report in found:
+        options = {"energy": report["energy_threshold"], "selector": "span"}
+        assert report["kept_tokens"] == kept(pruning, images["coffee"], **options)
+        assert report["selector"] == "span"
+    assert Image.open(picture).size > (800, 500)
+    missing = run("explain", folder / "none.png", "--model", model, status=2).stderr
+    assert "none.png" in missing
+    bad = run("explain", folder / "flat.png", "--model", model, "--energy", 1.5, status=2).stderr
+    assert "options.energy=1.5 is not allowed; it must be a number greater than 0 and at most 1" in bad
+
+
+def test_evaluate_asks_under_every_setting(pruning: Server, folder: Path, images: Images, tmp_path: Path) -> None:
+    truth = {
+        name: pruning.ask(images[name], "What?", options={"energy": 1.0}, ignore_eos=False, max_tokens=32)
+        for name in ("coffee", "page", "flat")
+    }
+    lines = [
+        {
+            "image": str(folder / f"{name}.png"),
+            "question": "What?",
+            "group": name,
+            "answer": answer.choices[0].message.content,
+        }
+        for name, answer in truth.items()
+    ]
+    lines.append({**lines[0], "answer": "something that no random model says"})
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "quality.json"
+    settings = ["--energy", 0.9, "--energy", 0.99, "--tokens", 33, "--selector", "attention", "--selector", "uniform"]
+    done = run("evaluate", questions, "--url", pruning.url, "--output", output, *settings)
+    rows: list[dict[str, Any]] = json.loads(output.read_text())["settings"]
+    by_name = {row["setting"]: row for row in rows}
+    assert len(rows) == 1 + 2 * 2 + 2 + 2 * 2  # none, adaptive, fixed, fixed at the means of the adaptive ones
+    whole = by_name["no pruning"]
+    assert (whole["accuracy"], whole["mean_tokens"]) == (0.75, 576)
+    assert whole["group"]["page"]["accuracy"] == 1
+    assert whole["group"]["coffee"]["accuracy"] == 0.5
+    adaptive = by_name["energy 0.99, uniform"]
+    assert adaptive["group"]["page"]["mean_tokens"] == kept(pruning, images["page"], energy=0.99, selector="uniform")
+    assert by_name["33 tokens, attention"]["mean_tokens"] == 33
+    matched = [row for row in rows if "adaptive_minus_fixed" in row]
+    assert {row["setting"].split("(as ")[1] for row in matched} == {
+        f"{row['setting']})" for row in rows if row["kind"] == "adaptive"
+    }
+    assert all(name.partition(" (")[0] in done.stdout for name in by_name)
+    assert Image.open(output.with_suffix(".png")).size > (400, 200)
+
+
+def test_evaluate_says_what_is_wrong(stock: Server, folder: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"image": str(folder / "flat.png"), "question": "What?", "answer": "x"}))
+    assert "is it running with --plugin eadaprune?" in run("evaluate", questions, "--url", stock.url, status=2).stderr
+    assert "Connection error" in run("evaluate", questions, "--url", "http://127.0.0.1:9", status=2).stderr
+    questions.write_text(json.dumps({"image": "none.png", "question": "What?", "answer": "x"}))
+    assert "none.png" in run("evaluate", questions, "--url", stock.url, status=2).stderr

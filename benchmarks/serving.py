@@ -8,7 +8,8 @@ weights: stock vLLM, and vLLM with this plugin. ``vllm bench serve`` sends every
 - ``fixed``, with ``min_tokens = max_tokens`` of the mean that ``adaptive`` had just before: what adapting costs
 
 The limit is counted, not measured: how much less there is to compute for a prompt. Writes ``serving.json`` and
-``serving.png``.
+``serving.png`` after each turn. What is there already, of the same settings, is not measured again: a run of hours can
+be stopped, and go on.
 """
 
 import contextlib
@@ -18,8 +19,9 @@ import os
 import random
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +49,12 @@ SHARES = (0.5, 0.22, 0.11)
 SAMPLE = 24  # images from which thresholds are chosen; no others are sent twice
 PROMPT = "What is in the picture, and where?"
 FLAGS = ["--load-format", "dummy", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 4}']
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "3",
+    "HF_HUB_OFFLINE": "1",
+    # vLLM's engine would leave one core to its front end, of which stock vLLM makes no use, and pruning would.
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+}
 COLUMNS = {
     "first_token": "median_ttft_ms",
     "between_tokens": "median_tpot_ms",
@@ -128,9 +136,7 @@ def flops(config: LlavaConfig, images: int, prompt_tokens: float) -> float:
 @contextlib.contextmanager
 def servers(folder: Path, model: Path, flags: list[str], device: str) -> Iterator[tuple[Server, Server]]:
     """Stock and pruning, both up: who does not have its turn is idle."""
-    env = dict(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "3", "HF_HUB_OFFLINE": "1"}
-    # vLLM's engine would leave one core to its front end, of which stock vLLM makes no use, and pruning would.
-    env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    env = dict(os.environ) | ENVIRONMENT
     flags = [*FLAGS, "--allowed-local-media-path", str(folder), *flags]
     pruning = ["--plugin", "eadaprune", "--eadaprune-device", device]
     with (
@@ -152,15 +158,17 @@ def main(
 ) -> None:
     console = Console()
     cells = [Cell(each, under_way, max(4, under_way)) for each in images for under_way in concurrency]
+    settings: dict[str, Any] = {"output_tokens": output_tokens, "flags": [*FLAGS, *flags.split()]}
+    settings |= {"language_model": language_model, "tower_on": device, "environment": ENVIRONMENT}
+    energies, runs = stored(output / "serving.json", settings)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = make_geometry(folder / "model", language_model)
         bench = Bench(folder, folder / "model", output_tokens)
         with servers(folder, folder / "model", flags.split(), device) as (stock, pruned):
-            energies = thresholds(pruned)
+            energies = energies or thresholds(pruned)
             for server in (stock, pruned):
                 bench.run(server, Cell(1, 2, 4), None)  # set up once, for nothing
-            runs: list[dict[str, Any]] = []
 
             def run(name: str, server: Server, options: dict[str, Any] | None) -> None:
                 with console.status(f"round {turn + 1} of {rounds}: {cell}, {name}"):
@@ -177,6 +185,9 @@ def main(
             turns: list[str | float] = [*whole, *SHARES]
             for turn, cell in itertools.product(range(rounds), cells):
                 for contender in random.Random(turn).sample(turns, len(turns)):
+                    last = contender if isinstance(contender, str) else f"fixed {contender:.0%}"
+                    if any({"contender": last, "round": turn, **asdict(cell)}.items() <= run.items() for run in runs):
+                        continue
                     if isinstance(contender, str):
                         run(contender, *whole[contender])
                     else:
@@ -185,25 +196,30 @@ def main(
                         mean = round((kept() - before) / (cell.requests * cell.images))
                         fixed = {"energy": 0.5, "min_tokens": mean, "max_tokens": mean}
                         run(f"fixed {contender:.0%}", pruned, fixed)
-    rows = summarize(config, cells, list(dict.fromkeys(run["contender"] for run in runs)), runs)
+                    rows = summarize(config, runs)
+                    output.mkdir(exist_ok=True)
+                    found = {"about": about() | settings | {"energies": energies}, "summary": rows, "runs": runs}
+                    (output / "serving.json").write_text(json.dumps(found, indent=1) + "\n")
     report(console, rows)
-    output.mkdir(exist_ok=True)
-    settings = {
-        "energies": energies,
-        "output_tokens": output_tokens,
-        "rounds": rounds,
-        "flags": [*FLAGS, *flags.split()],
-    }
-    settings |= {"language_model": language_model, "tower_on": device}
-    text = json.dumps({"about": about() | settings, "summary": rows, "runs": runs}, indent=1)
-    (output / "serving.json").write_text(text + "\n")
     draw(rows, output / "serving.png")
 
 
-def summarize(
-    config: LlavaConfig, cells: list[Cell], contenders: list[str], runs: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Medians of each contender under each load, as ratios to stock vLLM's in the same round; above 1 is faster."""
+def stored(path: Path, settings: dict[str, Any]) -> tuple[dict[float, float], list[dict[str, Any]]]:
+    """The thresholds and runs of an earlier call with the same settings on the same machine, if there was one."""
+    found = json.loads(path.read_text()) if path.exists() else {"about": {}}
+    here = {key: value for key, value in about().items() if key != "commit"} | settings
+    if not here.items() <= found["about"].items():
+        return {}, []
+    return {float(share): energy for share, energy in found["about"]["energies"].items()}, found["runs"]
+
+
+def summarize(config: LlavaConfig, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians of each contender under each load, as ratios to stock vLLM's in the same round; above 1 is faster. Rounds
+    in which one is missing do not count."""
+    contenders = list(dict.fromkeys(run["contender"] for run in runs))
+    turns = Counter((run["images"], run["concurrency"], run["round"]) for run in runs)
+    runs = [run for run in runs if turns[run["images"], run["concurrency"], run["round"]] == 2 + 2 * len(SHARES)]
+    cells = sorted({Cell(run["images"], run["concurrency"], run["requests"]) for run in runs}, key=astuple)
     rows = []
     for cell, contender in itertools.product(cells, contenders):
 

@@ -160,7 +160,7 @@ def explain(
     """Draw which patches of an image stay at which threshold, and the curve that decides."""
     _quiet()
     from eadaprune_vllm.tools.offline import load_image
-    from eadaprune_vllm.tools.plots import explanation
+    from eadaprune_vllm.tools.plots import caption, explanation
 
     given = {"selector": selector, "min_tokens": min_tokens, "max_tokens": max_tokens, "scope": scope}
     options = [_options(energy=threshold, **given) for threshold in energy]
@@ -170,10 +170,7 @@ def explain(
         found = [look.examine(picture, each) for each in options]
     previews = [each.preview() for each in found]
     panels = [("the image", picture)]
-    panels += [
-        (f"energy {report.energy_threshold:g}: {report.kept_tokens} of {report.visual_tokens} tokens", each.overlay())
-        for report, each in zip(previews, found, strict=True)
-    ]
+    panels += [(caption(report), each.overlay()) for report, each in zip(previews, found, strict=True)]
     explanation(panels, previews[0].curve, previews).savefig(output, dpi=120)
     if as_json:
         print(json.dumps([report.model_dump(exclude={"overlay", "cached"}) for report in previews], indent=1))

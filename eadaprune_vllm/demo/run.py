@@ -15,7 +15,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from eadaprune_vllm.demo.server import Server
-from eadaprune_vllm.draw import data_url, picture, row
+from eadaprune_vllm.draw import data_url, picture
+from eadaprune_vllm.report import ItemPreview
+from eadaprune_vllm.tools.plots import caption, explanation
 
 THRESHOLDS = (1.0, 0.999, 0.99, 0.95)
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "page")
@@ -29,12 +31,12 @@ class Answer:
     Attributes:
         report: the field ``eadaprune`` of the answer.
         first_token_seconds: from request to the first chunk of the stream.
-        overlay: what the vision tower sees, with the pruned patches dark and grey.
+        preview: what the preview endpoint says of the same request.
     """
 
     report: dict[str, Any]
     first_token_seconds: float
-    overlay: Image.Image
+    preview: ItemPreview
 
 
 def run_demo(model: Path, output: Path, console: Console) -> None:
@@ -57,8 +59,9 @@ def run_demo(model: Path, output: Path, console: Console) -> None:
                     answers[name, energy] = ask(server, image, energy)
             progress.update(step, description="Stopping the server")
     for name in images:
-        panels = [(caption(energy, answers[name, energy]), answers[name, energy].overlay) for energy in THRESHOLDS]
-        row(panels).save(output / f"{name}.png")
+        previews = [answers[name, energy].preview for energy in THRESHOLDS]
+        panels = [(caption(preview), picture(preview.overlay or "")) for preview in previews]
+        explanation(panels, previews[0].curve, previews[1:]).savefig(output / f"{name}.png")
     console.print(table(answers))
     console.print(
         "Random weights: the counts and bytes are real, the answers mean nothing, and the language model is too "
@@ -96,14 +99,11 @@ def ask(server: Server, image: Image.Image, energy: float) -> Answer:
     for _ in stream:
         pass
     body = options | {"messages": messages, "overlay": True}
-    (preview,) = httpx.post(f"{server.url}/v1/eadaprune/preview", json=body, timeout=60).json()["images"]
-    if preview["kept_tokens"] != report["kept_tokens"]:
-        raise RuntimeError(f"{report['kept_tokens']} tokens were kept, but the preview says {preview['kept_tokens']}")
-    return Answer(report, first_token, picture(preview["overlay"]))
-
-
-def caption(energy: float, answer: Answer) -> str:
-    return f"energy {energy}: {answer.report['kept_tokens']} of {answer.report['visual_tokens']} tokens"
+    (found,) = httpx.post(f"{server.url}/v1/eadaprune/preview", json=body, timeout=60).json()["images"]
+    preview = ItemPreview.model_validate(found)
+    if preview.kept_tokens != report["kept_tokens"]:
+        raise RuntimeError(f"{report['kept_tokens']} tokens were kept, but the preview says {preview.kept_tokens}")
+    return Answer(report, first_token, preview)
 
 
 def table(answers: dict[tuple[str, float], Answer]) -> Table:

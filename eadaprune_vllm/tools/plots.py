@@ -59,6 +59,11 @@ def _accuracy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_title(title)
 
 
+def caption(report: ItemReport) -> str:
+    threshold = f"energy {report.energy_threshold:g}"
+    return f"{threshold}: {report.kept_tokens} of {report.visual_tokens} tokens"
+
+
 def explanation(
     panels: Sequence[tuple[str, Image.Image]],
     curve: Sequence[tuple[int, float]],
@@ -67,7 +72,7 @@ def explanation(
     """An image under several thresholds, above the curve of its energy.
 
     Args:
-        panels: captions and pictures, the image itself first.
+        panels: captions and pictures.
         curve: tokens, and the share of the energy they hold.
         chosen: what became of it at each threshold.
     """

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import clamped
 from eadaprune_vllm.spectrum import budget
@@ -100,12 +101,15 @@ def encode(
     found = {where: identity for where in images if (identity := _identity(where))}
     skipped = dict.fromkeys(set(images) - found.keys(), "there is no such file")
     missing = [where for where, identity in found.items() if identity not in known]
-    model = load() if missing else None
+    model = None
     with store.open("a") as file:
         for where in track(missing, "Encoding", console=Console(stderr=True)):
-            assert model
             try:
-                needed_above = model.examine(load_image(where), options).spectrum.needed_above
+                image = load_image(where)
+                model = model or load()
+                needed_above = model.examine(image, options).spectrum.needed_above
+            except StartupError:
+                raise
             except Exception as error:  # whatever is wrong with one image, the others count
                 skipped[where] = str(error).partition("\n")[0] or type(error).__name__
                 continue

@@ -31,6 +31,11 @@ def kept(server: Server, image: Image.Image, **options: object) -> int:
     return count
 
 
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
     """Images, and a file that is none."""
@@ -57,7 +62,7 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
     assert f"{sum(budgets) / len(budgets):.1f}" in first.stdout
     # Of eight images a single budget moves the mean by an eighth of a token.
     assert sum(budgets) / len(budgets) == pytest.approx(100, abs=1)
-    assert Image.open(tmp_path / "budgets.png").size > (400, 200)
+    assert size(tmp_path / "budgets.png") > (400, 200)
 
     # Another target encodes nothing again, and loads no model.
     again = run(*arguments, "--target-tokens", 50, "--device", "cpu")
@@ -96,7 +101,7 @@ def test_explain_draws_and_says_what_the_server_decides(
         options = {"energy": report["energy_threshold"], "selector": "span"}
         assert report["kept_tokens"] == kept(pruning, images["coffee"], **options)
         assert report["selector"] == "span"
-    assert Image.open(picture).size > (800, 500)
+    assert size(picture) > (800, 500)
     missing = run("explain", folder / "none.png", "--model", model, status=2).stderr
     assert "none.png" in missing
     bad = run("explain", folder / "flat.png", "--model", model, "--energy", 1.5, status=2).stderr
@@ -122,7 +127,7 @@ def test_evaluate_asks_under_every_setting(pruning: Server, folder: Path, images
     questions.write_text("\n".join(map(json.dumps, lines)))
     output = tmp_path / "quality.json"
     settings = ["--energy", 0.9, "--energy", 0.99, "--tokens", 33, "--selector", "attention", "--selector", "uniform"]
-    done = run("evaluate", questions, "--url", pruning.url, "--output", output, *settings)
+    done = run("evaluate", questions, "--url", pruning.url, "--output", output, "--concurrency", 1, *settings)
     rows: list[dict[str, Any]] = json.loads(output.read_text())["settings"]
     by_name = {row["setting"]: row for row in rows}
     assert len(rows) == 1 + 2 * 2 + 2 + 2 * 2  # none, adaptive, fixed, fixed at the means of the adaptive ones
@@ -138,7 +143,7 @@ def test_evaluate_asks_under_every_setting(pruning: Server, folder: Path, images
         f"{row['setting']})" for row in rows if row["kind"] == "adaptive"
     }
     assert all(name.partition(" (")[0] in done.stdout for name in by_name)
-    assert Image.open(output.with_suffix(".png")).size > (400, 200)
+    assert size(output.with_suffix(".png")) > (400, 200)
 
 
 def test_evaluate_says_what_is_wrong(stock: Server, folder: Path, tmp_path: Path) -> None:

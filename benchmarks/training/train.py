@@ -60,7 +60,7 @@ def accuracy(learner: Learner, tokenizer: PreTrainedTokenizerFast, scenes: int) 
     right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
     for _ in range(scenes // 16):
         batch = next(loader)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
             _, said = learner(batch, jitter=False)
         asked = batch.targets != IGNORED
         scene = torch.arange(len(batch.targets))[:, None].expand_as(batch.targets)[asked]
@@ -89,8 +89,11 @@ def main(
     learner = Learner(tokenizer)
     parameters = sum(weight.numel() for weight in learner.llava.parameters())
     print(f"{parameters / 1e6:.2f}M parameters, {len(tokenizer)} tokens", flush=True)
-    decayed = [weight for weight in learner.parameters() if weight.ndim > 1]
-    others = [weight for weight in learner.parameters() if weight.ndim <= 1]
+    # What learns is float32, what computes a bfloat16 copy of it: autocast would copy every activation, twice.
+    masters = [weight.detach().clone() for weight in learner.parameters()]
+    weights = list(learner.to(torch.bfloat16).parameters())
+    decayed = [master for master in masters if master.ndim > 1]
+    others = [master for master in masters if master.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
@@ -112,12 +115,15 @@ def main(
             rate = RATE * min(1.0, (done + 1) / WARM_UP) * (0.02 + 0.98 * (1 + math.cos(math.pi * done / total)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast("cpu", torch.bfloat16):
-                losses, said = learner(next(loader), jitter=True)
+            losses, said = learner(next(loader), jitter=True)
             torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.copy_(master)
             done += 1
             for name, value in (losses | {"right": said.float().mean()}).items():
                 value = value.detach()

@@ -63,13 +63,8 @@ class Learner(torch.nn.Module):
         """What the projector is fed with, ``[B, N, D]``, and the CLS token after the last layer, ``[B, D]``."""
         tower = self.llava.model.vision_tower
         embeddings = tower.embeddings
-        rows = (
-            embeddings.patch_embedding(
-                ((pixels / 255 - self.mean) / self.std).to(embeddings.patch_embedding.weight.dtype)
-            )
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        pixels = ((pixels / 255 - self.mean) / self.std).to(self.llava.dtype)
+        rows = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         position = embeddings.position_embedding.weight
         cls = (embeddings.class_embedding + position[0]).expand(len(rows), 1, -1)
         hidden = tower.pre_layrnorm(torch.cat((cls, rows + position[1:][patches]), 1))

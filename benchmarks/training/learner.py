@@ -108,7 +108,7 @@ class Learner(torch.nn.Module):
         member = torch.cat((shared, batch.question), 1)
         causal = torch.ones(member.shape[1], member.shape[1], dtype=torch.bool).tril()
         sees = causal & ((member[:, None] == -2) | (member[:, None] == member[:, :, None]))
-        mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)[:, None].to(torch.bfloat16)
+        mask = torch.zeros(sees.shape, dtype=image.dtype).masked_fill(~sees, -torch.inf)[:, None]
         out = model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state[:, first + count :]
         return hidden

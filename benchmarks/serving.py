@@ -216,7 +216,8 @@ def stored(path: Path, settings: dict[str, Any]) -> tuple[dict[float, float], li
 def summarize(config: LlavaConfig, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians of each contender under each load, as ratios to stock vLLM's in the same round; above 1 is faster. Rounds
     in which one is missing do not count."""
-    contenders = list(dict.fromkeys(run["contender"] for run in runs))
+    contenders = ["stock", "energy 1"]
+    contenders += [f"{kind} {share:.0%}" for share in SHARES for kind in ("adaptive", "fixed")]
     turns = Counter((run["images"], run["concurrency"], run["round"]) for run in runs)
     runs = [run for run in runs if turns[run["images"], run["concurrency"], run["round"]] == 2 + 2 * len(SHARES)]
     cells = sorted({Cell(run["images"], run["concurrency"], run["requests"]) for run in runs}, key=astuple)

@@ -4,7 +4,7 @@ for the commands that look at images without a server."""
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,10 @@ class Examined:
     """One image or video, the decision about it, and what that rests on.
 
     Attributes:
-        item: as vLLM parses it: an image, or the frames of a video, perhaps with their metadata.
+        view: what the grid of a number lies over.
     """
 
-    item: Any
+    view: Callable[[int], Image.Image]
     options: PruneOptions
     kept: Kept
     encoding: Encoding
@@ -39,8 +39,7 @@ class Examined:
 
     def overlay(self) -> Image.Image:
         """What is looked at, with its pruned patches dark and grey."""
-        view = functools.partial(_view, self.item, len(self.encoding.grids))
-        return draw.dim_pruned(view, self.kept.indices.tolist(), self.encoding.grids)
+        return draw.dim_pruned(self.view, self.kept.indices.tolist(), self.encoding.grids)
 
     def preview(self, overlay: bool = False) -> ItemPreview:
         """What the endpoint says of it, drawn or not."""
@@ -64,7 +63,8 @@ def examine(processor: PruningProcessor, mm_items: Any, modality: str, index: in
     source, _ = processor.source(mm_items, modality, index, {})
     with refused_features(source):
         kept, encoding = processor.front_end.preview(source, options)
-    return Examined(mm_items[modality].get(index), options, kept, encoding)
+    view = functools.partial(processor.view, mm_items[modality].get(index), len(encoding.grids))
+    return Examined(view, options, kept, encoding)
 
 
 def preview_items(processor: PruningProcessor, items: Mapping[str, Any], choices: Choices, overlay: bool) -> Pruning:
@@ -86,11 +86,3 @@ def preview_items(processor: PruningProcessor, items: Mapping[str, Any], choices
             examined = examine(processor, mm_items, modality, index, choice.options)
             previews[modality].append(examined.preview(overlay))
     return Pruning(previews, time.perf_counter() - start, processor.front_end.kv_bytes_per_token)
-
-
-def _view(item: Any, count: int, number: int) -> Image.Image:
-    """What one of ``count`` grids lies over: the image each time, or the frames of a video at equal distances."""
-    if isinstance(item, Image.Image):
-        return item
-    frames = item[0] if isinstance(item, tuple) else item
-    return Image.fromarray(frames[len(frames) * number // count])

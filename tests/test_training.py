@@ -57,7 +57,8 @@ def test_a_question_sees_the_image_and_itself(
 ) -> None:
     """Its answer is that of a prompt of its own, and does not depend on the other questions."""
     own = (batch.question[0] == 3) & (batch.targets[0] != IGNORED)
-    prompt = batch.tokens[0][batch.question[0] == 3][: int((batch.targets[0][batch.question[0] == 3] == IGNORED).sum())]
+    asked = batch.targets[0][batch.question[0] == 3] == IGNORED  # one less before the answer, one after it
+    prompt = batch.tokens[0][batch.question[0] == 3][: int(asked.sum())]
     with torch.inference_mode():
         features, _ = learner.tower(batch.pixels[:1], batch.patches[:1])
         image = learner.llava.model.multi_modal_projector(features)
@@ -66,5 +67,6 @@ def test_a_question_sees_the_image_and_itself(
         embed = learner.llava.model.language_model.embed_tokens
         alone = torch.cat((embed(learner.prefix)[None], image, embed(prompt)[None]), 1)
         hidden = learner.llava.model.language_model(inputs_embeds=alone).last_hidden_state[0, -1]
-    torch.testing.assert_close(together, learner.llava.lm_head(hidden), atol=1e-3, rtol=1e-3)
+        expected = learner.llava.lm_head(hidden)
+    torch.testing.assert_close(together, expected, atol=1e-3, rtol=1e-3)
     assert tokenizer.decode(prompt).endswith("ASSISTANT:")

@@ -200,6 +200,13 @@ class PruningProcessor(Processor):
             mm_items = self.info.parse_mm_data({"image": [Image.new("RGB", (56, 56))]})
             self.front_end.warm_up(self.source(mm_items, "image", 0, {})[0])
 
+    def view(self, item: Any, count: int, number: int) -> Image.Image:
+        """What one of ``count`` grids lies over: the image each time, or the frames of a video at equal distances."""
+        if isinstance(item, Image.Image):
+            return item
+        frames = item[0] if isinstance(item, tuple) else item
+        return Image.fromarray(frames[len(frames) * number // count])
+
     def _get_mm_fields_config(self, *args: Any) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(*args))
         for modality in MODALITIES:

@@ -20,7 +20,7 @@ class PrunedLlavaProcessingInfo(MaxTokens, llava.LlavaProcessingInfo):
 class PrunedLlavaProcessor(PruningProcessor, llava.LlavaMultiModalProcessor):
     """LLaVA-1.5's processor, pruning."""
 
-    def _view(self, item: Any, count: int, number: int) -> Image.Image:
+    def view(self, item: Any, count: int, number: int) -> Image.Image:
         return draw.seen(self.info.get_hf_processor().image_processor, item)
 
 

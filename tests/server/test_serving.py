@@ -267,7 +267,8 @@ def test_thousands_of_aborted_requests_leave_no_memory_behind(pruning: Server, i
     status = Path(f"/proc/{pruning.process.pid}/status")
     body = {"model": "demo", "messages": [{"role": "user", "content": content(images["flat"])}], "max_tokens": 200}
     url = f"{pruning.url}/v1/chat/completions"
-    client = httpx.Client(timeout=120)
+    # A connection that waited for long may be closed by the server just as it is used again.
+    client = httpx.Client(timeout=120, limits=httpx.Limits(keepalive_expiry=1))
 
     def abort(number: int) -> None:
         if number % 4 == 0:

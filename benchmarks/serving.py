@@ -7,9 +7,9 @@ weights: stock vLLM, and vLLM with this plugin. ``vllm bench serve`` sends every
 - ``adaptive``, at thresholds whose mean budget is about a half, 22 % and 11 % of the tokens
 - ``fixed``, with ``min_tokens = max_tokens`` of the mean that ``adaptive`` had just before: what adapting costs
 
-The limit is counted, not measured: how much less there is to compute for a prompt. Writes ``serving.json`` and
-``serving.png`` after each turn. What is there already, of the same settings, is not measured again: a run of hours can
-be stopped, and go on.
+The limit is counted, not measured: how much less there is to compute for a prompt. Writes ``serving.json`` after each
+turn, and ``serving.png`` at the end. What is there already, of the same settings, is not measured again: a run of hours
+can be stopped, and go on.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.tools.evaluate import exactly
 
 TOKENS = 576
 SHARES = (0.5, 0.22, 0.11)
@@ -194,8 +195,7 @@ def main(
                         before = kept()
                         run(f"adaptive {contender:.0%}", pruned, {"energy": energies[contender], "min_tokens": 1})
                         mean = round((kept() - before) / (cell.requests * cell.images))
-                        fixed = {"energy": 0.5, "min_tokens": mean, "max_tokens": mean}
-                        run(f"fixed {contender:.0%}", pruned, fixed)
+                        run(f"fixed {contender:.0%}", pruned, exactly(mean))
                     rows = summarize(config, runs)
                     output.mkdir(exist_ok=True)
                     found = {"about": about() | settings | {"energies": energies}, "summary": rows, "runs": runs}

@@ -24,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Per-image vi
 Model = Annotated[str, typer.Option(help="Folder or hub id of a model that vLLM serves with this plugin.")]
 Device = Annotated[str, typer.Option(help="Where the vision tower runs: auto, cpu or cuda[:n].")]
 Dtype = Annotated[str, typer.Option(help="vLLM's --dtype: budgets may depend on it.")]
+Revision = Annotated[str | None, typer.Option(help="Of the hub's model.")]
 MinTokens = Annotated[int | None, typer.Option(help="Fewest tokens an image is cut down to.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens an image may keep.")]
 Scope = Annotated[str | None, typer.Option(help="What reaches the threshold: tile or image.")]
@@ -100,7 +101,7 @@ def calibrate(
     scope: Scope = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    revision: Annotated[str | None, typer.Option(help="Of the hub's model.")] = None,
+    revision: Revision = None,
     store: Annotated[Path, typer.Option(help="File that keeps each image's spectrum.")] = Path("spectra.jsonl"),
     histogram: Annotated[Path, typer.Option(help="Picture of the budgets.")] = Path("budgets.png"),
     table: Annotated[bool, typer.Option("--table", help="Also print mean budgets over thresholds.")] = False,
@@ -153,7 +154,7 @@ def explain(
     scope: Scope = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    revision: Annotated[str | None, typer.Option(help="Of the hub's model.")] = None,
+    revision: Revision = None,
     output: Annotated[Path, typer.Option(help="Picture that takes the explanation.")] = Path("explanation.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the decisions as JSON.")] = False,
 ) -> None:

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from eadaprune_vllm.demo.model import SPECIAL, byte_level, fast
 from eadaprune_vllm.demo.questions import CATEGORIES, questions
 from eadaprune_vllm.demo.scenes import COLOURS, SHAPES, SIDE, WORDS, Scene, make_scene
 
 PATCH = 14
 GRID = SIDE // PATCH
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-BOS, EOS, PAD, IMAGE = 1, 2, 3, 4
+_, BOS, EOS, PAD, IMAGE = range(len(SPECIAL) + 1)  # a trained tokenizer numbers them first
 NAMES = [*SHAPES, *map(str, range(10)), *WORDS]
 PAIRS = [(colour, name) for colour in COLOURS for name in SHAPES]
 PRESENT: list[Any] = [*PAIRS, *NAMES[len(SHAPES) :]]  # what the CLS token learns to tell
@@ -32,21 +32,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         for question in questions(make_scene(seed, held_out=False), random)
     ]
     texts += [f" {name}" for name in NAMES] * 20
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=512, special_tokens=SPECIAL, initial_alphabet=alphabet)
+        texts, trainers.BpeTrainer(vocab_size=512, special_tokens=[*SPECIAL, "<image>"], initial_alphabet=alphabet)
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=4096,
-    )
+    return fast(tokenizer)
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,18 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from data import GRID, IGNORED, Scenes, collate, make_tokenizer
-from huggingface_hub import save_torch_state_dict
 from learner import Learner
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from eadaprune_vllm.demo.model import hub_name, save_without_weights
+from eadaprune_vllm.demo.model import save_model
 from eadaprune_vllm.demo.questions import CATEGORIES
 
 
@@ -56,26 +56,20 @@ def accuracy(learner: Learner, tokenizer: PreTrainedTokenizerFast, scenes: int) 
     To be right under teacher forcing an answer's every token must be the likeliest after those before it, so that it
     is what greedy decoding says.
     """
-    loader = iter(DataLoader(Scenes(tokenizer, 0, GRID, held_out=True), batch_size=16, collate_fn=collate))
+    loader = DataLoader(Scenes(tokenizer, 0, GRID, held_out=True), batch_size=16, collate_fn=collate)
     right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
-    for _ in range(scenes // 16):
-        batch = next(loader)
+    for batch in islice(loader, scenes // 16):
         with torch.inference_mode():
             _, said = learner(batch, jitter=False)
         asked = batch.targets != IGNORED
-        scene = torch.arange(len(batch.targets))[:, None].expand_as(batch.targets)[asked]
-        keys = (scene * 1000 + batch.question[asked]).tolist()
-        for key in dict.fromkeys(keys):
-            own = torch.tensor([other == key for other in keys])
-            right[CATEGORIES[int(batch.category[asked][own][0])]].append(bool(said[own].all()))
+        scene, _ = asked.nonzero(as_tuple=True)
+        keys = zip(scene.tolist(), batch.question[asked].tolist(), batch.category[asked].tolist(), strict=True)
+        answers: dict[tuple[int, int, int], bool] = {}
+        for key, good in zip(keys, said.tolist(), strict=True):
+            answers[key] = answers.get(key, True) and good
+        for (_, _, category), good in answers.items():
+            right[CATEGORIES[category]].append(good)
     return {category: sum(found) / max(len(found), 1) for category, found in right.items()}
-
-
-def save(learner: Learner, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    config = learner.llava.config
-    save_without_weights(config, tokenizer, folder)
-    weights = {hub_name(name): weight.to(torch.bfloat16) for name, weight in learner.llava.state_dict().items()}
-    save_torch_state_dict(weights, folder)
 
 
 def main(
@@ -126,15 +120,15 @@ def main(
                     weight.copy_(master)
             done += 1
             for name, value in (losses | {"right": said.float().mean()}).items():
-                value = value.detach()
-                shown[name] = 0.95 * shown.get(name, float(value)) + 0.05 * float(value)
+                latest = float(value.detach())
+                shown[name] = 0.95 * shown.get(name, latest) + 0.05 * latest
             if done % 50 == 0:
                 seconds = time.monotonic() - start
                 print(f"{done}/{total} {seconds:.0f}s", {k: round(v, 3) for k, v in shown.items()}, flush=True)
         seed += stage.batch * steps
         print(f"after {stage}:", accuracy(learner, tokenizer, 128), flush=True)
     minutes = (time.monotonic() - start) / 60
-    save(learner, tokenizer, output)
+    save_model(learner.llava, tokenizer, output)
     found = {
         "minutes": minutes,
         "parameters": parameters,

@@ -26,7 +26,7 @@ from transformers import (
 
 SEED = 0
 IMAGE_SIZE, PATCH_SIZE = 336, 14
-_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -88,8 +88,18 @@ def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB", t
         vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
     model = random_model(LlavaForConditionalGeneration, config)
-    save_without_weights(config, tokenizer, folder)
-    weights = {hub_name(name): weight.to(config.dtype) for name, weight in model.state_dict().items()}
+    save_model(model, tokenizer, folder, max_shard_size)
+
+
+def save_model(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a checkpoint, in bfloat16 and with the hub's names of weights. Arguments are those of ``make_model``."""
+    save_without_weights(model.config, tokenizer, folder)
+    weights = {_hub_name(name): weight.to(model.config.dtype) for name, weight in model.state_dict().items()}
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
 
 
@@ -133,7 +143,7 @@ def random_model(model_class: Any, config: Any) -> Any:
     return model
 
 
-def hub_name(name: str) -> str:
+def _hub_name(name: str) -> str:
     """Names as in the checkpoints on the hub, which vLLM's loader knows; transformers 5 saves others."""
     for ours, theirs in (
         ("model.vision_tower.", "vision_tower.vision_model."),
@@ -157,14 +167,25 @@ def _scale(name: str, weight: torch.Tensor) -> float:
 def byte_tokenizer(*placeholders: str, vocab_size: int = 0) -> PreTrainedTokenizerFast:
     """Bytes as tokens, after the special ones and those that stand for images. Up to ``vocab_size`` the rest are words
     that no text is made into, so that whatever a model says can be read."""
-    special = [*_SPECIAL, *placeholders]
+    special = [*SPECIAL, *placeholders]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [f"w{number}" for number in range(vocab_size - len(special) - len(alphabet))]
     vocabulary = {token: index for index, token in enumerate(special + alphabet + words)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer = byte_level(models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return fast(tokenizer)
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A tokenizer that ``model`` cuts bytes together for."""
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return tokenizer
+
+
+def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The same as transformers takes it; it has the tokens ``SPECIAL``."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

@@ -81,18 +81,15 @@ def _yes_no(scene: Scene, random: np.random.Generator) -> _Asked:
     pairs = {(thing.colour, thing.name) for thing in scene.things if thing.kind == "shape"}
     if not pairs:
         return
-    colours, names = sorted({c for c, _ in pairs}), sorted({n for _, n in pairs})
     present = sorted(pairs)
+    colours, names = sorted({c for c, _ in pairs}), sorted({n for _, n in pairs})
     near = [(c, n) for c in colours for n in names if (c, n) not in pairs]
     absent = [(c, n) for c in COLOURS for n in SHAPES if (c, n) not in pairs]
     if not absent:
         return
-    for number in range(4):
-        some = absent if number == 3 or not near else near
-        colour, name = (present if number % 2 == 0 else some)[
-            random.integers(len(present if number % 2 == 0 else some))
-        ]
-        yield f"Is there a {colour} {name}?", "yes" if number % 2 == 0 else "no"
+    for answer, some in (("yes", present), ("no", near or absent), ("yes", present), ("no", absent)):
+        colour, name = some[random.integers(len(some))]
+        yield f"Is there a {colour} {name}?", answer
 
 
 _ASK: dict[str, Callable[[Scene, np.random.Generator], _Asked]] = {

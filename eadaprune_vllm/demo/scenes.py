@@ -38,7 +38,7 @@ PLACES = (
     ("bottom left", "bottom", "bottom right"),
 )
 DENSITIES = {"sparse": (1, 3), "medium": (4, 9), "dense": (10, 18), "crowded": (19, 30)}  # how many things
-_HELD_OUT_DIGITS = 300  # of 1797, the last ones
+_DIGITS, _TRAINING_DIGITS = 1797, 1497  # the last ones are held out
 _PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 _TEXTURES = ("brick", "grass", "gravel")
 _CLEAR = 10  # pixels from the border of a place within which no question asks for it
@@ -102,9 +102,8 @@ def make_scene(seed: int, held_out: bool, within: tuple[int, int, int, int] = (0
             name = str(random.choice(SHAPES))
             mask = _shape(name, round(height))
         elif kind == "digit":
-            held = _HELD_OUT_DIGITS if held_out else 0
-            number = int(random.integers(1797 - _HELD_OUT_DIGITS, 1797) if held else random.integers(1497))
-            name, mask = _digit(number, round(max(height, 30)))
+            first, end = (_TRAINING_DIGITS, _DIGITS) if held_out else (0, _TRAINING_DIGITS)
+            name, mask = _digit(int(random.integers(first, end)), round(max(height, 30)))
         else:
             name = str(random.choice(WORDS))
             mask = _word(name, round(min(max(height, 26), 44)))

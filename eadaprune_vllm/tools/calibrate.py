@@ -129,12 +129,13 @@ def encode(
 
 def _stored(store: Path, about: dict[str, Any]) -> dict[str, list[float]]:
     """By identity; the file is made if there is none. A line that an interruption left unfinished is dropped."""
-    lines = store.read_text().splitlines() if store.exists() else []
-    complete = [json.loads(line) for line in lines if line.endswith("}")]
-    header, entries = (complete[0], complete[1:]) if complete else (about, [])
+    text = store.read_text() if store.exists() else ""
+    complete = text[: text.rfind("\n") + 1] or json.dumps(about) + "\n"
+    header, *entries = map(json.loads, complete.splitlines())
     if header != about:
         raise ValueError(f"{store} holds spectra of {header}, not of {about}; choose another --store")
-    store.write_text("".join(json.dumps(line) + "\n" for line in [header, *entries]))
+    if complete != text:
+        store.write_text(complete)
     return {entry["identity"]: entry["needed_above"] for entry in entries}
 
 

@@ -79,9 +79,6 @@ class Results:
     correct: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
-    def where(self, attribute: str, value: str) -> NDArray[np.bool_]:
-        return np.array([getattr(question, attribute) == value for question in self.questions])
-
     def chance(self) -> dict[str, float]:
         """How often the most frequent answer of a category is right, by category."""
         answers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -93,6 +90,10 @@ class Results:
         """For each setting accuracy and mean tokens, overall and by category and group; and for fixed budgets by how
         much the adaptive one of the same mean is better, with 95 % intervals."""
         images = np.unique([question.image for question in self.questions], return_inverse=True)[1]
+        members: dict[str, dict[str, NDArray[np.bool_]]] = {}
+        for attribute in ("category", "group"):
+            values = np.array([getattr(question, attribute) for question in self.questions])
+            members[attribute] = {str(value): values == value for value in np.unique(values)}
         rows = []
         for setting in self.settings:
             correct, kept = self.correct[setting.name], self.kept[setting.name]
@@ -105,15 +106,15 @@ class Results:
                 "accuracy": float(correct.mean()),
                 "interval": interval(correct, images),
             }
-            for attribute in ("category", "group"):
+            for attribute, masks in members.items():
                 row[attribute] = {
                     value: {
-                        "questions": int((own := self.where(attribute, value)).sum()),
+                        "questions": int(own.sum()),
                         "accuracy": float(correct[own].mean()),
                         "interval": interval(correct[own], images[own]),
                         "mean_tokens": float(kept[own].mean()),
                     }
-                    for value in sorted({getattr(question, attribute) for question in self.questions})
+                    for value, own in masks.items()
                 }
             if setting.matched:
                 gain = self.correct[setting.matched].astype(float) - correct
@@ -183,7 +184,7 @@ def adaptive(energies: Iterable[float], selectors: Iterable[str]) -> list[Settin
 
 def fixed(tokens: Iterable[int], selectors: Iterable[str]) -> list[Setting]:
     return [
-        Setting(f"{count} tokens, {selector}", "fixed", _exactly(count, selector))
+        Setting(f"{count} tokens, {selector}", "fixed", exactly(count) | {"selector": selector})
         for selector, count in itertools.product(selectors, tokens)
     ]
 
@@ -195,12 +196,13 @@ def matched(results: Results) -> list[Setting]:
         if setting.kind == "adaptive":
             count = round(float(results.kept[setting.name].mean()))
             name = f"{count} tokens, {setting.selector} (as {setting.name})"
-            found.append(Setting(name, "fixed", _exactly(count, setting.selector), setting.name))
+            found.append(Setting(name, "fixed", exactly(count) | {"selector": setting.selector}, setting.name))
     return found
 
 
-def _exactly(count: int, selector: str) -> dict[str, Any]:
-    return {"energy": 0.5, "min_tokens": count, "max_tokens": count, "selector": selector}
+def exactly(count: int) -> dict[str, Any]:
+    """Options under which every image keeps that many tokens."""
+    return {"energy": 0.5, "min_tokens": count, "max_tokens": count}
 
 
 async def run(
@@ -236,10 +238,14 @@ async def run(
     try:
         model = model or (await client.models.list()).data[0].id
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
-            for name, settings in (("Asking", first), ("Asking at the means", None)):
-                todo = settings or (matched(results) if with_matched else [])
-                task = progress.add_task(name, total=len(todo) * len(results.questions))
-                await ask(client, model, results, todo, concurrency, partial(progress.advance, task), suffix)
+
+            async def under(name: str, settings: Sequence[Setting]) -> None:
+                task = progress.add_task(name, total=len(settings) * len(results.questions))
+                await ask(client, model, results, settings, concurrency, partial(progress.advance, task), suffix)
+
+            await under("Asking", first)
+            if with_matched:
+                await under("Asking at the means", matched(results))
     except* (APIError, OSError, RuntimeError) as errors:
         raise ValueError(str(errors.exceptions[0])) from None
 
@@ -251,7 +257,7 @@ async def ask(
     settings: Sequence[Setting],
     concurrency: int,
     progress: Callable[[], None],
-    suffix: str = "",
+    suffix: str,
 ) -> None:
     """Ask every question under every setting, greedily, and add what came of it to ``results``.
 

@@ -31,11 +31,8 @@ class OfflineModel:
         name_plugins([NAME])
         given = EngineArgs(model=model, dtype=dtype, revision=revision, mm_processor_kwargs={KEY: {"device": device}})
         config = given.create_engine_config()
-        self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self._processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
         self._processor.front_end = startup.front_end(config)
-        self._processor.front_end.place()
-        self._processor.warm_up()
 
     def examine(self, image: Image.Image, options: PruneOptions) -> Examined:
         """Raises:

@@ -89,7 +89,7 @@ def _yes_no(scene: Scene, random: np.random.Generator) -> _Asked:
         return
     for answer, some in (("yes", present), ("no", near or absent), ("yes", present), ("no", absent)):
         colour, name = some[random.integers(len(some))]
-        yield f"Is there a {colour} {name}?", answer
+        yield f"Is there {'an' if colour == 'orange' else 'a'} {colour} {name}?", answer
 
 
 _ASK: dict[str, Callable[[Scene, np.random.Generator], _Asked]] = {

@@ -129,13 +129,15 @@ def encode(
 
 def _stored(store: Path, about: dict[str, Any]) -> dict[str, list[float]]:
     """By identity; the file is made if there is none. A line that an interruption left unfinished is dropped."""
+    header = json.dumps(about) + "\n"
     text = store.read_text() if store.exists() else ""
-    complete = text[: text.rfind("\n") + 1] or json.dumps(about) + "\n"
-    header, *entries = map(json.loads, complete.splitlines())
-    if header != about:
-        raise ValueError(f"{store} holds spectra of {header}, not of {about}; choose another --store")
+    if not text.startswith(header) and not header.startswith(text):
+        first = text.partition("\n")[0][:300]
+        raise ValueError(f"{store} does not hold spectra of {about}: it begins with {first!r}; choose another --store")
+    complete = text[: text.rfind("\n") + 1] or header
     if complete != text:
         store.write_text(complete)
+    entries = map(json.loads, complete.splitlines()[1:])
     return {entry["identity"]: entry["needed_above"] for entry in entries}
 
 

@@ -1,10 +1,11 @@
 """How the front end's cost and memory grow:  python benchmarks/growth.py
 
-Real servers of the embedded model, with one API server and with two. Every image is a new one.
+Real servers of the embedded model: with one API server, with two, and without vLLM's processor cache, which keeps
+placeholders of every image it has seen up to a limit. Every image is a new one.
 
 - cost: what encoding and pruning take per image, and how long that waits for others, at several concurrencies and
   images per request
-- memory: of the front end, over ten thousand requests
+- memory: of a single front end, over ten thousand requests
 
 Writes ``growth.json`` and ``growth.png``.
 """
@@ -30,7 +31,13 @@ from eadaprune_vllm.demo.model import demo_model
 from eadaprune_vllm.demo.server import Server
 
 FLAGS = ["--plugin", "eadaprune", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 4}']
-API_SERVERS, CONCURRENCY, IMAGES = (1, 2), (1, 4, 16), (1, 4)
+SERVERS = {
+    "1 API server": ["--api-server-count", "1"],
+    "2 API servers": ["--api-server-count", "2"],
+    "no processor cache": ["--mm-processor-cache-gb", "0"],
+}
+WATCHED = ("1 API server", "no processor cache")
+CONCURRENCY, IMAGES = (1, 4, 16), (1, 4)
 STAGES = ("encode", "spectrum", "select")
 
 
@@ -40,32 +47,39 @@ def stages(server: Server) -> dict[str, float]:
     return found | {"images": server.metric("eadaprune_images_total")}
 
 
+def watch(bench: Bench, server: Server, requests: int, console: Console) -> list[tuple[int, float]]:
+    """How many requests there were, and MiB resident in the front end, at the start and after each tenth of them."""
+    found = []
+    for part in range(11):
+        if part:
+            bench.run(server, Cell(1, 16, requests // 10), None)
+        resident = psutil.Process(server.process.pid).memory_info().rss
+        found.append((part * requests // 10, resident / 2**20))
+        console.print(f"{found[-1][0]} requests: {found[-1][1]:.0f} MiB")
+    return found
+
+
 def main(
     requests: Annotated[int, typer.Option(help="Over which memory is watched.")] = 10_000,
     output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
 ) -> None:
-    console, rows, memory = Console(), list[dict[str, Any]](), list[tuple[int, float]]()
+    console, rows, memory = Console(), list[dict[str, Any]](), dict[str, list[tuple[int, float]]]()
     with tempfile.TemporaryDirectory() as name:
-        folder, model = Path(name), demo_model()
-        bench = Bench(folder, model, output_tokens=4)
-        for count in API_SERVERS:
-            flags = [*FLAGS, "--api-server-count", str(count), "--allowed-local-media-path", name]
-            with Server(folder / "log", model, *flags) as server:
+        folder = Path(name)
+        bench = Bench(folder, demo_model(), output_tokens=4)
+        for setting, own in SERVERS.items():
+            with Server(folder / "log", demo_model(), *FLAGS, *own, "--allowed-local-media-path", name) as server:
                 bench.run(server, Cell(4, 16, 16), None)  # set up once, for nothing
                 for images, concurrency in itertools.product(IMAGES, CONCURRENCY):
                     before = stages(server)
                     found = bench.run(server, Cell(images, concurrency, 48), None)
                     spent = {name: value - before[name] for name, value in stages(server).items()}
                     each = {stage: 1000 * spent[stage] / spent["images"] for stage in STAGES}
-                    row = {"api_servers": count, "images": images, "concurrency": concurrency}
+                    row = {"server": setting, "images": images, "concurrency": concurrency}
                     rows.append(row | each | {"images_per_second": found["requests_per_second"] * images})
                     console.print(rows[-1])
-                while count == 1 and len(memory) < 11:
-                    resident = psutil.Process(server.process.pid).memory_info().rss
-                    memory.append((len(memory) * requests // 10, resident / 2**20))
-                    console.print(f"{memory[-1][0]} requests: {memory[-1][1]:.0f} MiB")
-                    if len(memory) < 11:
-                        bench.run(server, Cell(1, 16, requests // 10), None)
+                if setting in WATCHED:
+                    memory[setting] = watch(bench, server, requests, console)
     table = Table(title="Milliseconds per image in the front end")
     for heading in rows[0]:
         table.add_column(heading, justify="right")
@@ -76,8 +90,10 @@ def main(
     text = json.dumps({"about": about(), "cost": rows, "memory": memory}, indent=1)
     (output / "growth.json").write_text(text + "\n")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*memory, strict=True), marker="o")
+    for setting, points in memory.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=setting)
     axes.set_ylim(0)
+    axes.legend()
     axes.set_xlabel("requests, each with an image of its own")
     axes.set_ylabel("MiB resident in the front end")
     figure.savefig(output / "growth.png", dpi=100)

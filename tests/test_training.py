@@ -1,6 +1,8 @@
 """The training of the embedded model: what it shows the model is what a server will."""
 
+import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def learner(tokenizer: PreTrainedTokenizerFast) -> Learner:
     torch.manual_seed(0)
     return Learner(tokenizer).eval()
+
+
+@pytest.fixture(scope="module")
+def model(learner: Learner) -> Any:
+    """The same weights, computed by transformers alone."""
+    model = copy.deepcopy(learner.llava)
+    model.set_attn_implementation("sdpa")
+    return model.model
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +53,17 @@ def test_a_window_is_a_cut_of_the_whole_grid(tokenizer: PreTrainedTokenizerFast)
     assert (rows[1:] - rows[:-1] == GRID).all()
 
 
-def test_the_tower_is_what_a_server_runs(learner: Learner, batch: Sample) -> None:
+def test_the_tower_is_what_a_server_runs(learner: Learner, model: Any, batch: Sample) -> None:
     """Without heads and windows it is transformers' own."""
     pixels = (batch.pixels / 255 - learner.mean) / learner.std
     with torch.inference_mode():
         features, _ = learner.tower(batch.pixels, batch.patches)
-        reference = learner.llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        reference = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     torch.testing.assert_close(features, reference, atol=1e-4, rtol=1e-4)
 
 
 def test_a_question_sees_the_image_and_itself(
-    learner: Learner, batch: Sample, tokenizer: PreTrainedTokenizerFast
+    learner: Learner, model: Any, batch: Sample, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Its answer is that of a prompt of its own, and does not depend on the other questions."""
     own = (batch.question[0] == 3) & (batch.targets[0] != IGNORED)
@@ -66,7 +76,7 @@ def test_a_question_sees_the_image_and_itself(
         together = learner.llava.lm_head(learner._language(image, one, jitter=False)[0])[own][0]
         embed = learner.llava.model.language_model.embed_tokens
         alone = torch.cat((embed(learner.prefix)[None], image, embed(prompt)[None]), 1)
-        hidden = learner.llava.model.language_model(inputs_embeds=alone).last_hidden_state[0, -1]
+        hidden = model.language_model(inputs_embeds=alone).last_hidden_state[0, -1]
         expected = learner.llava.lm_head(hidden)
     torch.testing.assert_close(together, expected, atol=1e-3, rtol=1e-3)
     assert tokenizer.decode(prompt).endswith("ASSISTANT:")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eadaprune_vllm.demo.model import SPECIAL, byte_level, fast
 from eadaprune_vllm.demo.questions import CATEGORIES, questions
-from eadaprune_vllm.demo.scenes import COLOURS, SHAPES, SIDE, WORDS, Scene, make_scene
+from eadaprune_vllm.demo.scenes import COLOURS, SHAPES, SIDE, WORDS, Scene, Thing, make_scene
 
 PATCH = 14
 GRID = SIDE // PATCH
@@ -54,6 +54,8 @@ class Sample:
         question: ``[T]``, number of the question that a token is of, -1 for padding.
         position: ``[T]``, within that question.
         category: ``[T]``, index into ``CATEGORIES``.
+        last: ``[Q]``, which token is the last before a question's answer.
+        about: ``[Q, N]``, whether a patch shows what a question is about.
     """
 
     pixels: torch.Tensor
@@ -66,6 +68,8 @@ class Sample:
     question: torch.Tensor
     position: torch.Tensor
     category: torch.Tensor
+    last: torch.Tensor
+    about: torch.Tensor
 
 
 class Scenes(IterableDataset[Sample]):
@@ -90,17 +94,22 @@ class Scenes(IterableDataset[Sample]):
         window = slice(top, bottom), slice(left, right)
         names, colours = torch.zeros(2, GRID, GRID, dtype=torch.long)
         for thing in scene.things:
-            x0, y0, x1, y1 = (edge / PATCH for edge in thing.box)
-            inside = slice(round(y0), max(round(y1), round(y0) + 1)), slice(round(x0), max(round(x1), round(x0) + 1))
+            inside = _patches(thing)
             names[inside], colours[inside] = 1 + NAMES.index(thing.name), 1 + list(COLOURS).index(thing.colour)
         has: set[Any] = {(t.colour, t.name) if t.kind == "shape" else t.name for t in scene.things}
         columns: dict[str, list[int]] = {key: [] for key in ("tokens", "targets", "question", "position", "category")}
-        for number, question in enumerate(questions(scene, random)):
-            asked = self._ids(f"\n{question.text} ASSISTANT:")
+        asked = questions(scene, random)
+        about = torch.zeros(len(asked), GRID, GRID, dtype=torch.bool)
+        last = []
+        for number, question in enumerate(asked):
+            for thing in question.about:
+                about[number][_patches(thing)] = True
+            prompt = self._ids(f"\n{question.text} ASSISTANT:")
             answer = [*self._ids(f" {question.answer}"), EOS]
-            length = len(asked) + len(answer)
-            columns["tokens"] += asked + answer
-            columns["targets"] += [IGNORED] * (len(asked) - 1) + answer + [IGNORED]
+            length = len(prompt) + len(answer)
+            last.append(len(columns["tokens"]) + len(prompt) - 1)
+            columns["tokens"] += prompt + answer
+            columns["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
             columns["question"] += [number] * length
             columns["position"] += range(length)
             columns["category"] += [CATEGORIES.index(question.category)] * length
@@ -110,15 +119,23 @@ class Scenes(IterableDataset[Sample]):
             names[window].flatten(),
             colours[window].flatten(),
             torch.tensor([float(each in has) for each in PRESENT]),
-            *(torch.tensor(column) for column in columns.values()),
+            **{name: torch.tensor(column) for name, column in columns.items()},
+            last=torch.tensor(last),
+            about=about[:, *window].flatten(1),
         )
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def _patches(thing: Thing) -> tuple[slice, slice]:
+    """Rows and columns that it covers, at least one."""
+    x0, y0, x1, y1 = (round(edge / PATCH) for edge in thing.box)
+    return slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
+
+
 def collate(samples: list[Sample]) -> Sample:
-    padding = {"tokens": PAD, "targets": IGNORED, "question": -1, "position": 0, "category": -1}
+    padding = {"tokens": PAD, "targets": IGNORED, "question": -1, "position": 0, "category": -1, "last": 0, "about": 0}
     columns = {name: [getattr(sample, name) for sample in samples] for name in Sample.__dataclass_fields__}
     return Sample(
         **{

@@ -46,7 +46,7 @@ class Stage:
     steps: int
 
 
-STAGES = (Stage(12, 48, 1500), Stage(GRID, 16, 1500))
+STAGES = (Stage(12, 48, 1200), Stage(GRID, 16, 1100))
 RATE, WARM_UP, DECAY = 1.5e-3, 100, 0.02
 
 

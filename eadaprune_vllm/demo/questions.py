@@ -15,9 +15,14 @@ CATEGORIES = ("count", "colour", "position", "digit", "word", "yes/no")
 
 @dataclass(frozen=True)
 class Question:
+    """Attributes:
+    about: the things whose looks give the answer; none where it is that there is no such thing.
+    """
+
     category: str
     text: str
     answer: str
+    about: tuple[Thing, ...]
 
 
 def questions(scene: Scene, random: np.random.Generator, each: int = 2) -> list[Question]:
@@ -26,40 +31,41 @@ def questions(scene: Scene, random: np.random.Generator, each: int = 2) -> list[
     for category, ask in _ASK.items():
         candidates = list(ask(scene, random))
         for index in random.permutation(len(candidates))[:each]:
-            text, answer = candidates[index]
-            found.append(Question(category, text, answer))
+            text, answer, about = candidates[index]
+            found.append(Question(category, text, answer, tuple(about)))
     return found
 
 
-_Asked = Iterator[tuple[str, str]]
+_Asked = Iterator[tuple[str, str, list[Thing]]]
 
 
 def _count(scene: Scene, random: np.random.Generator) -> _Asked:
     """One for each number of things that the scene has an example of, so that no answer is much likelier."""
     shapes = [thing for thing in scene.things if thing.kind == "shape"]
-    by_answer: dict[int, list[str]] = {}
+    by_answer: dict[int, list[tuple[str, list[Thing]]]] = {}
     for plural, group in (
         *((_plural(name), [t for t in shapes if t.name == name]) for name in SHAPES),
         *((f"{colour} shapes", [t for t in shapes if t.colour == colour]) for colour in COLOURS),
     ):
         if len(group) <= 6:
-            by_answer.setdefault(len(group), []).append(plural)
-    for number, plurals in by_answer.items():
-        yield f"How many {random.choice(plurals)} are there?", str(number)
+            by_answer.setdefault(len(group), []).append((plural, group))
+    for number, groups in by_answer.items():
+        plural, group = groups[random.integers(len(groups))]
+        yield f"How many {plural} are there?", str(number), group
 
 
 def _colour(scene: Scene, random: np.random.Generator) -> _Asked:
     names = Counter((thing.kind, thing.name) for thing in scene.things)
     for thing in scene.things:
         if names[thing.kind, thing.name] == 1:
-            yield f"What colour is the {_noun(thing)}?", thing.colour
+            yield f"What colour is the {_noun(thing)}?", thing.colour, [thing]
 
 
 def _position(scene: Scene, random: np.random.Generator) -> _Asked:
     names = Counter((thing.kind, thing.name, thing.colour) for thing in scene.things)
     for thing in scene.things:
         if thing.place and names[thing.kind, thing.name, thing.colour] == 1:
-            yield f"Where is the {thing.colour} {_noun(thing)}?", thing.place
+            yield f"Where is the {thing.colour} {_noun(thing)}?", thing.place, [thing]
 
 
 def _read(kind: str) -> Callable[[Scene, np.random.Generator], _Asked]:
@@ -69,9 +75,9 @@ def _read(kind: str) -> Callable[[Scene, np.random.Generator], _Asked]:
         colours = Counter(thing.colour for thing in group)
         for thing in group:
             if colours[thing.colour] == 1:
-                yield f"What is the {thing.colour} {kind}?", thing.name
+                yield f"What is the {thing.colour} {kind}?", thing.name, [thing]
             if thing.place and places[None] == 0 and places[thing.place] == 1:
-                yield f"What is the {kind} at the {thing.place}?", thing.name
+                yield f"What is the {kind} at the {thing.place}?", thing.name, [thing]
 
     return ask
 
@@ -89,7 +95,8 @@ def _yes_no(scene: Scene, random: np.random.Generator) -> _Asked:
         return
     for answer, some in (("yes", present), ("no", near or absent), ("yes", present), ("no", absent)):
         colour, name = some[random.integers(len(some))]
-        yield f"Is there {'an' if colour == 'orange' else 'a'} {colour} {name}?", answer
+        about = [thing for thing in scene.things if (thing.colour, thing.name) == (colour, name)]
+        yield f"Is there {'an' if colour == 'orange' else 'a'} {colour} {name}?", answer, about
 
 
 _ASK: dict[str, Callable[[Scene, np.random.Generator], _Asked]] = {

@@ -133,7 +133,7 @@ def _stored(store: Path, about: dict[str, Any]) -> dict[str, list[float]]:
     text = store.read_text() if store.exists() else ""
     if not text.startswith(header) and not header.startswith(text):
         first = text.partition("\n")[0][:300]
-        raise ValueError(f"{store} does not hold spectra of {about}: it begins with {first!r}; choose another --store")
+        raise ValueError(f"choose another --store: {store} begins with {first!r}, and not with {about}")
     complete = text[: text.rfind("\n") + 1] or header
     if complete != text:
         store.write_text(complete)

@@ -86,7 +86,7 @@ def test_calibrate_refuses_what_it_cannot_do(model: Path, folder: Path, tmp_path
     notes = tmp_path / "notes.txt"
     notes.write_text("not to be lost")
     strange = [*arguments[:-1], notes]
-    assert "it begins with 'not to be lost'" in run(*strange, "--target-tokens", 20, status=2).stderr
+    assert "choose another --store" in run(*strange, "--target-tokens", 20, status=2).stderr
     assert notes.read_text() == "not to be lost"
     bad = run(*arguments, "--target-tokens", 20, "--min-tokens", 0, status=2).stderr
     assert "options.min_tokens=0 is not allowed; it must be an integer at least 1" in bad

@@ -65,10 +65,10 @@ def main(
 ) -> None:
     console, rows, memory = Console(), list[dict[str, Any]](), dict[str, list[tuple[int, float]]]()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bench = Bench(folder, demo_model(), output_tokens=4)
+        folder, model = Path(name), demo_model()
+        bench = Bench(folder, model, output_tokens=4)
         for setting, own in SERVERS.items():
-            with Server(folder / "log", demo_model(), *FLAGS, *own, "--allowed-local-media-path", name) as server:
+            with Server(folder / "log", model, *FLAGS, *own, "--allowed-local-media-path", name) as server:
                 bench.run(server, Cell(4, 16, 16), None)  # set up once, for nothing
                 for images, concurrency in itertools.product(IMAGES, CONCURRENCY):
                     before = stages(server)

@@ -73,7 +73,8 @@ def test_a_question_sees_the_image_and_itself(
         features, _ = learner.tower(batch.pixels[:1], batch.patches[:1])
         image = learner.llava.model.multi_modal_projector(features)
         one = Sample(*(getattr(batch, f.name)[:1] for f in dataclasses.fields(batch)))
-        together = learner.llava.lm_head(learner._language(image, one, jitter=False)[0])[own][0]
+        states, _ = learner._language(image, one, jitter=False)
+        together = learner.llava.lm_head(states[0])[own][0]
         embed = learner.llava.model.language_model.embed_tokens
         alone = torch.cat((embed(learner.prefix)[None], image, embed(prompt)[None]), 1)
         hidden = model.language_model(inputs_embeds=alone).last_hidden_state[0, -1]

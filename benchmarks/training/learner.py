@@ -1,5 +1,6 @@
 """The embedded model while it learns."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def plain_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Matrix products and a softmax, ``[B, H, N, D]`` to ``[B, N, H, D]``: at the lengths of this model and on a CPU a
-    third to a half of the time of torch's fused attention and its gradient."""
+    third to a half of the time of torch's fused attention and its gradient. Transformers' own, ``eager``, has the
+    softmax in float32, which makes a step on whole scenes twice as long."""
     scores = query * scaling @ key.transpose(2, 3)
     if mask is not None:
         scores = scores + mask
@@ -80,9 +82,6 @@ class Learner(torch.nn.Module):
         self.names = torch.nn.Linear(width, 1 + len(NAMES))
         self.colours = torch.nn.Linear(width, 1 + len(COLOURS))
         self.present = torch.nn.Linear(width, len(PRESENT))
-        self.looks: list[torch.Tensor] = []
-        for layer in self.llava.model.language_model.layers[1:3]:
-            layer.self_attn.register_forward_hook(lambda module, arguments, out: self.looks.append(out[1]))
         prefix = tokenizer("USER: ", add_special_tokens=False).input_ids
         self.prefix = torch.tensor([BOS, *prefix])
         self.mean, self.std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
@@ -110,27 +109,28 @@ class Learner(torch.nn.Module):
             logits = getattr(self, name)(features).flatten(0, 1).float()
             losses[name] = (F.cross_entropy(logits, labels.flatten(), reduction="none") * weight).mean()
         losses["present"] = F.binary_cross_entropy_with_logits(self.present(cls).float(), batch.present)
-        hidden = self._language(self.llava.model.multi_modal_projector(features), batch, jitter)
+        hidden, attentions = self._language(self.llava.model.multi_modal_projector(features), batch, jitter)
         asked = batch.targets != IGNORED
         logits = self.llava.lm_head(hidden[asked]).float()
         losses["answers"] = F.cross_entropy(logits, batch.targets[asked])
-        losses["looks"] = self._looks(batch)
+        losses["looks"] = self._looks(attentions[1:3], batch)
         return losses, logits.argmax(-1) == batch.targets[asked]
 
-    def _looks(self, batch: Sample) -> torch.Tensor:
-        """How little the first head of the middle layers attends, before it answers, to what a question is about."""
+    def _looks(self, attentions: Sequence[torch.Tensor], batch: Sample) -> torch.Tensor:
+        """How little the first head of these layers attends, before it answers, to what a question is about."""
         first, scenes = len(self.prefix), torch.arange(len(batch.last))[:, None]
         known = batch.about.any(-1)
         losses = []
-        for weights in self.looks:
+        for weights in attentions:
             image = weights[:, 0, :, first : first + batch.about.shape[-1]]
             rows = image[scenes, first + batch.about.shape[-1] + batch.last].float()
             losses.append(-((rows * batch.about).sum(-1)[known] + 1e-6).log().mean())
         return torch.stack(losses).mean()
 
-    def _language(self, image: torch.Tensor, batch: Sample, jitter: bool) -> torch.Tensor:
-        """Hidden states of the questions' tokens, ``[B, T, D]``."""
-        self.looks.clear()
+    def _language(
+        self, image: torch.Tensor, batch: Sample, jitter: bool
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Hidden states of the questions' tokens, ``[B, T, D]``, and of each layer what all tokens attend to."""
         model, size, first, count = self.llava.model.language_model, len(image), len(self.prefix), image.shape[1]
         prefix = model.embed_tokens(self.prefix).expand(size, -1, -1)
         embeddings = torch.cat((prefix, image, model.embed_tokens(batch.tokens)), 1)
@@ -150,6 +150,11 @@ class Learner(torch.nn.Module):
         causal = torch.ones(member.shape[1], member.shape[1], dtype=torch.bool).tril()
         sees = causal & ((member[:, None] == -2) | (member[:, None] == member[:, :, None]))
         mask = torch.zeros(sees.shape, dtype=image.dtype).masked_fill(~sees, -torch.inf)[:, None]
-        out = model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden: torch.Tensor = out.last_hidden_state[:, first + count :]
-        return hidden
+        out = model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            output_attentions=True,
+        )
+        return out.last_hidden_state[:, first + count :], out.attentions

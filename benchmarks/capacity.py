@@ -1,14 +1,15 @@
 """How many requests fit into the KV cache, unpruned and pruned:  python benchmarks/capacity.py
 
-vLLM's engine in this process, the embedded model, a KV cache of few blocks. Requests are added until one more would
-be preempted, by the engine's own count, and compared with the arithmetic: a request of P prompt tokens that generates
-G holds ceil((P + G - 1) / block size) blocks in the end, and one block of the cache is vLLM's own. Fails if they
-differ. Writes ``capacity.json``.
+vLLM's engine in this process, a small model with random weights, a KV cache of few blocks. Requests are added until
+one more would be preempted, by the engine's own count, and compared with the arithmetic: a request of P prompt tokens
+that generates G holds ceil((P + G - 1) / block size) blocks in the end, and one block of the cache is vLLM's own.
+Fails if they differ. Writes ``capacity.json``.
 """
 
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm import LLM, SamplingParams
 
-from eadaprune_vllm.demo.model import demo_model
+from eadaprune_vllm.demo.model import make_model
 
 PROMPT = "<s>USER: <image>\nWhat is it? ASSISTANT:"
 TOKENS, GENERATED, BLOCK_SIZE, BLOCKS = 576, 48, 32, 161
@@ -55,7 +56,9 @@ def run(llm: LLM, requests: int, tokens: int) -> dict[str, Any]:
 def main(output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS) -> None:
     settings: dict[str, Any] = {"enforce_eager": True, "dtype": "bfloat16", "block_size": BLOCK_SIZE}
     settings |= {"max_model_len": 2048, "max_num_batched_tokens": 16384, "num_gpu_blocks_override": BLOCKS}
-    llm = LLM(str(demo_model()), disable_log_stats=True, **settings)
+    with tempfile.TemporaryDirectory() as name:
+        make_model(Path(name) / "model")
+        llm = LLM(f"{name}/model", disable_log_stats=True, **settings)
     rows = []
     for share in SHARES:
         tokens = round(share * TOKENS)

@@ -1,7 +1,7 @@
 """How the front end's cost and memory grow:  python benchmarks/growth.py
 
-Real servers of the embedded model: with one API server, with two, and without vLLM's processor cache, which keeps
-placeholders of every image it has seen up to a limit. Every image is a new one.
+Real servers of a small model with random weights: with one API server, with two, and without vLLM's processor cache,
+which keeps placeholders of every image it has seen up to a limit. Every image is a new one.
 
 - cost: what encoding and pruning take per image, and how long that waits for others, at several concurrencies and
   images per request
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from serving import Bench, Cell
 
-from eadaprune_vllm.demo.model import demo_model
+from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import Server
 
 FLAGS = ["--plugin", "eadaprune", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 4}']
@@ -65,7 +65,8 @@ def main(
 ) -> None:
     console, rows, memory = Console(), list[dict[str, Any]](), dict[str, list[tuple[int, float]]]()
     with tempfile.TemporaryDirectory() as name:
-        folder, model = Path(name), demo_model()
+        folder, model = Path(name), Path(name) / "model"
+        make_model(model)
         bench = Bench(folder, model, output_tokens=4)
         for setting, own in SERVERS.items():
             with Server(folder / "log", model, *FLAGS, *own, "--allowed-local-media-path", name) as server:

@@ -85,6 +85,19 @@ def test_every_answer_is_right_and_the_only_one(scenes: list[Scene]) -> None:
     assert min(seen.values()) > 100
 
 
+def test_a_question_is_about_what_gives_its_answer(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        for question in ask(scene):
+            if question.category == "count":
+                assert len(question.about) == int(question.answer)
+            elif question.category == "yes/no":
+                assert bool(question.about) == (question.answer == "yes")
+            else:
+                (thing,) = question.about
+                assert question.answer in (thing.colour, thing.place, thing.name)
+            assert set(question.about) <= set(scene.things)
+
+
 def test_no_answer_is_much_likelier_than_others(scenes: list[Scene]) -> None:
     answers = {category: Counter[str]() for category in CATEGORIES}
     for scene in scenes:

@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
 import torch
-from data import GRID, IGNORED, NAMES, Sample, Scenes, collate, make_tokenizer
+from data import GRID, IGNORED, NAMES, PATCH, Sample, Scenes, collate, make_tokenizer
 from learner import Learner
 from transformers import PreTrainedTokenizerFast
 
@@ -43,6 +44,24 @@ def test_labels_lie_where_things_are(batch: Sample) -> None:
         for thing in make_scene(10 + number, held_out=False).things:
             x, y = ((thing.box[i] + thing.box[i + 2]) / 2 / SIDE * GRID for i in (0, 1))
             assert NAMES[names[int(y), int(x)] - 1] == thing.name
+            assert batch.centres[number].view(GRID, GRID)[int(y), int(x)] == 1
+    assert batch.centres.sum() <= sum(len(make_scene(10 + number, held_out=False).things) for number in range(2))
+
+
+def test_letters_are_those_of_words_from_left_to_right(tokenizer: PreTrainedTokenizerFast) -> None:
+    seen = 0
+    for seed in range(40):
+        letters = next(iter(Scenes(tokenizer, seed, GRID))).letters.view(GRID, GRID, 26)
+        for thing in make_scene(seed, held_out=False).things:
+            if thing.kind == "word":
+                seen += 1
+                row = letters[(thing.box[1] + thing.box[3]) // 2 // PATCH]
+                ends = thing.box[0] // PATCH, (thing.box[2] - 1) // PATCH
+                found = row[ends[0] : ends[1] + 1].argmax(-1)[row[ends[0] : ends[1] + 1].any(-1)]
+                assert {ascii_lowercase[index] for index in found} <= set(thing.name)
+                assert row[:, ascii_lowercase.index(thing.name[0])][ends[0] : ends[0] + 3].any()
+                assert row[:, ascii_lowercase.index(thing.name[-1])][ends[1] - 2 : ends[1] + 1].any()
+    assert seen > 20
 
 
 def test_a_window_is_a_cut_of_the_whole_grid(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageFont
 from tokenizers import models, pre_tokenizers, trainers
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
@@ -48,6 +51,8 @@ class Sample:
         pixels: ``[3, H, W]`` uint8.
         patches: ``[N]``, which of the whole scene's patches these are.
         names, colours: ``[N]``, what each patch shows, 0 for nothing.
+        letters: ``[N, 26]``, whether a patch shows some of that letter of a word.
+        centres: ``[N]``, whether the middle of a thing is there.
         present: ``[len(PRESENT)]``, whether the scene has it.
         tokens: ``[T]``, questions with their answers one after the other.
         targets: ``[T]``, the token to come where it is part of an answer.
@@ -62,6 +67,8 @@ class Sample:
     patches: torch.Tensor
     names: torch.Tensor
     colours: torch.Tensor
+    letters: torch.Tensor
+    centres: torch.Tensor
     present: torch.Tensor
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -92,10 +99,15 @@ class Scenes(IterableDataset[Sample]):
     def _sample(self, scene: Scene, within: tuple[int, int, int, int], random: np.random.Generator) -> Sample:
         left, top, right, bottom = (edge // PATCH for edge in within)
         window = slice(top, bottom), slice(left, right)
-        names, colours = torch.zeros(2, GRID, GRID, dtype=torch.long)
+        names, colours, centres = torch.zeros(3, GRID, GRID, dtype=torch.long)
+        letters = torch.zeros(GRID, GRID, len(ascii_lowercase))
         for thing in scene.things:
-            inside = _patches(thing)
+            inside = _patches(thing.box)
             names[inside], colours[inside] = 1 + NAMES.index(thing.name), 1 + list(COLOURS).index(thing.colour)
+            x, y = ((thing.box[i] + thing.box[i + 2]) // 2 // PATCH for i in (0, 1))
+            centres[y, x] = 1
+            for letter, box in _letters(thing):
+                letters[*_patches(box), ascii_lowercase.index(letter)] = 1
         has: set[Any] = {(t.colour, t.name) if t.kind == "shape" else t.name for t in scene.things}
         columns: dict[str, list[int]] = {key: [] for key in ("tokens", "targets", "question", "position", "category")}
         asked = questions(scene, random)
@@ -103,9 +115,9 @@ class Scenes(IterableDataset[Sample]):
         last = []
         for number, question in enumerate(asked):
             for thing in question.about:
-                about[number][_patches(thing)] = True
-            prompt = self._ids(f"\n{question.text} ASSISTANT:")
-            answer = [*self._ids(f" {question.answer}"), EOS]
+                about[number][_patches(thing.box)] = True
+            prompt = _ids(self.tokenizer, f"\n{question.text} ASSISTANT:")
+            answer = [*_ids(self.tokenizer, f" {question.answer}"), EOS]
             length = len(prompt) + len(answer)
             last.append(len(columns["tokens"]) + len(prompt) - 1)
             columns["tokens"] += prompt + answer
@@ -118,20 +130,40 @@ class Scenes(IterableDataset[Sample]):
             torch.arange(GRID**2).view(GRID, GRID)[window].flatten(),
             names[window].flatten(),
             colours[window].flatten(),
+            letters[window].flatten(0, 1),
+            centres[window].flatten().float(),
             torch.tensor([float(each in has) for each in PRESENT]),
             **{name: torch.tensor(column) for name, column in columns.items()},
             last=torch.tensor(last),
             about=about[:, *window].flatten(1),
         )
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+@cache  # texts recur
+def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _patches(thing: Thing) -> tuple[slice, slice]:
+def _patches(box: tuple[float, float, float, float]) -> tuple[slice, slice]:
     """Rows and columns that it covers, at least one."""
-    x0, y0, x1, y1 = (round(edge / PATCH) for edge in thing.box)
+    x0, y0, x1, y1 = (round(edge / PATCH) for edge in box)
     return slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
+
+
+def _letters(thing: Thing) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
+    """A word's letters, and where they are."""
+    if thing.kind == "word":
+        left, top, right, bottom = thing.box
+        edges = [left + (right - left) * edge for edge in _edges(thing.name)]
+        for letter, start, end in zip(thing.name, edges, edges[1:], strict=False):
+            yield letter, (start, top, end, bottom)
+
+
+@cache
+def _edges(word: str) -> list[float]:
+    """Where its letters start and the last one ends, as shares of its width."""
+    font = ImageFont.load_default(100)
+    return [font.getlength(word[:count]) / font.getlength(word) for count in range(len(word) + 1)]
 
 
 def collate(samples: list[Sample]) -> Sample:

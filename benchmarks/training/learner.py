@@ -1,6 +1,7 @@
 """The embedded model while it learns."""
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from eadaprune_vllm.demo.scenes import COLOURS, SIDE
+from eadaprune_vllm.demo.scenes import COLOURS, PLACES, SIDE
+
+THIRDS = len(PLACES)  # a scene has as many rows and columns of places
 
 
 def make_config(vocab_size: int) -> LlavaConfig:
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=192,
-            intermediate_size=576,
+            hidden_size=144,
+            intermediate_size=432,
             num_hidden_layers=7,
             num_attention_heads=3,
             image_size=SIDE,
@@ -32,11 +35,11 @@ def make_config(vocab_size: int) -> LlavaConfig:
         ),
         text_config=LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            num_key_value_heads=3,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
             max_position_embeddings=4096,
             bos_token_id=BOS,
             eos_token_id=EOS,
@@ -48,7 +51,7 @@ def make_config(vocab_size: int) -> LlavaConfig:
     )
 
 
-def plain_attention(
+def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -56,18 +59,36 @@ def plain_attention(
     mask: torch.Tensor | None,
     scaling: float,
     **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrix products and a softmax, ``[B, H, N, D]`` to ``[B, N, H, D]``: at the lengths of this model and on a CPU a
-    third to a half of the time of torch's fused attention and its gradient. Transformers' own, ``eager``, has the
-    softmax in float32, which makes a step on whole scenes twice as long."""
-    scores = query * scaling @ key.transpose(2, 3)
-    if mask is not None:
-        scores = scores + mask
-    weights = scores.softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``[B, H, N, D]`` to ``[B, N, H, D]``, and, where a mask tells that it is the language model, what the first head
+    attends to, ``[B, 1, N, N]``. All heads' would need the weights that fused attention never makes."""
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
+    if mask is None:
+        return out, None
+    return out, (query[:, :1] * scaling @ key[:, :1].mT + mask).softmax(-1)
 
 
-AttentionInterface.register("plain", plain_attention)
+AttentionInterface.register("first_head_shown", attention)
+
+
+def _initialize(tower: torch.nn.Module) -> None:
+    """Where each patch is, as sines and cosines, and in two of three heads equal weights of queries and keys, so that
+    a patch at first looks at those like it and near it. The tower then learns as much in half of the steps. (Trockman
+    and Kolter, Mimetic Initialization of Self-Attention Layers, 2023.)"""
+    state = dict(tower.named_parameters())
+    with torch.no_grad():
+        for name, weight in state.items():
+            if name.endswith("position_embedding.weight"):
+                width = weight.shape[1]
+                frequencies = 100 ** -(torch.arange(width // 4) / (width // 4))
+                angles = torch.arange(GRID)[:, None] * frequencies
+                waves = torch.cat((angles.sin(), angles.cos()), 1)
+                rows, columns = waves[:, None].expand(-1, GRID, -1), waves[None].expand(GRID, -1, -1)
+                weight[1:] = 0.7 * torch.cat((rows, columns), -1).flatten(0, 1)
+            elif name.endswith("q_proj.weight"):
+                alike = weight.shape[0] * 2 // 3
+                shared = torch.randn(alike, weight.shape[1]) * 1.4 * weight.shape[1] ** -0.5
+                weight[:alike] = state[name.replace("q_proj", "k_proj")][:alike] = shared
 
 
 class Learner(torch.nn.Module):
@@ -77,10 +98,14 @@ class Learner(torch.nn.Module):
         super().__init__()
         config = make_config(len(tokenizer))
         self.llava = LlavaForConditionalGeneration(config)
-        self.llava.set_attn_implementation("plain")
+        self.llava.set_attn_implementation("first_head_shown")
+        _initialize(self.llava.model.vision_tower)
         width = config.vision_config.hidden_size
         self.names = torch.nn.Linear(width, 1 + len(NAMES))
         self.colours = torch.nn.Linear(width, 1 + len(COLOURS))
+        self.places = torch.nn.Linear(width, THIRDS**2)
+        self.letters = torch.nn.Linear(width, len(ascii_lowercase))
+        self.centres = torch.nn.Linear(width, 1)
         self.present = torch.nn.Linear(width, len(PRESENT))
         prefix = tokenizer("USER: ", add_special_tokens=False).input_ids
         self.prefix = torch.tensor([BOS, *prefix])
@@ -99,21 +124,42 @@ class Learner(torch.nn.Module):
             features, hidden = hidden, layer(hidden, None)
         return features[:, 1:], tower.post_layernorm(hidden[:, 0])
 
-    def forward(self, batch: Sample, jitter: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The losses, and for each target whether it would be said, ``[targets]``."""
+    def see(self, batch: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Features, ``[B, N, D]``; the losses of what they tell; and which patches of things are named right."""
         features, cls = self.tower(batch.pixels, batch.patches)
+        thing = batch.names > 0
+        third = GRID // THIRDS
+        places = batch.patches // GRID // third * THIRDS + batch.patches % GRID // third
+        names, colours = self.names(features).float(), self.colours(features).float()
+        letters = self.letters(features).float()
         # Most patches show nothing.
-        weight = torch.where(batch.names.flatten() == 0, 0.3, 1.0)
-        losses = {}
-        for name, labels in (("names", batch.names), ("colours", batch.colours)):
-            logits = getattr(self, name)(features).flatten(0, 1).float()
-            losses[name] = (F.cross_entropy(logits, labels.flatten(), reduction="none") * weight).mean()
+        weights = torch.where(thing, 1.0, 0.1), torch.where(batch.letters.any(-1), 1.0, 0.05)
+        each = (
+            ("names", F.cross_entropy(names.mT, batch.names, reduction="none"), weights[0]),
+            ("colours", F.cross_entropy(colours.mT, batch.colours, reduction="none"), weights[0]),
+            (
+                "letters",
+                F.binary_cross_entropy_with_logits(letters, batch.letters, reduction="none").sum(-1),
+                weights[1],
+            ),
+        )
+        losses = {name: (loss * weight).sum() / weight.sum() for name, loss, weight in each}
+        losses["places"] = F.cross_entropy(self.places(features).float().mT, places)
+        losses["centres"] = F.binary_cross_entropy_with_logits(self.centres(features)[..., 0].float(), batch.centres)
         losses["present"] = F.binary_cross_entropy_with_logits(self.present(cls).float(), batch.present)
+        return features, losses, names.argmax(-1)[thing] == batch.names[thing]
+
+    def answer(
+        self, features: torch.Tensor, batch: Sample, jitter: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The losses of answers to what features show, and for each target whether it would be said, ``[targets]``."""
         hidden, attentions = self._language(self.llava.model.multi_modal_projector(features), batch, jitter)
         asked = batch.targets != IGNORED
         logits = self.llava.lm_head(hidden[asked]).float()
-        losses["answers"] = F.cross_entropy(logits, batch.targets[asked])
-        losses["looks"] = self._looks(attentions[1:3], batch)
+        losses = {
+            "answers": F.cross_entropy(logits, batch.targets[asked]),
+            "looks": self._looks(attentions[1:3], batch),
+        }
         return losses, logits.argmax(-1) == batch.targets[asked]
 
     def _looks(self, attentions: Sequence[torch.Tensor], batch: Sample) -> torch.Tensor:

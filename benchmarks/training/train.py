@@ -1,19 +1,20 @@
 """Trains the embedded model:  python benchmarks/training/train.py OUTPUT
 
 A LLaVA-1.5 of a few million parameters learns to answer questions about generated scenes
-(``eadaprune_vllm.demo.scenes``). On 2 CPU cores, in bfloat16, under two hours. What it learns from:
+(``eadaprune_vllm.demo.scenes``). On 2 CPU cores, under two hours. What it learns from:
 
 - the answers, of all questions about a scene at once: each sees the image and itself
-- for each patch, what it shows and in which colour; for the CLS token, what the scene has. CLIP's tower comes with
-  such knowledge from its own training. These heads are thrown away.
+- for each patch, what it shows, in which colour and where, which letters, and whether it is the middle of something;
+  for the CLS token, what the scene has. CLIP's tower comes with such knowledge from its own training. These heads are
+  thrown away.
 
-First it sees windows of a quarter of a scene, where things and places are what they are in the whole; then the whole.
+The tower learns alone first. It sees windows of a quarter of a scene, where things and places are what they are in the
+whole; the whole comes last.
 No token is ever pruned while training. The positions of image tokens in the language model are scaled at random, so
 that it learns places from features rather than from how many tokens came before.
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -39,28 +40,34 @@ class Stage:
         side: of the windows that it sees, in patches.
         batch: scenes per step.
         steps: how many.
+        answers: whether questions are asked.
     """
 
     side: int
     batch: int
     steps: int
+    answers: bool
 
 
-STAGES = (Stage(12, 48, 1200), Stage(GRID, 16, 1100))
-RATE, WARM_UP, DECAY = 1.5e-3, 100, 0.02
+STAGES = (Stage(12, 48, 1800, False), Stage(12, 48, 1000, True), Stage(GRID, 16, 300, True))
+RATE, WARM_UP, WEIGHT_DECAY = 1.5e-3, 100, 0.02
+COOLING = 0.3  # share of all steps over which the rate falls to zero
 
 
 def accuracy(learner: Learner, tokenizer: PreTrainedTokenizerFast, scenes: int) -> dict[str, float]:
-    """Share of questions about held-out scenes that are answered right, word for word, by category.
+    """Share of questions about held-out scenes that are answered right, word for word, by category; and of the patches
+    of things, those that the tower names right.
 
     To be right under teacher forcing an answer's every token must be the likeliest after those before it, so that it
     is what greedy decoding says.
     """
     loader = DataLoader(Scenes(tokenizer, 0, GRID, held_out=True), batch_size=16, collate_fn=collate)
-    right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
+    right: dict[str, list[bool]] = {category: [] for category in (*CATEGORIES, "patches")}
     for batch in islice(loader, scenes // 16):
         with torch.inference_mode():
-            _, said = learner(batch, jitter=False)
+            features, _, named = learner.see(batch)
+            _, said = learner.answer(features, batch, jitter=False)
+        right["patches"] += named.tolist()
         asked = batch.targets != IGNORED
         scene, _ = asked.nonzero(as_tuple=True)
         keys = zip(scene.tolist(), batch.question[asked].tolist(), batch.category[asked].tolist(), strict=True)
@@ -83,13 +90,10 @@ def main(
     learner = Learner(tokenizer)
     parameters = sum(weight.numel() for weight in learner.llava.parameters())
     print(f"{parameters / 1e6:.2f}M parameters, {len(tokenizer)} tokens", flush=True)
-    # What learns is float32, what computes a bfloat16 copy of it: autocast would copy every activation, twice.
-    masters = [weight.detach().clone() for weight in learner.parameters()]
-    weights = list(learner.to(torch.bfloat16).parameters())
-    decayed = [master for master in masters if master.ndim > 1]
-    others = [master for master in masters if master.ndim <= 1]
+    decayed = [weight for weight in learner.parameters() if weight.ndim > 1]
+    others = [weight for weight in learner.parameters() if weight.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
     stages = [(stage, round(stage.steps * scale)) for stage in STAGES]
     total, done, seed, start = sum(steps for _, steps in stages), 0, 0, time.monotonic()
@@ -106,20 +110,21 @@ def main(
             )
         )
         for _ in range(steps):
-            rate = RATE * min(1.0, (done + 1) / WARM_UP) * (0.02 + 0.98 * (1 + math.cos(math.pi * done / total)) / 2)
+            rate = RATE * min(1.0, (done + 1) / WARM_UP, (total - done) / (COOLING * total))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses, said = learner(next(loader), jitter=True)
+            batch = next(loader)
+            features, losses, named = learner.see(batch)
+            rights = {"named": named}
+            if stage.answers:
+                more, rights["said"] = learner.answer(features, batch, jitter=True)
+                losses |= more
             torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-            for master, weight in zip(masters, weights, strict=True):
-                master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
-            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
             optimizer.step()
-            with torch.no_grad():
-                for master, weight in zip(masters, weights, strict=True):
-                    weight.copy_(master)
+            optimizer.zero_grad()
             done += 1
-            for name, value in (losses | {"right": said.float().mean()}).items():
+            for name, value in (losses | {name: found.float().mean() for name, found in rights.items()}).items():
                 latest = float(value.detach())
                 shown[name] = 0.95 * shown.get(name, latest) + 0.05 * latest
             if done % 50 == 0:

@@ -82,19 +82,20 @@ def make_scene(seed: int, held_out: bool, within: tuple[int, int, int, int] = (0
     """Args:
     seed: scenes of one seed, held out or not, have nothing in common but chance.
     held_out: whether it is for measuring.
-    within: left, top, right and bottom of where things may be; the smaller, the fewer.
+    within: left, top, right and bottom of what there is of it, in pixels; the smaller, the fewer things.
     """
     random = np.random.default_rng((seed, held_out))
     density = str(random.choice(list(DENSITIES)))
     low, high = DENSITIES[density]
     share = (within[2] - within[0]) * (within[3] - within[1]) / SIDE**2
     count = int(random.integers(low, high + 1))
-    image = _background(random)
+    image = Image.new("RGB", (SIDE, SIDE))
+    image.paste(_background(random, within), within[:2])
     largest = min(80.0, 250 / math.sqrt(count))
     count = max(1, round(count * share))
     things: list[Thing] = []
     # The largest need the most room: words are placed first.
-    kinds = sorted(random.choice(["shape", "digit", "word"], count, p=[0.62, 0.24, 0.14]), key="word digit shape".find)
+    kinds = sorted(random.choice(["shape", "digit", "word"], count, p=[0.5, 0.27, 0.23]), key="word digit shape".find)
     for kind in kinds:
         colour = str(random.choice(list(COLOURS)))
         height = float(random.uniform(max(22, largest * 0.6), largest))
@@ -125,33 +126,31 @@ def _free(
     return None
 
 
-def _background(random: np.random.Generator) -> Image.Image:
-    """Nothing on it is as colourful as things are."""
+def _background(random: np.random.Generator, within: tuple[int, int, int, int]) -> Image.Image:
+    """That part of one. Nothing on it is as colourful as things are."""
     kind = random.choice(["blank", "gradient", "texture", "photo"], p=[0.4, 0.2, 0.2, 0.2])
     base = np.array(random.choice([random.uniform(200, 255), random.uniform(0, 60)])) + random.uniform(-12, 12, 3)
-    if kind == "blank":
-        pixels = np.broadcast_to(base, (SIDE, SIDE, 3))
-    elif kind == "gradient":
-        angle = random.uniform(0, 2 * math.pi)
-        ramp = np.linspace(-0.5, 0.5, SIDE)
-        slope = math.cos(angle) * ramp[:, None] + math.sin(angle) * ramp[None, :]
-        pixels = base + slope[..., None] * random.uniform(20, 50)
-    else:
-        name = str(random.choice(_TEXTURES if kind == "texture" else _PHOTOS))
-        source = _picture(name)
-        left, top = (int(random.integers(length - SIDE + 1)) for length in source.size)
-        crop = np.asarray(source.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32)
-        grey = crop.mean(-1, keepdims=True)
-        # Pale or dark, and greyish.
-        pixels = base + ((0.4 * crop + 0.6 * grey) - 128) * random.uniform(0.15, 0.3)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    window = slice(within[1], within[3]), slice(within[0], within[2])
+    pixels = np.zeros((SIDE, SIDE, 1), np.float32)[window]
+    if kind == "gradient":
+        angle, height = random.uniform(0, 2 * math.pi), random.uniform(20, 50)
+        ramp = np.linspace(-0.5 * height, 0.5 * height, SIDE, dtype=np.float32)
+        pixels = (math.cos(angle) * ramp[window[0], None] + math.sin(angle) * ramp[None, window[1]])[..., None]
+    elif kind != "blank":
+        source = _picture(str(random.choice(_TEXTURES if kind == "texture" else _PHOTOS)))
+        top, left = (int(random.integers(length - SIDE + 1)) for length in source.shape[:2])
+        pixels = source[top:, left:][window] * np.float32(random.uniform(0.15, 0.3))  # pale or dark
+    return Image.fromarray((pixels + base.astype(np.float32)).clip(0, 255).astype(np.uint8))
 
 
 @cache
-def _picture(name: str) -> Image.Image:
+def _picture(name: str) -> NDArray[np.float32]:
+    """Greyish, ``[height, width, 3]``, around 0."""
     image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
     scale = max(1.0, SIDE * 1.2 / min(image.size))
-    return image.resize((round(image.width * scale), round(image.height * scale)))
+    pixels = np.asarray(image.resize((round(image.width * scale), round(image.height * scale))), dtype=np.float32)
+    mixed: NDArray[np.float32] = 0.4 * pixels + 0.6 * pixels.mean(-1, keepdims=True) - 128
+    return mixed
 
 
 @cache

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from string import ascii_lowercase
 from typing import Any
 
@@ -155,7 +156,7 @@ def _letters(thing: Thing) -> Iterator[tuple[str, tuple[float, float, float, flo
     if thing.kind == "word":
         left, top, right, bottom = thing.box
         edges = [left + (right - left) * edge for edge in _edges(thing.name)]
-        for letter, start, end in zip(thing.name, edges, edges[1:], strict=False):
+        for letter, (start, end) in zip(thing.name, pairwise(edges), strict=True):
             yield letter, (start, top, end, bottom)
 
 

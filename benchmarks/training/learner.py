@@ -115,7 +115,7 @@ class Learner(torch.nn.Module):
         """What the projector is fed with, ``[B, N, D]``, and the CLS token after the last layer, ``[B, D]``."""
         tower = self.llava.model.vision_tower
         embeddings = tower.embeddings
-        pixels = ((pixels / 255 - self.mean) / self.std).to(self.llava.dtype)
+        pixels = (pixels / 255 - self.mean) / self.std
         rows = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         position = embeddings.position_embedding.weight
         cls = (embeddings.class_embedding + position[0]).expand(len(rows), 1, -1)
@@ -130,23 +130,21 @@ class Learner(torch.nn.Module):
         thing = batch.names > 0
         third = GRID // THIRDS
         places = batch.patches // GRID // third * THIRDS + batch.patches % GRID // third
-        names, colours = self.names(features).float(), self.colours(features).float()
-        letters = self.letters(features).float()
+        names, colours, letters = self.names(features), self.colours(features), self.letters(features)
+        spelled = F.binary_cross_entropy_with_logits(letters, batch.letters, reduction="none").sum(-1)
         # Most patches show nothing.
-        weights = torch.where(thing, 1.0, 0.1), torch.where(batch.letters.any(-1), 1.0, 0.05)
-        each = (
-            ("names", F.cross_entropy(names.mT, batch.names, reduction="none"), weights[0]),
-            ("colours", F.cross_entropy(colours.mT, batch.colours, reduction="none"), weights[0]),
-            (
-                "letters",
-                F.binary_cross_entropy_with_logits(letters, batch.letters, reduction="none").sum(-1),
-                weights[1],
-            ),
-        )
-        losses = {name: (loss * weight).sum() / weight.sum() for name, loss, weight in each}
-        losses["places"] = F.cross_entropy(self.places(features).float().mT, places)
-        losses["centres"] = F.binary_cross_entropy_with_logits(self.centres(features)[..., 0].float(), batch.centres)
-        losses["present"] = F.binary_cross_entropy_with_logits(self.present(cls).float(), batch.present)
+        seen, read = torch.where(thing, 1.0, 0.1), torch.where(batch.letters.any(-1), 1.0, 0.05)
+        losses = {
+            name: (loss * weight).sum() / weight.sum()
+            for name, loss, weight in (
+                ("names", F.cross_entropy(names.mT, batch.names, reduction="none"), seen),
+                ("colours", F.cross_entropy(colours.mT, batch.colours, reduction="none"), seen),
+                ("letters", spelled, read),
+            )
+        }
+        losses["places"] = F.cross_entropy(self.places(features).mT, places)
+        losses["centres"] = F.binary_cross_entropy_with_logits(self.centres(features)[..., 0], batch.centres)
+        losses["present"] = F.binary_cross_entropy_with_logits(self.present(cls), batch.present)
         return features, losses, names.argmax(-1)[thing] == batch.names[thing]
 
     def answer(
@@ -155,7 +153,7 @@ class Learner(torch.nn.Module):
         """The losses of answers to what features show, and for each target whether it would be said, ``[targets]``."""
         hidden, attentions = self._language(self.llava.model.multi_modal_projector(features), batch, jitter)
         asked = batch.targets != IGNORED
-        logits = self.llava.lm_head(hidden[asked]).float()
+        logits = self.llava.lm_head(hidden[asked])
         losses = {
             "answers": F.cross_entropy(logits, batch.targets[asked]),
             "looks": self._looks(attentions[1:3], batch),
@@ -169,14 +167,14 @@ class Learner(torch.nn.Module):
         losses = []
         for weights in attentions:
             image = weights[:, 0, :, first : first + batch.about.shape[-1]]
-            rows = image[scenes, first + batch.about.shape[-1] + batch.last].float()
+            rows = image[scenes, first + batch.about.shape[-1] + batch.last]
             losses.append(-((rows * batch.about).sum(-1)[known] + 1e-6).log().mean())
         return torch.stack(losses).mean()
 
     def _language(
         self, image: torch.Tensor, batch: Sample, jitter: bool
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Hidden states of the questions' tokens, ``[B, T, D]``, and of each layer what all tokens attend to."""
+        """Hidden states of the questions' tokens, ``[B, T, D]``, and what each layer's first head attends to."""
         model, size, first, count = self.llava.model.language_model, len(image), len(self.prefix), image.shape[1]
         prefix = model.embed_tokens(self.prefix).expand(size, -1, -1)
         embeddings = torch.cat((prefix, image, model.embed_tokens(batch.tokens)), 1)

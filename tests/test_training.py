@@ -1,13 +1,13 @@
 """The training of the embedded model: what it shows the model is what a server will."""
 
 import copy
-import dataclasses
 from string import ascii_lowercase
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from data import GRID, IGNORED, NAMES, PATCH, Sample, Scenes, collate, make_tokenizer
+from data import GRID, IGNORED, NAMES, PATCH, Asked, Looks, Windows, ask, collate, look, make_tokenizer
 from learner import Learner
 from transformers import PreTrainedTokenizerFast
 
@@ -33,26 +33,29 @@ def model(learner: Learner) -> Any:
     return model.model
 
 
+SCENES = [make_scene(seed, held_out=False) for seed in (10, 11)]
+
+
 @pytest.fixture(scope="module")
-def batch(tokenizer: PreTrainedTokenizerFast) -> Sample:
-    scenes = iter(Scenes(tokenizer, 10, GRID))
-    return collate([next(scenes) for _ in range(2)])
+def looks() -> Looks:
+    return collate([look(scene) for scene in SCENES])
 
 
-def test_labels_lie_where_things_are(batch: Sample) -> None:
-    for number, names in enumerate(batch.names.view(2, GRID, GRID)):
-        for thing in make_scene(10 + number, held_out=False).things:
+def test_labels_lie_where_things_are(looks: Looks) -> None:
+    for number, names in enumerate(looks.names.view(2, GRID, GRID)):
+        for thing in SCENES[number].things:
             x, y = ((thing.box[i] + thing.box[i + 2]) / 2 / SIDE * GRID for i in (0, 1))
             assert NAMES[names[int(y), int(x)] - 1] == thing.name
-            assert batch.centres[number].view(GRID, GRID)[int(y), int(x)] == 1
-    assert batch.centres.sum() <= sum(len(make_scene(10 + number, held_out=False).things) for number in range(2))
+            assert looks.centres[number].view(GRID, GRID)[int(y), int(x)] == 1
+    assert looks.centres.sum() <= sum(len(scene.things) for scene in SCENES)
 
 
-def test_letters_are_those_of_words_from_left_to_right(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_letters_are_those_of_words_from_left_to_right() -> None:
     seen = 0
     for seed in range(40):
-        letters = next(iter(Scenes(tokenizer, seed, GRID))).letters.view(GRID, GRID, 26)
-        for thing in make_scene(seed, held_out=False).things:
+        scene = make_scene(seed, held_out=False)
+        letters = look(scene).letters.view(GRID, GRID, 26)
+        for thing in scene.things:
             if thing.kind == "word":
                 seen += 1
                 row = letters[(thing.box[1] + thing.box[3]) // 2 // PATCH]
@@ -64,36 +67,36 @@ def test_letters_are_those_of_words_from_left_to_right(tokenizer: PreTrainedToke
     assert seen > 20
 
 
-def test_a_window_is_a_cut_of_the_whole_grid(tokenizer: PreTrainedTokenizerFast) -> None:
-    sample = next(iter(Scenes(tokenizer, 3, 12)))
-    assert sample.pixels.shape == (3, SIDE // 2, SIDE // 2)
-    rows = sample.patches.view(12, 12)
+def test_a_window_is_a_cut_of_the_whole_grid() -> None:
+    window = next(iter(Windows(3, 12)))
+    assert window.pixels.shape == (3, SIDE // 2, SIDE // 2)
+    rows = window.patches.view(12, 12)
     assert (rows[:, 1:] - rows[:, :-1] == 1).all()
     assert (rows[1:] - rows[:-1] == GRID).all()
 
 
-def test_the_tower_is_what_a_server_runs(learner: Learner, model: Any, batch: Sample) -> None:
+def test_the_tower_is_what_a_server_runs(learner: Learner, model: Any, looks: Looks) -> None:
     """Without heads and windows it is transformers' own."""
-    pixels = (batch.pixels / 255 - learner.mean) / learner.std
+    pixels = (looks.pixels / 255 - learner.mean) / learner.std
     with torch.inference_mode():
-        features, _ = learner.tower(batch.pixels, batch.patches)
+        features, _ = learner.tower(looks.pixels, looks.patches)
         reference = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     torch.testing.assert_close(features, reference, atol=1e-4, rtol=1e-4)
 
 
 def test_a_question_sees_the_image_and_itself(
-    learner: Learner, model: Any, batch: Sample, tokenizer: PreTrainedTokenizerFast
+    learner: Learner, model: Any, looks: Looks, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Its answer is that of a prompt of its own, and does not depend on the other questions."""
-    own = (batch.question[0] == 3) & (batch.targets[0] != IGNORED)
-    asked = batch.targets[0][batch.question[0] == 3] == IGNORED  # one less before the answer, one after it
-    prompt = batch.tokens[0][batch.question[0] == 3][: int(asked.sum())]
+    asked: Asked = collate([ask(tokenizer, SCENES[0], np.random.default_rng(0))])
+    third = asked.question[0] == 3
+    length = int((asked.targets[0][third] == IGNORED).sum())  # one less before the answer, one after it
+    prompt = asked.tokens[0][third][:length]
     with torch.inference_mode():
-        features, _ = learner.tower(batch.pixels[:1], batch.patches[:1])
+        features, _ = learner.tower(looks.pixels[:1], looks.patches[:1])
         image = learner.llava.model.multi_modal_projector(features)
-        one = Sample(*(getattr(batch, f.name)[:1] for f in dataclasses.fields(batch)))
-        states, _ = learner._language(image, one, jitter=False)
-        together = learner.llava.lm_head(states[0])[own][0]
+        states, _ = learner._language(image, looks.patches[:1], asked, jitter=False)
+        together = learner.llava.lm_head(states[0])[third][length - 1]
         embed = learner.llava.model.language_model.embed_tokens
         alone = torch.cat((embed(learner.prefix)[None], image, embed(prompt)[None]), 1)
         hidden = model.language_model(inputs_embeds=alone).last_hidden_state[0, -1]

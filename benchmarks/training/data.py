@@ -1,11 +1,11 @@
 """Scenes and questions as the embedded model learns from them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One scene, or with a leading dimension several.
+class Looks:
+    """What a scene, or a window of it, looks like; with a leading dimension several.
 
     Attributes:
         pixels: ``[3, H, W]`` uint8.
@@ -55,13 +55,6 @@ class Sample:
         letters: ``[N, 26]``, whether a patch shows some of that letter of a word.
         centres: ``[N]``, whether the middle of a thing is there.
         present: ``[len(PRESENT)]``, whether the scene has it.
-        tokens: ``[T]``, questions with their answers one after the other.
-        targets: ``[T]``, the token to come where it is part of an answer.
-        question: ``[T]``, number of the question that a token is of, -1 for padding.
-        position: ``[T]``, within that question.
-        category: ``[T]``, index into ``CATEGORIES``.
-        last: ``[Q]``, which token is the last before a question's answer.
-        about: ``[Q, N]``, whether a patch shows what a question is about.
     """
 
     pixels: torch.Tensor
@@ -71,6 +64,22 @@ class Sample:
     letters: torch.Tensor
     centres: torch.Tensor
     present: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions about a scene with their answers, one after the other; with a leading dimension about several.
+
+    Attributes:
+        tokens: ``[T]``.
+        targets: ``[T]``, the token to come where it is part of an answer.
+        question: ``[T]``, number of the question that a token is of, -1 for padding.
+        position: ``[T]``, within that question.
+        category: ``[T]``, index into ``CATEGORIES``.
+        last: ``[Q]``, which token is the last before a question's answer.
+        about: ``[Q, N]``, whether a patch shows what a question is about.
+    """
+
     tokens: torch.Tensor
     targets: torch.Tensor
     question: torch.Tensor
@@ -80,64 +89,72 @@ class Sample:
     about: torch.Tensor
 
 
-class Scenes(IterableDataset[Sample]):
-    """Scenes of ascending seeds; of each a window of ``side`` patches, all of it if that many."""
+_Some = TypeVar("_Some", Looks, Asked)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, side: int, held_out: bool = False) -> None:
-        self.tokenizer, self.seed, self.side, self.held_out = tokenizer, seed, side, held_out
 
-    def __iter__(self) -> Iterator[Sample]:
+class Windows(IterableDataset[Looks]):
+    """Of scenes of ascending seeds: windows of ``side`` patches, the whole if that many."""
+
+    def __init__(self, seed: int, side: int) -> None:
+        self.seed, self.side = seed, side
+
+    def __iter__(self) -> Iterator[Looks]:
         seed = self.seed
         while True:
-            random = np.random.default_rng((seed, 1))
-            left, top = random.integers(GRID - self.side + 1, size=2).tolist()
-            right, bottom = left + self.side, top + self.side
-            within = (left * PATCH, top * PATCH, right * PATCH, bottom * PATCH)
-            scene = make_scene(seed, self.held_out, within)
-            yield self._sample(scene, within, random)
+            left, top = np.random.default_rng((seed, 1)).integers(GRID - self.side + 1, size=2).tolist()
+            within = (left * PATCH, top * PATCH, (left + self.side) * PATCH, (top + self.side) * PATCH)
+            yield look(make_scene(seed, held_out=False, within=within), within)
             seed += 1
 
-    def _sample(self, scene: Scene, within: tuple[int, int, int, int], random: np.random.Generator) -> Sample:
-        left, top, right, bottom = (edge // PATCH for edge in within)
-        window = slice(top, bottom), slice(left, right)
-        names, colours, centres = torch.zeros(3, GRID, GRID, dtype=torch.long)
-        letters = torch.zeros(GRID, GRID, len(ascii_lowercase))
-        for thing in scene.things:
-            inside = _patches(thing.box)
-            names[inside], colours[inside] = 1 + NAMES.index(thing.name), 1 + list(COLOURS).index(thing.colour)
-            x, y = ((thing.box[i] + thing.box[i + 2]) // 2 // PATCH for i in (0, 1))
-            centres[y, x] = 1
-            for letter, box in _letters(thing):
-                letters[*_patches(box), ascii_lowercase.index(letter)] = 1
-        has: set[Any] = {(t.colour, t.name) if t.kind == "shape" else t.name for t in scene.things}
-        columns: dict[str, list[int]] = {key: [] for key in ("tokens", "targets", "question", "position", "category")}
-        asked = questions(scene, random)
-        about = torch.zeros(len(asked), GRID, GRID, dtype=torch.bool)
-        last = []
-        for number, question in enumerate(asked):
-            for thing in question.about:
-                about[number][_patches(thing.box)] = True
-            prompt = _ids(self.tokenizer, f"\n{question.text} ASSISTANT:")
-            answer = [*_ids(self.tokenizer, f" {question.answer}"), EOS]
-            length = len(prompt) + len(answer)
-            last.append(len(columns["tokens"]) + len(prompt) - 1)
-            columns["tokens"] += prompt + answer
-            columns["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
-            columns["question"] += [number] * length
-            columns["position"] += range(length)
-            columns["category"] += [CATEGORIES.index(question.category)] * length
-        return Sample(
-            torch.from_numpy(np.array(scene.image.crop(within))).permute(2, 0, 1),
-            torch.arange(GRID**2).view(GRID, GRID)[window].flatten(),
-            names[window].flatten(),
-            colours[window].flatten(),
-            letters[window].flatten(0, 1),
-            centres[window].flatten().float(),
-            torch.tensor([float(each in has) for each in PRESENT]),
-            **{name: torch.tensor(column) for name, column in columns.items()},
-            last=torch.tensor(last),
-            about=about[:, *window].flatten(1),
-        )
+
+def look(scene: Scene, within: tuple[int, int, int, int] = (0, 0, SIDE, SIDE)) -> Looks:
+    """Args:
+    scene: has nothing outside of ``within``.
+    within: left, top, right and bottom, in pixels, multiples of ``PATCH``.
+    """
+    left, top, right, bottom = (edge // PATCH for edge in within)
+    window = slice(top, bottom), slice(left, right)
+    names, colours, centres = torch.zeros(3, GRID, GRID, dtype=torch.long)
+    letters = torch.zeros(GRID, GRID, len(ascii_lowercase))
+    for thing in scene.things:
+        inside = _patches(thing.box)
+        names[inside], colours[inside] = 1 + NAMES.index(thing.name), 1 + list(COLOURS).index(thing.colour)
+        x, y = ((thing.box[i] + thing.box[i + 2]) // 2 // PATCH for i in (0, 1))
+        centres[y, x] = 1
+        for letter, box in _letters(thing):
+            letters[*_patches(box), ascii_lowercase.index(letter)] = 1
+    has: set[Any] = {(t.colour, t.name) if t.kind == "shape" else t.name for t in scene.things}
+    return Looks(
+        torch.from_numpy(np.array(scene.image.crop(within))).permute(2, 0, 1),
+        torch.arange(GRID**2).view(GRID, GRID)[window].flatten(),
+        names[window].flatten(),
+        colours[window].flatten(),
+        letters[window].flatten(0, 1),
+        centres[window].flatten().float(),
+        torch.tensor([float(each in has) for each in PRESENT]),
+    )
+
+
+def ask(tokenizer: PreTrainedTokenizerFast, scene: Scene, random: np.random.Generator, each: int = 2) -> Asked:
+    """Up to ``each`` questions of every category about a whole scene."""
+    columns: dict[str, list[int]] = {key: [] for key in ("tokens", "targets", "question", "position", "category")}
+    asked = questions(scene, random, each)
+    about = torch.zeros(len(asked), GRID, GRID, dtype=torch.bool)
+    last = []
+    for number, question in enumerate(asked):
+        for thing in question.about:
+            about[number][_patches(thing.box)] = True
+        prompt = _ids(tokenizer, f"\n{question.text} ASSISTANT:")
+        answer = [*_ids(tokenizer, f" {question.answer}"), EOS]
+        length = len(prompt) + len(answer)
+        last.append(len(columns["tokens"]) + len(prompt) - 1)
+        columns["tokens"] += prompt + answer
+        columns["targets"] += [IGNORED] * (len(prompt) - 1) + answer + [IGNORED]
+        columns["question"] += [number] * length
+        columns["position"] += range(length)
+        columns["category"] += [CATEGORIES.index(question.category)] * length
+    tensors = {name: torch.tensor(column) for name, column in columns.items()}
+    return Asked(**tensors, last=torch.tensor(last), about=about.flatten(1))
 
 
 @cache  # texts recur
@@ -167,10 +184,11 @@ def _edges(word: str) -> list[float]:
     return [font.getlength(word[:count]) / font.getlength(word) for count in range(len(word) + 1)]
 
 
-def collate(samples: list[Sample]) -> Sample:
+def collate(samples: list[_Some]) -> _Some:
+    """Several as one; of questions there are then as many as the longest has, the rest padding."""
     padding = {"tokens": PAD, "targets": IGNORED, "question": -1, "position": 0, "category": -1, "last": 0, "about": 0}
-    columns = {name: [getattr(sample, name) for sample in samples] for name in Sample.__dataclass_fields__}
-    return Sample(
+    columns = {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(samples[0])}
+    return type(samples[0])(
         **{
             name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding[name])
             if name in padding

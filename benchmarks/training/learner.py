@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import BOS, EOS, GRID, IGNORED, IMAGE, NAMES, PAD, PATCH, PRESENT, Sample
+from data import BOS, EOS, GRID, IGNORED, IMAGE, NAMES, PAD, PATCH, PRESENT, Asked, Looks
 from transformers import (
     AttentionInterface,
     CLIPVisionConfig,
@@ -19,6 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from eadaprune_vllm.demo.scenes import COLOURS, PLACES, SIDE
 
+LOOKING = (1, 2)  # layers of the language model that learn where to look
 THIRDS = len(PLACES)  # a scene has as many rows and columns of places
 
 
@@ -35,11 +36,14 @@ def make_config(vocab_size: int) -> LlavaConfig:
         ),
         text_config=LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=128,
+            hidden_size=192,
             intermediate_size=384,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            # What a token is must match over hundreds of tokens: at the usual 1e4 only a tenth of a head would turn
+            # slowly enough for that.
+            rope_parameters={"rope_type": "default", "rope_theta": 1e8},
             max_position_embeddings=4096,
             bos_token_id=BOS,
             eos_token_id=EOS,
@@ -60,12 +64,28 @@ def attention(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``[B, H, N, D]`` to ``[B, N, H, D]``, and, where a mask tells that it is the language model, what the first head
-    attends to, ``[B, 1, N, N]``. All heads' would need the weights that fused attention never makes."""
-    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
+    """``[B, H, N, D]`` to ``[B, N, H, D]``.
+
+    A mask, ``[B, 1, T, N]``, tells that it is the language model, and what each of the last T tokens, those of
+    questions, sees; before them lies the image. In the ``LOOKING`` layers what their first head attends to is given
+    too, ``[B, T, N]``: all heads' would need the weights that fused attention never makes.
+    """
     if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+    shared = query.shape[2] - mask.shape[2]
+    image, asked = query[:, :, :shared], query[:, :, shared:]
+    out = torch.cat(
+        (
+            F.scaled_dot_product_attention(
+                image, key[:, :, :shared], value[:, :, :shared], is_causal=True, scale=scaling
+            ),
+            F.scaled_dot_product_attention(asked, key, value, mask, scale=scaling),
+        ),
+        2,
+    ).transpose(1, 2)
+    if module.layer_idx not in LOOKING:
         return out, None
-    return out, (query[:, :1] * scaling @ key[:, :1].mT + mask).softmax(-1)
+    return out, (asked[:, 0] * scaling @ key[:, 0].mT + mask[:, 0]).softmax(-1)
 
 
 AttentionInterface.register("first_head_shown", attention)
@@ -107,6 +127,7 @@ class Learner(torch.nn.Module):
         self.letters = torch.nn.Linear(width, len(ascii_lowercase))
         self.centres = torch.nn.Linear(width, 1)
         self.present = torch.nn.Linear(width, len(PRESENT))
+        self.heads = [self.names, self.colours, self.places, self.letters, self.centres, self.present]
         prefix = tokenizer("USER: ", add_special_tokens=False).input_ids
         self.prefix = torch.tensor([BOS, *prefix])
         self.mean, self.std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
@@ -124,7 +145,7 @@ class Learner(torch.nn.Module):
             features, hidden = hidden, layer(hidden, None)
         return features[:, 1:], tower.post_layernorm(hidden[:, 0])
 
-    def see(self, batch: Sample) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    def see(self, batch: Looks) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Features, ``[B, N, D]``; the losses of what they tell; and which patches of things are named right."""
         features, cls = self.tower(batch.pixels, batch.patches)
         thing = batch.names > 0
@@ -148,31 +169,32 @@ class Learner(torch.nn.Module):
         return features, losses, names.argmax(-1)[thing] == batch.names[thing]
 
     def answer(
-        self, features: torch.Tensor, batch: Sample, jitter: bool
+        self, features: torch.Tensor, patches: torch.Tensor, batch: Asked, jitter: bool
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The losses of answers to what features show, and for each target whether it would be said, ``[targets]``."""
-        hidden, attentions = self._language(self.llava.model.multi_modal_projector(features), batch, jitter)
+        """The losses of answers to what features of these patches, ``[B, N]``, show, and for each target whether it
+        would be said, ``[targets]``."""
+        image = self.llava.model.multi_modal_projector(features)
+        hidden, attentions = self._language(image, patches, batch, jitter)
         asked = batch.targets != IGNORED
         logits = self.llava.lm_head(hidden[asked])
         losses = {
             "answers": F.cross_entropy(logits, batch.targets[asked]),
-            "looks": self._looks(attentions[1:3], batch),
+            "looks": self._looks(attentions, batch),
         }
         return losses, logits.argmax(-1) == batch.targets[asked]
 
-    def _looks(self, attentions: Sequence[torch.Tensor], batch: Sample) -> torch.Tensor:
+    def _looks(self, attentions: Sequence[torch.Tensor], batch: Asked) -> torch.Tensor:
         """How little the first head of these layers attends, before it answers, to what a question is about."""
         first, scenes = len(self.prefix), torch.arange(len(batch.last))[:, None]
         known = batch.about.any(-1)
         losses = []
         for weights in attentions:
-            image = weights[:, 0, :, first : first + batch.about.shape[-1]]
-            rows = image[scenes, first + batch.about.shape[-1] + batch.last]
+            rows = weights[scenes, batch.last, first : first + batch.about.shape[-1]]
             losses.append(-((rows * batch.about).sum(-1)[known] + 1e-6).log().mean())
         return torch.stack(losses).mean()
 
     def _language(
-        self, image: torch.Tensor, batch: Sample, jitter: bool
+        self, image: torch.Tensor, patches: torch.Tensor, batch: Asked, jitter: bool
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """Hidden states of the questions' tokens, ``[B, T, D]``, and what each layer's first head attends to."""
         model, size, first, count = self.llava.model.language_model, len(image), len(self.prefix), image.shape[1]
@@ -180,19 +202,19 @@ class Learner(torch.nn.Module):
         embeddings = torch.cat((prefix, image, model.embed_tokens(batch.tokens)), 1)
         scale = torch.ones(size, 1)
         if jitter:
-            scale = torch.where(torch.rand(size, 1) < 0.7, torch.rand(size, 1) * 1.5 * GRID**2 / count, scale)
+            scale = torch.where(torch.rand(size, 1) < 0.7, torch.rand(size, 1) * 1.5, scale)
         positions = torch.cat(
             (
                 torch.arange(first).expand(size, -1),
-                first + torch.arange(count) * scale,
-                first + count * scale + batch.position,
+                first + patches * scale,
+                first + GRID**2 * scale + batch.position,
             ),
             1,
         )
-        shared = torch.full((size, first + count), -2)
-        member = torch.cat((shared, batch.question), 1)
-        causal = torch.ones(member.shape[1], member.shape[1], dtype=torch.bool).tril()
-        sees = causal & ((member[:, None] == -2) | (member[:, None] == member[:, :, None]))
+        asked = batch.question
+        causal = torch.ones(asked.shape[1], asked.shape[1], dtype=torch.bool).tril()
+        own = causal & (asked[:, None] == asked[:, :, None])
+        sees = torch.cat((own.new_ones(size, asked.shape[1], first + count), own), -1)
         mask = torch.zeros(sees.shape, dtype=image.dtype).masked_fill(~sees, -torch.inf)[:, None]
         out = model(
             inputs_embeds=embeddings,

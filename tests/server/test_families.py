@@ -35,6 +35,8 @@ VARIOUS: list[dict[str, Any]] = [
     {"energy": 0.9, "min_tokens": 4, "scope": "image"},
     {"min_tokens": 11, "max_tokens": 11},
 ]
+# On other CPUs stock vLLM, too, starts and then fails at the first product of 4-bit weights.
+FOUR_BIT = torch.cpu._is_avx512_supported()
 Answers = list[dict[str, Any]]
 
 
@@ -117,7 +119,8 @@ def answered(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
         ]
         for name in FAMILIES
     }
-    stock["awq"], pruning["awq"] = [[("square", None)]], [[("square", NULL), ("square", SOME)]]
+    if FOUR_BIT:
+        stock["awq"], pruning["awq"] = [[("square", None)]], [[("square", NULL), ("square", SOME)]]
 
     def by_name(work: dict[str, Any], **env: str) -> dict[str, Any]:
         found = run({str(folders[name]): batches for name, batches in work.items()}, **env)
@@ -216,6 +219,7 @@ def test_the_engine_has_no_tower(found: Family) -> None:
     assert not [name for name in found.modules if "Vision" in name or "CLIP" in name or "Siglip" in name]
 
 
+@pytest.mark.skipif(not FOUR_BIT, reason="vLLM has no product of 4-bit weights for a CPU without AVX-512")
 def test_a_quantized_language_model_beside_a_tower_in_16_bit(answered: tuple[dict[str, Any], dict[str, Any]]) -> None:
     (((stock,),), _), (((full, pruned),), _) = (of_each["awq"] for of_each in answered)
     assert full["prompt"] == stock["prompt"] > pruned["prompt"]

@@ -95,7 +95,7 @@ def test_a_question_sees_the_image_and_itself(
     with torch.inference_mode():
         features, _ = learner.tower(looks.pixels[:1], looks.patches[:1])
         image = learner.llava.model.multi_modal_projector(features)
-        states, _ = learner._language(image, looks.patches[:1], asked, jitter=False)
+        states, _, _ = learner._language(image, looks.patches[:1], asked, jitter=False)
         together = learner.llava.lm_head(states[0])[third][length - 1]
         embed = learner.llava.model.language_model.embed_tokens
         alone = torch.cat((embed(learner.prefix)[None], image, embed(prompt)[None]), 1)

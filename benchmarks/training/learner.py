@@ -127,6 +127,7 @@ class Learner(torch.nn.Module):
         self.letters = torch.nn.Linear(width, len(ascii_lowercase))
         self.centres = torch.nn.Linear(width, 1)
         self.present = torch.nn.Linear(width, len(PRESENT))
+        self.words = torch.nn.Linear(config.text_config.hidden_size, len(tokenizer))
         self.heads = [self.names, self.colours, self.places, self.letters, self.centres, self.present]
         prefix = tokenizer("USER: ", add_special_tokens=False).input_ids
         self.prefix = torch.tensor([BOS, *prefix])
@@ -174,14 +175,26 @@ class Learner(torch.nn.Module):
         """The losses of answers to what features of these patches, ``[B, N]``, show, and for each target whether it
         would be said, ``[targets]``."""
         image = self.llava.model.multi_modal_projector(features)
-        hidden, attentions = self._language(image, patches, batch, jitter)
+        hidden, first, attentions = self._language(image, patches, batch, jitter)
         asked = batch.targets != IGNORED
         logits = self.llava.lm_head(hidden[asked])
         losses = {
             "answers": F.cross_entropy(logits, batch.targets[asked]),
             "looks": self._looks(attentions, batch),
+            "hears": self._hears(first, batch),
         }
         return losses, logits.argmax(-1) == batch.targets[asked]
+
+    def _hears(self, first: torch.Tensor, batch: Asked) -> torch.Tensor:
+        """How little the first layer, before an answer, holds which words the question has: before the next ones can
+        look for something, it must be known what for."""
+        scenes, number = torch.arange(len(batch.last))[:, None], torch.arange(batch.last.shape[1])
+        tokens = torch.arange(batch.tokens.shape[1])
+        own = (batch.question[:, None] == number[:, None]) & (tokens <= batch.last[..., None])
+        logits = self.words(first[scenes, batch.last])
+        words = torch.zeros_like(logits).scatter_add(2, batch.tokens[:, None].expand(own.shape), own.to(logits.dtype))
+        loss = F.binary_cross_entropy_with_logits(logits, words.clamp(max=1), reduction="none").sum(-1)
+        return loss[own.any(-1)].mean()
 
     def _looks(self, attentions: Sequence[torch.Tensor], batch: Asked) -> torch.Tensor:
         """How little the first head of these layers attends, before it answers, to what a question is about."""
@@ -195,8 +208,9 @@ class Learner(torch.nn.Module):
 
     def _language(
         self, image: torch.Tensor, patches: torch.Tensor, batch: Asked, jitter: bool
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Hidden states of the questions' tokens, ``[B, T, D]``, and what each layer's first head attends to."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]:
+        """Hidden states of the questions' tokens after the last layer and after the first one, ``[B, T, D]``, and what
+        the first heads of those that are ``LOOKING`` attend to."""
         model, size, first, count = self.llava.model.language_model, len(image), len(self.prefix), image.shape[1]
         prefix = model.embed_tokens(self.prefix).expand(size, -1, -1)
         embeddings = torch.cat((prefix, image, model.embed_tokens(batch.tokens)), 1)
@@ -222,5 +236,8 @@ class Learner(torch.nn.Module):
             position_ids=positions,
             use_cache=False,
             output_attentions=True,
+            output_hidden_states=True,
         )
-        return out.last_hidden_state[:, first + count :], out.attentions
+        states = out.last_hidden_state, out.hidden_states[1]
+        last, early = (hidden[:, first + count :] for hidden in states)
+        return last, early, out.attentions

@@ -54,7 +54,7 @@ class Stage:
 
 
 TOWER = (Stage(12, 48, 1600), Stage(GRID, 16, 250))
-LANGUAGE_SCENES, LANGUAGE_STEPS, LANGUAGE_BATCH = 6000, 3000, 8
+LANGUAGE_SCENES, LANGUAGE_STEPS, LANGUAGE_BATCH = 4000, 2600, 8
 THIN = 0.6  # share of the language model's steps that see half of the patches
 RATE, WARM_UP, WEIGHT_DECAY = 1.5e-3, 100, 0.02
 COOLING = 0.3  # share of all steps over which the rate falls to zero
@@ -110,7 +110,12 @@ def train_language(
         things.append(looks.names > 0)
     known, thing = torch.cat(features), torch.cat(things)
     print(f"saw {len(scenes)} scenes in {time.monotonic() - start:.0f} s", flush=True)
-    weights = [learner.llava.model.multi_modal_projector, learner.llava.model.language_model, learner.llava.lm_head]
+    weights = [
+        learner.llava.model.multi_modal_projector,
+        learner.llava.model.language_model,
+        learner.llava.lm_head,
+        learner.words,
+    ]
     optimizer = Optimizer(weights, steps)
     random = np.random.default_rng(0)
     for _ in range(steps):

@@ -31,7 +31,7 @@ setup: $(STAMP) ## Install everything into .venv (vLLM for CPU, unless EADAPRUNE
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## Serve the embedded model, send it pictures, show what was saved
+demo: $(STAMP) ## Serve the embedded model, ask it about pictures, show what was saved
 	@$(BIN)eadaprune demo
 
 serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted

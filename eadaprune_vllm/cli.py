@@ -60,24 +60,21 @@ def _offline(model: str, device: str, dtype: str, revision: str | None) -> "Offl
 
 @app.command("demo-model")
 def demo_model() -> None:
-    """Print the folder of the embedded model, made on first use. Its weights are random."""
-    from eadaprune_vllm.demo.model import demo_model
+    """Print the folder of the embedded model."""
+    from eadaprune_vllm.demo import MODEL
 
-    print(demo_model())
+    print(MODEL)
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the server's log.")] = Path("demo-output"),
 ) -> None:
-    """Serve the embedded model with the plugin, send it pictures at several thresholds, show what was saved."""
-    from eadaprune_vllm.demo.model import demo_model
+    """Serve the embedded model with the plugin, ask it about pictures at several thresholds, show what was saved."""
+    from eadaprune_vllm.demo import MODEL
     from eadaprune_vllm.demo.run import run_demo
 
-    console = Console()
-    with console.status("Making the embedded model"):
-        model = demo_model()
-    run_demo(model, output, console)
+    run_demo(MODEL, output, Console())
 
 
 @app.command("demo-questions")

@@ -1,4 +1,4 @@
-"""Fixtures: the embedded model, what a server should decide, images, and the servers that tests share."""
+"""Fixtures: the model, what a server should decide, images, and the servers that tests share."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from harness import Server
 from PIL import Image
 from shared import Reference, noise, photo
 
-from eadaprune_vllm.demo.model import demo_model, make_model
+from eadaprune_vllm.demo.model import make_model
 
 SERVER_TESTS = Path(__file__).parent / "server"
 Start = Callable[..., Server]
@@ -33,9 +33,11 @@ def _seed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model() -> Path:
-    """Folder of the embedded model."""
-    return demo_model()
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small LLaVA-1.5 with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    make_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

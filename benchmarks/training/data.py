@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eadaprune_vllm.demo.model import SPECIAL, byte_level, fast
 from eadaprune_vllm.demo.questions import CATEGORIES, questions
-from eadaprune_vllm.demo.scenes import COLOURS, SHAPES, SIDE, WORDS, Scene, Thing, make_scene
+from eadaprune_vllm.demo.scenes import COLOURS, PLACES, SHAPES, SIDE, WORDS, Scene, Thing, make_scene
 
 PATCH = 14
 GRID = SIDE // PATCH
@@ -78,6 +78,8 @@ class Asked:
         category: ``[T]``, index into ``CATEGORIES``.
         last: ``[Q]``, which token is the last before a question's answer.
         about: ``[Q, N]``, whether a patch shows what a question is about.
+        subject: ``[Q, 3]``, of a question about one thing what it is, its colour and which of nine places it is in,
+            else ``IGNORED``.
     """
 
     tokens: torch.Tensor
@@ -87,6 +89,7 @@ class Asked:
     category: torch.Tensor
     last: torch.Tensor
     about: torch.Tensor
+    subject: torch.Tensor
 
 
 _Some = TypeVar("_Some", Looks, Asked)
@@ -140,10 +143,11 @@ def ask(tokenizer: PreTrainedTokenizerFast, scene: Scene, random: np.random.Gene
     columns: dict[str, list[int]] = {key: [] for key in ("tokens", "targets", "question", "position", "category")}
     asked = questions(scene, random, each)
     about = torch.zeros(len(asked), GRID, GRID, dtype=torch.bool)
-    last = []
+    last, subjects = [], []
     for number, question in enumerate(asked):
         for thing in question.about:
             about[number][_patches(thing.box)] = True
+        subjects.append(_subject(*question.about) if len(question.about) == 1 else [IGNORED] * 3)
         prompt = _ids(tokenizer, f"\n{question.text} ASSISTANT:")
         answer = [*_ids(tokenizer, f" {question.answer}"), EOS]
         length = len(prompt) + len(answer)
@@ -154,7 +158,12 @@ def ask(tokenizer: PreTrainedTokenizerFast, scene: Scene, random: np.random.Gene
         columns["position"] += range(length)
         columns["category"] += [CATEGORIES.index(question.category)] * length
     tensors = {name: torch.tensor(column) for name, column in columns.items()}
-    return Asked(**tensors, last=torch.tensor(last), about=about.flatten(1))
+    return Asked(**tensors, last=torch.tensor(last), about=about.flatten(1), subject=torch.tensor(subjects))
+
+
+def _subject(thing: Thing) -> list[int]:
+    column, row = ((thing.box[i] + thing.box[i + 2]) * len(PLACES) // (2 * SIDE) for i in (0, 1))
+    return [NAMES.index(thing.name), list(COLOURS).index(thing.colour), row * len(PLACES) + column]
 
 
 @cache  # texts recur
@@ -186,7 +195,8 @@ def _edges(word: str) -> list[float]:
 
 def collate(samples: list[_Some]) -> _Some:
     """Several as one; of questions there are then as many as the longest has, the rest padding."""
-    padding = {"tokens": PAD, "targets": IGNORED, "question": -1, "position": 0, "category": -1, "last": 0, "about": 0}
+    padding = {"tokens": PAD, "targets": IGNORED, "question": -1, "position": 0, "category": -1}
+    padding |= {"last": 0, "about": 0, "subject": IGNORED}
     columns = {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(samples[0])}
     return type(samples[0])(
         **{

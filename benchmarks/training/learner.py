@@ -19,6 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from eadaprune_vllm.demo.scenes import COLOURS, PLACES, SIDE
 
+SUBJECT = len(NAMES), len(COLOURS), len(PLACES) ** 2
 LOOKING = (1, 2)  # layers of the language model that learn where to look
 THIRDS = len(PLACES)  # a scene has as many rows and columns of places
 
@@ -128,6 +129,7 @@ class Learner(torch.nn.Module):
         self.centres = torch.nn.Linear(width, 1)
         self.present = torch.nn.Linear(width, len(PRESENT))
         self.words = torch.nn.Linear(config.text_config.hidden_size, len(tokenizer))
+        self.subject = torch.nn.Linear(config.text_config.hidden_size, sum(SUBJECT))
         self.heads = [self.names, self.colours, self.places, self.letters, self.centres, self.present]
         prefix = tokenizer("USER: ", add_special_tokens=False).input_ids
         self.prefix = torch.tensor([BOS, *prefix])
@@ -175,13 +177,14 @@ class Learner(torch.nn.Module):
         """The losses of answers to what features of these patches, ``[B, N]``, show, and for each target whether it
         would be said, ``[targets]``."""
         image = self.llava.model.multi_modal_projector(features)
-        hidden, first, attentions = self._language(image, patches, batch, jitter)
+        hidden, (heard, seen), attentions = self._language(image, patches, batch, jitter)
         asked = batch.targets != IGNORED
         logits = self.llava.lm_head(hidden[asked])
         losses = {
             "answers": F.cross_entropy(logits, batch.targets[asked]),
             "looks": self._looks(attentions, batch),
-            "hears": self._hears(first, batch),
+            "hears": self._hears(heard, batch),
+            "sees": self._sees(seen, batch),
         }
         return losses, logits.argmax(-1) == batch.targets[asked]
 
@@ -194,7 +197,18 @@ class Learner(torch.nn.Module):
         logits = self.words(first[scenes, batch.last])
         words = torch.zeros_like(logits).scatter_add(2, batch.tokens[:, None].expand(own.shape), own.to(logits.dtype))
         loss = F.binary_cross_entropy_with_logits(logits, words.clamp(max=1), reduction="none").sum(-1)
-        return loss[own.any(-1)].mean()
+        return 0.1 * loss[own.any(-1)].mean()
+
+    def _sees(self, second: torch.Tensor, batch: Asked) -> torch.Tensor:
+        """How little the second layer, before an answer, holds of the one thing that the question is about."""
+        scenes = torch.arange(len(batch.last))[:, None]
+        logits = self.subject(second[scenes, batch.last]).split(SUBJECT, -1)
+        return torch.stack(
+            [
+                F.cross_entropy(each.mT, batch.subject[..., number], ignore_index=IGNORED)
+                for number, each in enumerate(logits)
+            ]
+        ).sum()
 
     def _looks(self, attentions: Sequence[torch.Tensor], batch: Asked) -> torch.Tensor:
         """How little the first head of these layers attends, before it answers, to what a question is about."""
@@ -208,9 +222,9 @@ class Learner(torch.nn.Module):
 
     def _language(
         self, image: torch.Tensor, patches: torch.Tensor, batch: Asked, jitter: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]:
-        """Hidden states of the questions' tokens after the last layer and after the first one, ``[B, T, D]``, and what
-        the first heads of those that are ``LOOKING`` attend to."""
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """Hidden states of the questions' tokens after the last layer, ``[B, T, D]``, and after the first and second,
+        and what the first heads of those that are ``LOOKING`` attend to."""
         model, size, first, count = self.llava.model.language_model, len(image), len(self.prefix), image.shape[1]
         prefix = model.embed_tokens(self.prefix).expand(size, -1, -1)
         embeddings = torch.cat((prefix, image, model.embed_tokens(batch.tokens)), 1)
@@ -238,6 +252,6 @@ class Learner(torch.nn.Module):
             output_attentions=True,
             output_hidden_states=True,
         )
-        states = out.last_hidden_state, out.hidden_states[1]
-        last, early = (hidden[:, first + count :] for hidden in states)
+        states = out.last_hidden_state, *out.hidden_states[1:3]
+        last, *early = (hidden[:, first + count :] for hidden in states)
         return last, early, out.attentions

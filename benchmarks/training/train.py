@@ -54,8 +54,8 @@ class Stage:
 
 
 TOWER = (Stage(12, 48, 1600), Stage(GRID, 16, 250))
-LANGUAGE_SCENES, LANGUAGE_STEPS, LANGUAGE_BATCH = 4000, 2600, 8
-THIN = 0.6  # share of the language model's steps that see half of the patches
+LANGUAGE_SCENES, LANGUAGE_STEPS, LANGUAGE_BATCH = 4000, 2200, 8
+THIN = 0.7  # share of the language model's steps that see half of the patches
 RATE, WARM_UP, WEIGHT_DECAY = 1.5e-3, 100, 0.02
 COOLING = 0.3  # share of all steps over which the rate falls to zero
 
@@ -95,6 +95,8 @@ def train_language(
     threads: Threads = 2,
 ) -> None:
     """Teach the language model and the projector, and write the model."""
+    if output.exists():
+        raise typer.BadParameter(f"{output} exists")
     learner, tokenizer = _start(threads)
     learner.llava.model.vision_tower.load_state_dict(torch.load(tower))
     # Scenes that the tower has not learnt from.
@@ -115,6 +117,7 @@ def train_language(
         learner.llava.model.language_model,
         learner.llava.lm_head,
         learner.words,
+        learner.subject,
     ]
     optimizer = Optimizer(weights, steps)
     random = np.random.default_rng(0)

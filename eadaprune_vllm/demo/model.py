@@ -1,11 +1,9 @@
-"""The embedded model: a small LLaVA-1.5 with random weights, made on first use, no download.
+"""Small LLaVA-1.5 models: how they are written, and one with random weights.
 
-Its tower sees 336x336 images as 576 tokens, as the real one does. Random weights show that the plumbing works;
-they say nothing about the quality of answers.
+Their towers see 336x336 images as 576 tokens, as the real one does. Random weights show that the plumbing works; they
+say nothing about the quality of answers.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +32,6 @@ _CHAT_TEMPLATE = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-
-
-def demo_model() -> Path:
-    """Folder of the embedded model, made on first use under ``XDG_CACHE_HOME`` (``~/.cache``)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "eadaprune" / "demo-model-v1"
-    if not folder.exists():
-        # Written beside and moved into place: a folder that exists is complete.
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-        make_model(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(unfinished)
-    return folder
 
 
 def make_model(folder: Path, tower: str = "clip", max_shard_size: str = "5GB", text_layers: int = 2) -> None:

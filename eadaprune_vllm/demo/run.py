@@ -1,5 +1,6 @@
-"""The demonstration: the embedded model behind a real server, real requests, a table and pictures."""
+"""The demonstration: the embedded model behind a real server, real questions, tables and pictures."""
 
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,118 +12,158 @@ import skimage.data
 from openai import OpenAI
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from eadaprune_vllm.demo.questions import Question, questions
+from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.draw import data_url, picture
 from eadaprune_vllm.report import ItemPreview
+from eadaprune_vllm.tools.evaluate import normalized
 from eadaprune_vllm.tools.plots import caption, explanation
 
 THRESHOLDS = (1.0, 0.999, 0.99, 0.95)
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "page")
+SCENES = {"sparse": 5, "medium": 4, "dense": 15, "crowded": 7}  # seeds of held-out scenes of these densities
+SHOWN = "dense"  # of this scene every answer is printed
+PHOTOS = ("astronaut", "coffee", "page")
 FLAGS = ("--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", "--dtype", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the server said of one image at one threshold.
+class Picture:
+    """Something to ask about; no questions where the model has not learnt to answer any."""
+
+    image: Image.Image
+    questions: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the server said of one picture at one threshold.
 
     Attributes:
-        report: the field ``eadaprune`` of the answer.
-        first_token_seconds: from request to the first chunk of the stream.
-        preview: what the preview endpoint says of the same request.
+        preview: what the preview endpoint says; the answers report as many tokens.
+        cache_bytes_saved: of KV cache, per request.
+        first_token_seconds: from request to the first chunk of the stream, the median of all questions.
+        answers: to each question.
     """
 
-    report: dict[str, Any]
-    first_token_seconds: float
     preview: ItemPreview
+    cache_bytes_saved: int
+    first_token_seconds: float
+    answers: tuple[str, ...]
 
 
 def run_demo(model: Path, output: Path, console: Console) -> None:
-    """Serve ``model`` (as made by ``demo_model``), print a table of what was saved, write pictures to ``output``.
+    """Serve ``model``, print what was saved and what it answers, write pictures to ``output``.
 
     Raises:
         RuntimeError: if the server does not start, or contradicts itself.
     """
     output.mkdir(parents=True, exist_ok=True)
-    images = demo_images()
+    pictures = demo_pictures()
     spinner = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*spinner, console=console, transient=True) as progress:
         step = progress.add_task("Starting vllm serve with the plugin (half a minute)")
         with Server(output / "server.log", model, *FLAGS) as server:
-            answers = {}
-            ask(server, Image.new("RGB", (336, 336)), 1.0)  # the first request of a server pays for its warm-up
-            for name, image in images.items():
+            found = {}
+            ask(server, Picture(Image.new("RGB", (336, 336))), 1.0)  # a server's first pays for its warm-up
+            for name, shown in pictures.items():
                 for energy in THRESHOLDS:
                     progress.update(step, description=f"Asking about {name} at energy {energy}")
-                    answers[name, energy] = ask(server, image, energy)
+                    found[name, energy] = ask(server, shown, energy)
             progress.update(step, description="Stopping the server")
-    for name in images:
-        previews = [answers[name, energy].preview for energy in THRESHOLDS]
+    for name in pictures:
+        previews = [found[name, energy].preview for energy in THRESHOLDS]
         panels = [(caption(preview), picture(preview.overlay or "")) for preview in previews]
         explanation(panels, previews[0].curve, previews[1:]).savefig(output / f"{name}.png")
-    console.print(table(answers))
+    console.print(budgets(pictures, found))
+    console.print(answers(pictures[SHOWN].questions, [found[SHOWN, energy].answers for energy in THRESHOLDS]))
     console.print(
-        "Random weights: the counts and bytes are real, the answers mean nothing, and the language model is too "
-        "small for times to say much.\n"
+        "A model of three million parameters, which has learnt to answer questions about generated scenes and knows "
+        "nothing of photographs. The language model is too small for times to say much.\n"
         f"Pictures of the kept patches: {output}/*.png; the server's log: {output}/server.log"
     )
 
 
-def demo_images() -> dict[str, Image.Image]:
-    """Photographs that come with scikit-image, and the two extremes: nothing to see, and nothing but noise."""
-    images = {name: Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOS}
+def demo_pictures() -> dict[str, Picture]:
+    """Scenes that the model has not seen, photographs that come with scikit-image, and the two extremes: nothing to
+    see, and nothing but noise."""
+    found = {"flat": Picture(Image.new("RGB", (400, 300), (90, 120, 200)))}
+    for name, seed in SCENES.items():
+        scene = make_scene(seed, held_out=True)
+        found[name] = Picture(scene.image, tuple(questions(scene, np.random.default_rng(0))))
+    for name in PHOTOS:
+        found[name] = Picture(Image.fromarray(getattr(skimage.data, name)()).convert("RGB"))
     noise = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
-    return {"flat": Image.new("RGB", (400, 300), (90, 120, 200)), **images, "noise": Image.fromarray(noise)}
+    return found | {"noise": Picture(Image.fromarray(noise))}
 
 
-def ask(server: Server, image: Image.Image, energy: float) -> Answer:
-    """One streamed chat request through the OpenAI SDK, and a preview of the same request.
+def ask(server: Server, shown: Picture, energy: float) -> Answered:
+    """Streamed chat requests through the OpenAI SDK, one per question, and a preview of the same picture.
 
     Raises:
         RuntimeError: if the two do not agree.
     """
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    content: list[Any] = [
-        {"type": "image_url", "image_url": {"url": data_url(image)}},
-        {"type": "text", "text": "What is in this picture?"},
-    ]
-    messages: list[Any] = [{"role": "user", "content": content}]
     options = {"eadaprune": {"energy": energy}}
-    start = time.perf_counter()
-    stream = client.chat.completions.create(
-        model=server.NAME, messages=messages, max_tokens=8, stream=True, extra_body=options
-    )
-    report: dict[str, Any] = (next(iter(stream)).model_extra or {})["eadaprune"]
-    first_token = time.perf_counter() - start
-    for _ in stream:
-        pass
+    image = {"type": "image_url", "image_url": {"url": data_url(shown.image)}}
+    reports: list[dict[str, Any]] = []
+    said, seconds = [], []
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        for text in [question.text for question in shown.questions] or ["What is in this picture?"]:
+            messages: list[Any] = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+            start = time.perf_counter()
+            stream = client.chat.completions.create(
+                model=server.NAME, messages=messages, max_tokens=8, temperature=0, stream=True, extra_body=options
+            )
+            chunks = iter(stream)
+            reports.append((next(chunks).model_extra or {})["eadaprune"])
+            seconds.append(time.perf_counter() - start)
+            said.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices).strip())
     body = options | {"messages": messages, "overlay": True}
     (found,) = httpx.post(f"{server.url}/v1/eadaprune/preview", json=body, timeout=60).json()["images"]
     preview = ItemPreview.model_validate(found)
-    if preview.kept_tokens != report["kept_tokens"]:
-        raise RuntimeError(f"{report['kept_tokens']} tokens were kept, but the preview says {preview.kept_tokens}")
-    return Answer(report, first_token, preview)
+    if {report["kept_tokens"] for report in reports} != {preview.kept_tokens}:
+        raise RuntimeError(f"the preview says {preview.kept_tokens} tokens are kept, but answers report {reports}")
+    return Answered(preview, reports[0]["kv_cache_bytes_saved"], statistics.median(seconds), tuple(said))
 
 
-def table(answers: dict[tuple[str, float], Answer]) -> Table:
-    """One line per image and threshold."""
-    found = Table(title="Per-image budgets on stock vLLM")
-    for column in ("image", "threshold", "tokens before", "after", "kept", "KV cache saved", "first token"):
-        found.add_column(column, justify="left" if column == "image" else "right")
-    last = None
-    for (name, energy), answer in answers.items():
-        if last not in (None, name):
-            found.add_section()
-        found.add_row(
-            name if name != last else "",
-            f"{energy:g}",
-            str(answer.report["visual_tokens"]),
-            str(answer.report["kept_tokens"]),
-            f"{answer.report['kept_tokens'] / answer.report['visual_tokens']:.0%}",
-            f"{answer.report['kv_cache_bytes_saved'] / 1024:.0f} KiB",
-            f"{answer.first_token_seconds * 1000:.0f} ms",
-        )
-        last = name
-    return found
+def budgets(pictures: dict[str, Picture], found: dict[tuple[str, float], Answered]) -> Table:
+    """One line per picture and threshold."""
+    table = Table(title="Per-image budgets on stock vLLM")
+    for column in ("image", "threshold", "tokens before", "after", "kept", "KV cache saved", "first token", "right"):
+        table.add_column(column, justify="left" if column == "image" else "right")
+    for name, shown in pictures.items():
+        for energy in THRESHOLDS:
+            one = found[name, energy]
+            right = sum(map(is_right, shown.questions, one.answers))
+            table.add_row(
+                name if energy == THRESHOLDS[0] else "",
+                f"{energy:g}",
+                str(one.preview.visual_tokens),
+                str(one.preview.kept_tokens),
+                f"{one.preview.kept_tokens / one.preview.visual_tokens:.0%}",
+                f"{one.cache_bytes_saved / 1024:.0f} KiB",
+                f"{one.first_token_seconds * 1000:.0f} ms",
+                f"{right} of {len(shown.questions)}" if shown.questions else "",
+            )
+        table.add_section()
+    return table
+
+
+def answers(asked: tuple[Question, ...], by_threshold: list[tuple[str, ...]]) -> Table:
+    """One line per question, one column per threshold."""
+    table = Table(title=f"Answers about the {SHOWN} scene ({SHOWN}.png)")
+    for column in ("question", "right answer", *(f"energy {energy:g}" for energy in THRESHOLDS)):
+        table.add_column(column)
+    for question, *given in zip(asked, *by_threshold, strict=True):
+        colours = ("green" if is_right(question, answer) else "red" for answer in given)
+        cells = (f"[{colour}]{escape(answer)}[/]" for colour, answer in zip(colours, given, strict=True))
+        table.add_row(question.text, question.answer, *cells)
+    return table
+
+
+def is_right(question: Question, answer: str) -> bool:
+    return normalized(answer) == normalized(question.answer)

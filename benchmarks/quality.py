@@ -29,14 +29,14 @@ from eadaprune_vllm.tools.plots import accuracy
 
 TARGETS = (96, 48, 24, 12)  # features have 144 numbers: below energy 1.0 no budget is larger
 CALIBRATION = 200  # scenes
+DTYPE = "float32"  # what is measured is pruning, not rounding; and not every CPU has instructions for bfloat16
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "1", "--enforce-eager", "--max-model-len", "2048"]
-# What is measured is pruning, not rounding; and not every CPU has instructions for bfloat16.
-FLAGS += ["--dtype", "float32"]
+FLAGS += ["--dtype", DTYPE]
 
 
 def thresholds() -> dict[int, float]:
     """For each of ``TARGETS`` the threshold with that mean budget."""
-    options, offline = PruneOptions(min_tokens=1), OfflineModel(str(MODEL), dtype="float32")
+    options, offline = PruneOptions(min_tokens=1), OfflineModel(str(MODEL), dtype=DTYPE)
     scenes = (make_scene(10**6 + number, held_out=True).image for number in range(CALIBRATION))
     curves = [
         Curve(str(number), offline.examine(scene, options).spectrum.needed_above) for number, scene in enumerate(scenes)

@@ -19,9 +19,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from eadaprune_vllm.demo.scenes import COLOURS, PLACES, SIDE
 
-SUBJECT = len(NAMES), len(COLOURS), len(PLACES) ** 2
-LOOKING = (1, 2)  # layers of the language model that learn where to look
 THIRDS = len(PLACES)  # a scene has as many rows and columns of places
+SUBJECT = len(NAMES), len(COLOURS), THIRDS**2  # what there is to tell of one thing
+LOOKING = (1, 2)  # layers of the language model that learn where to look
 
 
 def make_config(vocab_size: int) -> LlavaConfig:
@@ -148,8 +148,8 @@ class Learner(torch.nn.Module):
             features, hidden = hidden, layer(hidden, None)
         return features[:, 1:], tower.post_layernorm(hidden[:, 0])
 
-    def see(self, batch: Looks) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """Features, ``[B, N, D]``; the losses of what they tell; and which patches of things are named right."""
+    def see(self, batch: Looks) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The losses of what features tell, and which patches of things are named right."""
         features, cls = self.tower(batch.pixels, batch.patches)
         thing = batch.names > 0
         third = GRID // THIRDS
@@ -169,7 +169,7 @@ class Learner(torch.nn.Module):
         losses["places"] = F.cross_entropy(self.places(features).mT, places)
         losses["centres"] = F.binary_cross_entropy_with_logits(self.centres(features)[..., 0], batch.centres)
         losses["present"] = F.binary_cross_entropy_with_logits(self.present(cls), batch.present)
-        return features, losses, names.argmax(-1)[thing] == batch.names[thing]
+        return losses, names.argmax(-1)[thing] == batch.names[thing]
 
     def answer(
         self, features: torch.Tensor, patches: torch.Tensor, batch: Asked, jitter: bool
@@ -178,31 +178,32 @@ class Learner(torch.nn.Module):
         would be said, ``[targets]``."""
         image = self.llava.model.multi_modal_projector(features)
         hidden, (heard, seen), attentions = self._language(image, patches, batch, jitter)
+        # The last token before each answer, ``[B, Q]``.
+        end = torch.arange(len(batch.last))[:, None], batch.last
         asked = batch.targets != IGNORED
         logits = self.llava.lm_head(hidden[asked])
         losses = {
             "answers": F.cross_entropy(logits, batch.targets[asked]),
-            "looks": self._looks(attentions, batch),
-            "hears": self._hears(heard, batch),
-            "sees": self._sees(seen, batch),
+            "looks": self._looks([weights[end] for weights in attentions], batch),
+            "hears": self._hears(heard[end], batch),
+            "sees": self._sees(seen[end], batch),
         }
         return losses, logits.argmax(-1) == batch.targets[asked]
 
     def _hears(self, first: torch.Tensor, batch: Asked) -> torch.Tensor:
-        """How little the first layer, before an answer, holds which words the question has: before the next ones can
-        look for something, it must be known what for."""
-        scenes, number = torch.arange(len(batch.last))[:, None], torch.arange(batch.last.shape[1])
-        tokens = torch.arange(batch.tokens.shape[1])
+        """How little the first layer, ``[B, Q, D]``, holds which words the question has: before the next ones can look
+        for something, it must be known what for."""
+        number, tokens = torch.arange(batch.last.shape[1]), torch.arange(batch.tokens.shape[1])
         own = (batch.question[:, None] == number[:, None]) & (tokens <= batch.last[..., None])
-        logits = self.words(first[scenes, batch.last])
+        logits = self.words(first)
         words = torch.zeros_like(logits).scatter_add(2, batch.tokens[:, None].expand(own.shape), own.to(logits.dtype))
         loss = F.binary_cross_entropy_with_logits(logits, words.clamp(max=1), reduction="none").sum(-1)
+        # A sum over all words there are: in full it would leave the other losses no share of a clipped gradient.
         return 0.1 * loss[own.any(-1)].mean()
 
     def _sees(self, second: torch.Tensor, batch: Asked) -> torch.Tensor:
-        """How little the second layer, before an answer, holds of the one thing that the question is about."""
-        scenes = torch.arange(len(batch.last))[:, None]
-        logits = self.subject(second[scenes, batch.last]).split(SUBJECT, -1)
+        """How little the second layer, ``[B, Q, D]``, holds of the one thing that the question is about."""
+        logits = self.subject(second).split(SUBJECT, -1)
         return torch.stack(
             [
                 F.cross_entropy(each.mT, batch.subject[..., number], ignore_index=IGNORED)
@@ -211,12 +212,11 @@ class Learner(torch.nn.Module):
         ).sum()
 
     def _looks(self, attentions: Sequence[torch.Tensor], batch: Asked) -> torch.Tensor:
-        """How little the first head of these layers attends, before it answers, to what a question is about."""
-        first, scenes = len(self.prefix), torch.arange(len(batch.last))[:, None]
-        known = batch.about.any(-1)
+        """How little the first head of these layers attends, each ``[B, Q, N]``, to what a question is about."""
+        first, known = len(self.prefix), batch.about.any(-1)
         losses = []
         for weights in attentions:
-            rows = weights[scenes, batch.last, first : first + batch.about.shape[-1]]
+            rows = weights[..., first : first + batch.about.shape[-1]]
             losses.append(-((rows * batch.about).sum(-1)[known] + 1e-6).log().mean())
         return torch.stack(losses).mean()
 

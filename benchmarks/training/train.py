@@ -14,8 +14,9 @@ and at last the whole.
 The language model and the projector then learn from answers to questions about what the tower, now fixed, makes of
 whole scenes: of several questions at once, each of which sees the image and itself. At first it is shown all patches of
 things and some of the rest, half of the image, which takes half of the time; then all. Nothing is pruned by what a
-selector says. The positions of image tokens are scaled at random, so that places are learnt from features rather than
-from how many tokens came before.
+selector says. Three more losses lead there, at the end of each question: the first layer is to hold its words, the
+first heads of the next ones to look at what it is about, and the second layer to hold what that is. The positions of
+image tokens are scaled at random, so that places are learnt from features rather than from how many tokens came before.
 """
 
 import json
@@ -80,7 +81,7 @@ def train_tower(tower: TowerFile, scale: Scale = 1.0, threads: Threads = 2) -> N
         windows = Windows(seed, stage.side)
         loader = iter(DataLoader(windows, stage.batch, collate_fn=collate, num_workers=1, prefetch_factor=8))
         for _ in range(steps):
-            _, losses, named = learner.see(next(loader))
+            losses, named = learner.see(next(loader))
             optimizer.step(losses, {"named": named})
         seed += stage.batch * steps
         print(f"after {stage}: named {named_right(learner, 128):.3f}", flush=True)
@@ -199,7 +200,7 @@ def named_right(learner: Learner, scenes: int) -> float:
     right = []
     for batch in held_out(scenes):
         with torch.inference_mode():
-            _, _, named = learner.see(collate([look(scene) for scene in batch]))
+            _, named = learner.see(collate([look(scene) for scene in batch]))
         right.append(named.float())
     return float(torch.cat(right).mean())
 

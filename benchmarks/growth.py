@@ -31,6 +31,7 @@ from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import Server
 
 FLAGS = ["--plugin", "eadaprune", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 4}']
+FLAGS += ["--dtype", "float32"]  # not every CPU has instructions for bfloat16
 SERVERS = {
     "1 API server": ["--api-server-count", "1"],
     "2 API servers": ["--api-server-count", "2"],

@@ -233,19 +233,21 @@ async def run(
     Raises:
         ValueError: if the server refuses a question, cannot be reached or does not prune.
     """
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=600)
+    key = os.environ.get("OPENAI_API_KEY", "none")
     first = [Setting("no pruning", "none", {"energy": 1.0}), *adaptive(energies, selectors), *fixed(tokens, selectors)]
+    progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
     try:
-        model = model or (await client.models.list()).data[0].id
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=600) as client:
+            model = model or (await client.models.list()).data[0].id
+            with progress:
 
-            async def under(name: str, settings: Sequence[Setting]) -> None:
-                task = progress.add_task(name, total=len(settings) * len(results.questions))
-                await ask(client, model, results, settings, concurrency, partial(progress.advance, task), suffix)
+                async def under(name: str, settings: Sequence[Setting]) -> None:
+                    task = progress.add_task(name, total=len(settings) * len(results.questions))
+                    await ask(client, model, results, settings, concurrency, partial(progress.advance, task), suffix)
 
-            await under("Asking", first)
-            if with_matched:
-                await under("Asking at the means", matched(results))
+                await under("Asking", first)
+                if with_matched:
+                    await under("Asking at the means", matched(results))
     except* (APIError, OSError, RuntimeError) as errors:
         raise ValueError(str(errors.exceptions[0])) from None
 

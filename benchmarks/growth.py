@@ -69,8 +69,13 @@ def main(
         folder, model = Path(name), Path(name) / "model"
         make_model(model)
         bench = Bench(folder, model, output_tokens=4)
-        for setting, own in SERVERS.items():
-            with Server(folder / "log", model, *FLAGS, *own, "--allowed-local-media-path", name) as server:
+
+        def serve(setting: str) -> Server:
+            flags = [*FLAGS, *SERVERS[setting], "--allowed-local-media-path", name]
+            return Server(folder / "log", model, *flags)
+
+        for setting in SERVERS:
+            with serve(setting) as server:
                 bench.run(server, Cell(4, 16, 16), None)  # set up once, for nothing
                 for images, concurrency in itertools.product(IMAGES, CONCURRENCY):
                     before = stages(server)
@@ -80,8 +85,10 @@ def main(
                     row = {"server": setting, "images": images, "concurrency": concurrency}
                     rows.append(row | each | {"images_per_second": found["requests_per_second"] * images})
                     console.print(rows[-1])
-                if setting in WATCHED:
-                    memory[setting] = watch(bench, server, requests, console)
+        for setting in WATCHED:
+            with serve(setting) as server:
+                bench.run(server, Cell(1, 16, 160), None)
+                memory[setting] = watch(bench, server, requests, console)
     table = Table(title="Milliseconds per image in the front end")
     for heading in rows[0]:
         table.add_column(heading, justify="right")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_family
-from harness import Server
+from harness import DTYPE, Server
 from PIL import Image
 from shared import Reference, noise, photo
 
@@ -57,7 +57,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def reference(model: Path) -> Reference:
-    return Reference(model, torch.bfloat16)
+    return Reference(model, getattr(torch, DTYPE))
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +88,8 @@ def start(logs: Path, model: Path) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def pruning(logs: Path, model: Path) -> Iterator[Server]:
-    """The main server: bf16, prefix cache, images cut over several prefill chunks, a cache that overflows."""
-    flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", "bfloat16"]
+    """The main server: prefix cache, images cut over several prefill chunks, a cache that overflows."""
+    flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", DTYPE]
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
     flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
     flags += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--enable-scale-out"]
@@ -101,6 +101,6 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def stock(logs: Path, model: Path) -> Iterator[Server]:
     """vLLM with this package installed and not named."""
-    server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", "bfloat16")
+    server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", DTYPE)
     yield server
     server.close()

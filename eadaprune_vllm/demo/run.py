@@ -18,7 +18,7 @@ from rich.table import Table
 
 from eadaprune_vllm.demo.questions import Question, questions
 from eadaprune_vllm.demo.scenes import make_scene
-from eadaprune_vllm.demo.server import Server
+from eadaprune_vllm.demo.server import DTYPE, Server
 from eadaprune_vllm.draw import data_url, picture
 from eadaprune_vllm.report import ItemPreview
 from eadaprune_vllm.tools.evaluate import normalized
@@ -28,7 +28,7 @@ THRESHOLDS = (1.0, 0.999, 0.99, 0.95)
 SCENES = {"sparse": 5, "medium": 4, "dense": 15, "crowded": 7}  # seeds of held-out scenes of these densities
 SHOWN = "dense"  # of this scene every answer is printed
 PHOTOS = ("astronaut", "coffee", "page")
-FLAGS = ("--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", "--dtype", "bfloat16")
+FLAGS = ("--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", "--dtype", DTYPE)
 
 
 @dataclass(frozen=True)

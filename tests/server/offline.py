@@ -5,6 +5,7 @@ import math
 import sys
 from typing import Any
 
+from harness import DTYPE
 from PIL import Image
 from shared import module_classes, noise, photo, towers
 from vllm import LLM, SamplingParams
@@ -61,7 +62,7 @@ def blocks(llm: LLM) -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, model = sys.argv[1:]
-    settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "dtype": "bfloat16", "block_size": 32}
+    settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "dtype": DTYPE, "block_size": 32}
     llm = LLM(model, mm_processor_kwargs={"eadaprune": {"energy": 0.9}}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from harness import Server, content
+from harness import DTYPE, Server, content
 from PIL import Image
 from shared import Reference, noise
 
@@ -19,7 +19,7 @@ QUESTION = "What is it?"
 def uncached(start: Callable[..., Server]) -> Server:
     """Neither processor cache nor prefix cache, and other server defaults than the main server's."""
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.9", "--eadaprune-min-tokens", "4"]
-    flags += ["--eadaprune-selector", "span", "--enforce-eager", "--dtype", "bfloat16"]
+    flags += ["--eadaprune-selector", "span", "--enforce-eager", "--dtype", DTYPE]
     return start("uncached", *flags, "--mm-processor-cache-gb", "0", "--no-enable-prefix-caching")
 
 

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from harness import Server
+from harness import DTYPE, Server
 from rich.console import Console
 
 from eadaprune_vllm.demo import MODEL
@@ -16,7 +16,7 @@ from eadaprune_vllm.tools.evaluate import Results, read_questions, run
 
 def test_the_model_answers_better_than_chance_in_every_category(tmp_path: Path, logs: Path) -> None:
     results = Results(read_questions(write_questions(tmp_path, 80)))
-    flags = ["--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"]
+    flags = ["--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", "--dtype", DTYPE]
     with Server(logs / "trained.log", MODEL, *flags) as server:
         asyncio.run(run(results, server.url, None, [], [], [], False, "", 16))
     (row,), chance = results.summary(), results.chance()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import VLLM, Server, content, environment
+from harness import DTYPE, VLLM, Server, content, environment
 from PIL import Image
 from shared import Reference
 
@@ -176,7 +176,7 @@ def test_run_batch(model: Path, images: Images, reference: Reference, tmp_path: 
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)))
-    flags = ["--served-model-name", "demo", "--max-model-len", "2048", "--enforce-eager", "--dtype", "bfloat16"]
+    flags = ["--served-model-name", "demo", "--max-model-len", "2048", "--enforce-eager", "--dtype", DTYPE]
     flags += ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--limit-mm-per-prompt", '{"image": 4}']
     done = subprocess.run(
         [VLLM, "run-batch", "-i", str(source), "-o", str(target), "--model", str(model), "--block-size", "32", *flags],

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from harness import Server, content
+from harness import DTYPE, Server, content
 from PIL import Image
 from shared import Reference
 
@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"energy": 0.9, "energy_floor": 0.5, "energy_ceiling":
 @pytest.fixture(scope="module")
 def guarded(start: Callable[..., Server]) -> Server:
     """A key, and bounds that requests must keep."""
-    flags = ["--plugin", "eadaprune", "--enforce-eager", "--dtype", "bfloat16", "--api-key", "sesame"]
+    flags = ["--plugin", "eadaprune", "--enforce-eager", "--dtype", DTYPE, "--api-key", "sesame"]
     for name, value in OPTIONS.items():
         flags += [f"--eadaprune-{name.replace('_', '-')}", str(value)]
     return start("guarded", *flags, "--limit-mm-per-prompt", '{"image": 2}')

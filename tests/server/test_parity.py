@@ -29,13 +29,13 @@ def difference(first: dict[str, float], second: dict[str, float]) -> float:
     return max(abs(first[token] - second[token]) for token in shared)
 
 
-def test_bfloat16(pruning: Server, stock: Server, images: Images) -> None:
+def test_answers_are_stocks(pruning: Server, stock: Server, images: Images) -> None:
     same = []
     for image in images.values():
         assert pruning.prompt_tokens(image, QUESTION, options={"energy": 1}) == stock.prompt_tokens(image, QUESTION)
         assert difference(first_token(pruning, image, {"energy": 1}), first_token(stock, image)) < 0.15
         same.append(pruning.answer(image, QUESTION, options={"energy": 1}) == stock.answer(image, QUESTION))
-    # Greedy text may part where two tokens are within the noise of bf16 of each other; in float32 it must not.
+    # Greedy text may part where two tokens are within the noise of bf16 of each other; in float32, below, it must not.
     assert sum(same) >= len(same) - 2
 
 

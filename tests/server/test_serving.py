@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from harness import BLOCK_SIZE, Server, content
+from harness import BLOCK_SIZE, KV_BYTES, Server, content
 from PIL import Image
 from shared import Reference, noise
 
@@ -203,8 +203,7 @@ def test_metrics_count_what_entered_the_engine(pruning: Server, reference: Refer
     prompts = [pruning.prompt_tokens(image, QUESTION, options={"energy": 0.9}) for _ in range(3)]
     change = [after - earlier for after, earlier in zip(read(), before, strict=True)]
     saved = 576 - kept
-    per_token = 2 * 2 * 2 * 32 * 2  # key and value x layers x KV heads x head size x bytes of bf16
-    expected = [3, 3 * 576, 3 * kept, 3 * saved, 3 * saved * per_token, 3, 3 * kept / 576, 3 * 0.9, 1, sum(prompts)]
+    expected = [3, 3 * 576, 3 * kept, 3 * saved, 3 * saved * KV_BYTES, 3, 3 * kept / 576, 3 * 0.9, 1, sum(prompts)]
     assert change == pytest.approx(expected)
     for stage in ("encode", "spectrum", "select", "total"):
         assert pruning.metric("eadaprune_stage_seconds_sum", stage=stage) > 0

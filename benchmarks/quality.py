@@ -52,10 +52,12 @@ def main(
     console = Console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        results = Results(read_questions(write_questions(folder / "questions", scenes)))
+        questions = read_questions(write_questions(folder / "questions", scenes))
+        # The server reads the files itself: encoding them a hundred thousand times would take longer than answering.
+        results = Results([one.model_copy(update={"image": f"file://{one.image}"}) for one in questions])
         energies = thresholds()
         console.print(f"{len(results.questions)} questions; thresholds: {energies}")
-        with Server(folder / "log", MODEL, *FLAGS) as server:
+        with Server(folder / "log", MODEL, *FLAGS, "--allowed-local-media-path", name) as server:
             asyncio.run(run(results, server.url, None, list(energies.values()), [], selector, True, "", 16))
     rows = results.summary()
     for row in rows:

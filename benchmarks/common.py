@@ -1,7 +1,9 @@
 """What the benchmarks share."""
 
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def about() -> dict[str, Any]:
-    """The commit and the machine that figures come from."""
+    """The commit, the command and the machine that figures come from."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} cores"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"commit": commit, "cpu": cpu.split(": ")[1], "device": device, **versions}
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {"commit": commit, "command": command, "cpu": cpu.split(": ")[1], "device": device, **versions}
 
 
 def scene(seed: int) -> Image.Image:

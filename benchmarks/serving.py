@@ -207,7 +207,7 @@ def main(
 def stored(path: Path, settings: dict[str, Any]) -> tuple[dict[float, float], list[dict[str, Any]]]:
     """The thresholds and runs of an earlier call with the same settings on the same machine, if there was one."""
     found = json.loads(path.read_text()) if path.exists() else {"about": {}}
-    here = {key: value for key, value in about().items() if key != "commit"} | settings
+    here = {key: value for key, value in about().items() if key not in ("commit", "command")} | settings
     if not here.items() <= found["about"].items():
         return {}, []
     return {float(share): energy for share, energy in found["about"]["energies"].items()}, found["runs"]

@@ -183,7 +183,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Name of the served model; by default its first.")] = None,
     energy: Annotated[list[float], typer.Option(help="Threshold; may be given several times.")] = [],  # noqa: B006
     tokens: Annotated[list[int], typer.Option(help="Fixed budget; may be given several times.")] = [],  # noqa: B006
-    selector: Annotated[list[str], typer.Option(help="May be given several times.")] = ["attention"],  # noqa: B006
+    selector: Annotated[list[str], typer.Option(help="May be given several times; by default the server's.")] = [],  # noqa: B006
     matched: Annotated[bool, typer.Option(help="Add a fixed budget of the same mean for each threshold.")] = True,
     suffix: Annotated[str, typer.Option(help="Put after each question, such as how to answer.")] = "",
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,

@@ -37,9 +37,9 @@ class PruneOptions(BaseModel):
         default=None, ge=1, description="Most tokens an image may keep; by default as many as it has."
     )
     selector: Annotated[str, AfterValidator(_known_selector)] = Field(
-        default="attention",
-        description="Which tokens stay: 'attention', those the vision tower attends to most; 'span', those that "
-        "span most of the energy; 'diversity', those least like each other; 'hybrid', half by attention and half by "
+        default="span",
+        description="Which tokens stay: 'span', those that span most of the energy; 'attention', those the vision "
+        "tower attends to most; 'diversity', those least like each other; 'hybrid', half by attention and half by "
         "diversity. 'uniform' and 'random' do not look at the image, for comparison.",
         json_schema_extra={"enum": list(SELECTORS)},
     )

@@ -135,8 +135,8 @@ def _products(tokens: VisualTokens) -> tuple[Callable[[int], NDArray[np.float32]
 
 
 SELECTORS: dict[str, Selector] = {
-    "attention": attention,
     "span": span,
+    "attention": attention,
     "diversity": diversity,
     "hybrid": hybrid,
     "uniform": uniform,

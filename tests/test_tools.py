@@ -99,6 +99,15 @@ def test_adaptive_is_compared_to_fixed_question_by_question() -> None:
     assert row["interval"][1] - row["interval"][0] > 0.08
 
 
+def test_without_a_selector_the_servers_own_is_asked() -> None:
+    (setting,) = evaluate.adaptive([0.9], [])
+    assert (setting.name, setting.options, setting.selector) == ("energy 0.9", {"energy": 0.9}, "server's default")
+    found = results([1, 0], setting=setting)
+    (same,) = evaluate.matched(found)
+    assert same.options == evaluate.exactly(10)
+    assert [one.name for one in evaluate.fixed([5], ["span", "random"])] == ["5 tokens, span", "5 tokens, random"]
+
+
 def test_questions_about_one_image_count_as_one_observation() -> None:
     right = [int(value) for value in np.repeat(np.random.default_rng(0).integers(2, size=100), 4)]
     images = np.repeat(np.arange(100), 4)

@@ -29,7 +29,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from data import GRID, IGNORED, Looks, Windows, ask, collate, look, make_tokenizer
+from data import GRID, IGNORED, Asked, Looks, Windows, ask, collate, look, make_tokenizer
 from learner import Learner
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -100,19 +100,8 @@ def train_language(
         raise typer.BadParameter(f"{output} exists")
     learner, tokenizer = _start(threads)
     learner.llava.model.vision_tower.load_state_dict(torch.load(tower))
-    # Scenes that the tower has not learnt from.
-    first = sum(stage.batch * stage.steps for stage in TOWER)
-    steps, start = round(LANGUAGE_STEPS * scale), time.monotonic()
-    scenes: list[Scene] = []
-    features, things = [], []
-    while len(scenes) < LANGUAGE_SCENES * scale:
-        batch = [make_scene(first + len(scenes) + number, held_out=False) for number in range(16)]
-        looks = collate([look(scene) for scene in batch])
-        scenes += batch
-        features.append(seen(learner, looks).half())
-        things.append(looks.names > 0)
-    known, thing = torch.cat(features), torch.cat(things)
-    print(f"saw {len(scenes)} scenes in {time.monotonic() - start:.0f} s", flush=True)
+    steps = round(LANGUAGE_STEPS * scale)
+    known = Known(learner, round(LANGUAGE_SCENES * scale))
     weights = [
         learner.llava.model.multi_modal_projector,
         learner.llava.model.language_model,
@@ -123,14 +112,11 @@ def train_language(
     optimizer = Optimizer(weights, steps)
     random = np.random.default_rng(0)
     for _ in range(steps):
-        chosen = random.permutation(len(scenes))[:LANGUAGE_BATCH]
-        asked = collate([ask(tokenizer, scenes[index], random, each=3) for index in chosen])
-        image, patches = known[chosen].float(), EVERYWHERE.expand(len(chosen), -1)
+        chosen = random.permutation(len(known.scenes))[:LANGUAGE_BATCH]
+        asked = collate([ask(tokenizer, known.scenes[index], random, each=3) for index in chosen])
+        image, patches = known.features[chosen].float(), EVERYWHERE.expand(len(chosen), -1)
         if optimizer.done < THIN * steps:
-            kept = (torch.rand(thing[chosen].shape) + thing[chosen]).topk(GRID**2 // 2).indices.sort().values
-            image, patches = image.gather(1, kept[..., None].expand(-1, -1, image.shape[-1])), kept
-            about = asked.about.gather(2, kept[:, None].expand(-1, asked.about.shape[1], -1))
-            asked = replace(asked, about=about)
+            image, patches, asked = thin(image, known.thing[chosen], asked)
         losses, said = learner.answer(image, patches, asked, jitter=True)
         optimizer.step(losses, {"said": said})
         if optimizer.done % 500 == 0:
@@ -142,6 +128,45 @@ def train_language(
     }
     (output / "training.json").write_text(json.dumps(found, indent=1) + "\n")
     print(found)
+
+
+class Known:
+    """Scenes that the tower has not learnt from, and what it makes of them, computed once.
+
+    Attributes:
+        scenes: what they show.
+        features: ``[scenes, N, D]`` float16.
+        thing: ``[scenes, N]`` bool, whether a patch shows a thing.
+    """
+
+    def __init__(self, learner: Learner, count: int) -> None:
+        first, start = sum(stage.batch * stage.steps for stage in TOWER), time.monotonic()
+        self.scenes: list[Scene] = []
+        features, things = [], []
+        while len(self.scenes) < count:
+            batch = [make_scene(first + len(self.scenes) + number, held_out=False) for number in range(16)]
+            looks = collate([look(scene) for scene in batch])
+            self.scenes += batch
+            features.append(seen(learner, looks).half())
+            things.append(looks.names > 0)
+        self.features, self.thing = torch.cat(features), torch.cat(things)
+        print(f"saw {len(self.scenes)} scenes in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def thin(image: torch.Tensor, thing: torch.Tensor, asked: Asked) -> tuple[torch.Tensor, torch.Tensor, Asked]:
+    """All patches of things and, drawn at random, some of the rest: half of the image.
+
+    Args:
+        image: features ``[B, N, D]``.
+        thing: ``[B, N]`` bool.
+        asked: about these images.
+
+    Returns:
+        The features ``[B, N // 2, D]``, which patches they are ``[B, N // 2]``, and the questions about them.
+    """
+    kept = (torch.rand(thing.shape) + thing).topk(thing.shape[1] // 2).indices.sort().values
+    about = asked.about.gather(2, kept[:, None].expand(-1, asked.about.shape[1], -1))
+    return image.gather(1, kept[..., None].expand(-1, -1, image.shape[-1])), kept, replace(asked, about=about)
 
 
 def _start(threads: int) -> tuple[Learner, PreTrainedTokenizerFast]:

@@ -175,18 +175,24 @@ def normalized(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def adaptive(energies: Iterable[float], selectors: Iterable[str]) -> list[Setting]:
+def adaptive(energies: Iterable[float], selectors: Sequence[str]) -> list[Setting]:
+    """Thresholds with each selector, or with the server's if there is none."""
     return [
-        Setting(f"energy {energy:g}, {selector}", "adaptive", {"energy": energy, "selector": selector})
-        for selector, energy in itertools.product(selectors, energies)
+        Setting(", ".join([f"energy {energy:g}", *named.values()]), "adaptive", {"energy": energy} | named)
+        for named, energy in itertools.product(_named(selectors), energies)
     ]
 
 
-def fixed(tokens: Iterable[int], selectors: Iterable[str]) -> list[Setting]:
+def fixed(tokens: Iterable[int], selectors: Sequence[str]) -> list[Setting]:
+    """Budgets with each selector, or with the server's if there is none."""
     return [
-        Setting(f"{count} tokens, {selector}", "fixed", exactly(count) | {"selector": selector})
-        for selector, count in itertools.product(selectors, tokens)
+        Setting(", ".join([f"{count} tokens", *named.values()]), "fixed", exactly(count) | named)
+        for named, count in itertools.product(_named(selectors), tokens)
     ]
+
+
+def _named(selectors: Sequence[str]) -> list[dict[str, str]]:
+    return [{"selector": selector} for selector in selectors] or [{}]
 
 
 def matched(results: Results) -> list[Setting]:
@@ -196,7 +202,7 @@ def matched(results: Results) -> list[Setting]:
         if setting.kind == "adaptive":
             count = round(float(results.kept[setting.name].mean()))
             name = f"{count} tokens, {setting.selector} (as {setting.name})"
-            found.append(Setting(name, "fixed", exactly(count) | {"selector": setting.selector}, setting.name))
+            found.append(Setting(name, "fixed", setting.options | exactly(count), setting.name))
     return found
 
 
@@ -225,7 +231,7 @@ async def run(
         model: name of the served model; by default the server's first.
         energies: thresholds.
         tokens: fixed budgets.
-        selectors: names.
+        selectors: names; the server's if there is none.
         with_matched: whether to ask at the means.
         suffix: put after each question.
         concurrency: requests at a time.

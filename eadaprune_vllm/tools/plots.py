@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, ScalarFormatter
 from PIL import Image
 
 from eadaprune_vllm.report import ItemReport
@@ -18,10 +18,10 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> Figure:
     groups = list(rows[0]["group"])
     views = ["all questions", *groups] if len(groups) > 1 else ["all questions"]
     figure = Figure(figsize=(6 * min(len(views), 3), 4.5 * -(-len(views) // 3)), layout="constrained")
-    grid = figure.subplots(-(-len(views) // 3), min(len(views), 3), squeeze=False).flat
+    grid = figure.subplots(-(-len(views) // 3), min(len(views), 3), squeeze=False).ravel()
     for view, axes in zip(views, grid, strict=False):
         _accuracy(axes, view, [row if view == "all questions" else row["group"][view] | _identity(row) for row in rows])
-    for axes in list(grid)[len(views) :]:
+    for axes in grid[len(views) :]:
         axes.set_visible(False)
     next(iter(figure.axes)).legend(fontsize=7)
     return figure
@@ -53,7 +53,8 @@ def _accuracy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         if row["kind"] == "none":
             axes.axhline(row["accuracy"], color="black", linewidth=0.8, label="no pruning")
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("tokens an image keeps in the mean")
     axes.set_ylabel("accuracy")
     axes.set_title(title)

@@ -11,6 +11,8 @@ from harness import DTYPE, Server, content
 from PIL import Image
 from shared import Reference, noise
 
+from eadaprune_vllm.options import PruneOptions
+
 Images = dict[str, Image.Image]
 QUESTION = "What is it?"
 
@@ -19,18 +21,18 @@ QUESTION = "What is it?"
 def uncached(start: Callable[..., Server]) -> Server:
     """Neither processor cache nor prefix cache, and other server defaults than the main server's."""
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.9", "--eadaprune-min-tokens", "4"]
-    flags += ["--eadaprune-selector", "span", "--enforce-eager", "--dtype", DTYPE]
+    flags += ["--eadaprune-selector", "attention", "--enforce-eager", "--dtype", DTYPE]
     return start("uncached", *flags, "--mm-processor-cache-gb", "0", "--no-enable-prefix-caching")
 
 
 def test_without_caches(uncached: Server, pruning: Server, reference: Reference, images: Images) -> None:
     for image in images.values():
-        explicit = {"energy": 0.97, "min_tokens": 16, "selector": "attention"}
+        explicit = {"energy": 0.97, "min_tokens": 16, "selector": PruneOptions().selector}
         for _ in range(2):
             assert uncached.answer(image, QUESTION, options=explicit) == pruning.answer(
                 image, QUESTION, options={"energy": 0.97}
             )
-        kept = len(reference.kept(image, energy=0.9, min_tokens=4, selector="span"))
+        kept = len(reference.kept(image, energy=0.9, min_tokens=4, selector="attention"))
         full = uncached.prompt_tokens(image, options={"enabled": False})
         assert uncached.prompt_tokens(image) == full - 576 + kept
     assert uncached.metric("vllm:prefix_cache_hits_total") == 0

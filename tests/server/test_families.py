@@ -31,7 +31,7 @@ SOME = {"energy": 0.9, "min_tokens": 4}
 VARIOUS: list[dict[str, Any]] = [
     NULL,
     SOME,
-    {"energy": 0.97, "min_tokens": 4, "selector": "span"},
+    {"energy": 0.97, "min_tokens": 4, "selector": "attention"},
     {"energy": 0.9, "min_tokens": 4, "scope": "image"},
     {"min_tokens": 11, "max_tokens": 11},
 ]

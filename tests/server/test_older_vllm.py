@@ -52,7 +52,7 @@ def test_prompt_tokens_are_text_plus_kept(older: Server, model: Path, images: Im
     reference = Reference(model, torch.float32)
     text = older.text_tokens(QUESTION)
     for name in NAMES:
-        for options in ({}, {"energy": 0.9}, {"energy": 0.99, "selector": "span"}, {"max_tokens": 20}):
+        for options in ({}, {"energy": 0.9}, {"energy": 0.99, "selector": "attention"}, {"max_tokens": 20}):
             kept = len(reference.kept(images[name], **({"energy": 0.95} | options)))
             assert kept < 576
             assert older.prompt_tokens(images[name], QUESTION, options=options) == text + kept

@@ -20,7 +20,12 @@ QUESTION = "What is it?"
 def test_prompt_tokens_are_text_plus_kept(pruning: Server, reference: Reference, images: Images) -> None:
     text = pruning.text_tokens(QUESTION)
     for image in images.values():
-        for options in ({"energy": 0.8}, {"energy": 0.99}, {"energy": 0.99, "selector": "span"}, {"max_tokens": 20}):
+        for options in (
+            {"energy": 0.8},
+            {"energy": 0.99},
+            {"energy": 0.99, "selector": "attention"},
+            {"max_tokens": 20},
+        ):
             kept = len(reference.kept(image, **({"energy": 0.95} | options)))
             assert pruning.prompt_tokens(image, QUESTION, options=options) == text + kept
 
@@ -149,7 +154,7 @@ def test_prefix_cache_hits_under_the_same_options_only(pruning: Server) -> None:
     assert pruning.answer(image, QUESTION, options={"energy": 0.99}) == first
     # The text before the image is shared; the image's tokens must not be, even where their number is the same.
     assert cached({"energy": 0.98}) <= BLOCK_SIZE
-    assert cached({"energy": 0.99, "selector": "span"}) <= BLOCK_SIZE
+    assert cached({"energy": 0.99, "selector": "attention"}) <= BLOCK_SIZE
 
 
 def test_concurrent_requests_with_different_thresholds(pruning: Server, images: Images) -> None:

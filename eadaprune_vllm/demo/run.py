@@ -133,7 +133,7 @@ def ask(server: Server, shown: Picture, energy: float) -> Answered:
 def budgets(pictures: dict[str, Picture], found: dict[tuple[str, float], Answered]) -> Table:
     """One line per picture and threshold."""
     table = Table(title="Per-image budgets on stock vLLM")
-    for column in ("image", "threshold", "tokens before", "after", "kept", "KV cache saved", "first token", "right"):
+    for column in ("image", "energy", "tokens", "kept", "share", "KV saved", "1st token", "right"):
         table.add_column(column, justify="left" if column == "image" else "right")
     for name, shown in pictures.items():
         for energy in THRESHOLDS:
@@ -145,9 +145,9 @@ def budgets(pictures: dict[str, Picture], found: dict[tuple[str, float], Answere
                 str(one.preview.visual_tokens),
                 str(one.preview.kept_tokens),
                 f"{one.preview.kept_tokens / one.preview.visual_tokens:.0%}",
-                f"{one.cache_bytes_saved / 1024:.0f} KiB",
+                f"{one.cache_bytes_saved / 2**20:.1f} MiB",
                 f"{one.first_token_seconds * 1000:.0f} ms",
-                f"{right} of {len(shown.questions)}" if shown.questions else "",
+                f"{right}/{len(shown.questions)}" if shown.questions else "",
             )
         table.add_section()
     return table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, content, environment
+from harness import DTYPE, Server, content, environment
 from PIL import Image
 
 Images = dict[str, Image.Image]
@@ -50,7 +50,7 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
     pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path
 ) -> None:
     files = ["--store", tmp_path / "spectra.jsonl", "--histogram", tmp_path / "budgets.png"]
-    arguments = ["calibrate", folder, "--model", model, "--min-tokens", 4, *files]
+    arguments = ["calibrate", folder, "--model", model, "--dtype", DTYPE, "--min-tokens", 4, *files]
     first = run(*arguments, "--target-tokens", 100, "--table")
     assert f"skipped {folder / 'broken.png'}: " in first.stderr
     assert "threshold" in first.stdout
@@ -99,7 +99,7 @@ def test_explain_draws_and_says_what_the_server_decides(
 ) -> None:
     picture = tmp_path / "why.png"
     thresholds = ["--energy", 0.9, "--energy", 0.99, "--selector", "span"]
-    arguments = ["explain", folder / "coffee.png", "--model", model, "--output", picture, *thresholds]
+    arguments = ["explain", folder / "coffee.png", "--model", model, "--dtype", DTYPE, "--output", picture, *thresholds]
     found: list[dict[str, Any]] = json.loads(run(*arguments, "--json").stdout)
     assert [report["energy_threshold"] for report in found] == [0.9, 0.99]
     for report in found:

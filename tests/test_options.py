@@ -74,7 +74,7 @@ def test_equal_options_have_one_key() -> None:
 
 def test_different_options_have_different_keys() -> None:
     overrides = [{}, {"energy": 0.9}, {"energy": 0.9 + 1e-12}, {"min_tokens": 1}, {"max_tokens": 99}]
-    overrides += [{"selector": "span"}, {"enabled": False}]
+    overrides += [{"selector": "attention"}, {"enabled": False}]
     assert len({overlay(DEFAULTS, override, "x").key for override in overrides}) == len(overrides)
 
 

@@ -121,7 +121,7 @@ def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
     newlines = Newlines(mask, line, row=torch.full((4,), 7.0))
     encoding = Encoding(found, torch.zeros(8).long(), ((1, 8),), newlines=newlines)
 
-    kept = prune(encoding, PruneOptions(min_tokens=2, max_tokens=2))
+    kept = prune(encoding, PruneOptions(min_tokens=2, max_tokens=2, selector="attention"))
     assert kept.unpruned == 11
     assert kept.placeholders.tolist() == [1, 3, 5]
     assert kept.newlines.tolist() == [False, False, True]

@@ -53,8 +53,8 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         questions = read_questions(write_questions(folder / "questions", scenes))
-        # The server reads the files itself: encoding them a hundred thousand times would take longer than answering.
-        results = Results([one.model_copy(update={"image": f"file://{one.image}"}) for one in questions])
+        # The server reads the files itself: sent with every question they would take longer than its answer.
+        results = Results([one.model_copy(update={"image": Path(one.image).as_uri()}) for one in questions])
         energies = thresholds()
         console.print(f"{len(results.questions)} questions; thresholds: {energies}")
         with Server(folder / "log", MODEL, *FLAGS, "--allowed-local-media-path", name) as server:

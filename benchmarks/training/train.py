@@ -143,8 +143,7 @@ class Known:
         first, start = sum(stage.batch * stage.steps for stage in TOWER), time.monotonic()
         self.scenes: list[Scene] = []
         features, things = [], []
-        while len(self.scenes) < count:
-            batch = [make_scene(first + len(self.scenes) + number, held_out=False) for number in range(16)]
+        for batch in batches(first, count, held_out=False):
             looks = collate([look(scene) for scene in batch])
             self.scenes += batch
             features.append(seen(learner, looks).half())
@@ -214,16 +213,16 @@ def seen(learner: Learner, looks: Looks) -> torch.Tensor:
         return learner.tower(looks.pixels, looks.patches)[0]
 
 
-def held_out(scenes: int) -> Iterator[list[Scene]]:
-    """That many, by 16."""
-    for first in range(0, scenes, 16):
-        yield [make_scene(seed, held_out=True) for seed in range(first, first + 16)]
+def batches(first: int, count: int, held_out: bool) -> Iterator[list[Scene]]:
+    """At least that many scenes from a seed on, by 16."""
+    for start in range(first, first + count, 16):
+        yield [make_scene(seed, held_out) for seed in range(start, start + 16)]
 
 
 def named_right(learner: Learner, scenes: int) -> float:
     """Share of the patches of things in held-out scenes that the tower names right."""
     right = []
-    for batch in held_out(scenes):
+    for batch in batches(0, scenes, held_out=True):
         with torch.inference_mode():
             _, named = learner.see(collate([look(scene) for scene in batch]))
         right.append(named.float())
@@ -238,7 +237,7 @@ def accuracy(learner: Learner, tokenizer: PreTrainedTokenizerFast, scenes: int) 
     """
     right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
     random = np.random.default_rng(0)
-    for batch in held_out(scenes):
+    for batch in batches(0, scenes, held_out=True):
         asked = collate([ask(tokenizer, scene, random) for scene in batch])
         features = seen(learner, collate([look(scene) for scene in batch]))
         with torch.inference_mode():

@@ -177,22 +177,21 @@ def normalized(text: str) -> str:
 
 def adaptive(energies: Iterable[float], selectors: Sequence[str]) -> list[Setting]:
     """Thresholds with each selector, or with the server's if there is none."""
-    return [
-        Setting(", ".join([f"energy {energy:g}", *named.values()]), "adaptive", {"energy": energy} | named)
-        for named, energy in itertools.product(_named(selectors), energies)
-    ]
+    return _settings("adaptive", [(f"energy {energy:g}", {"energy": energy}) for energy in energies], selectors)
 
 
 def fixed(tokens: Iterable[int], selectors: Sequence[str]) -> list[Setting]:
     """Budgets with each selector, or with the server's if there is none."""
+    return _settings("fixed", [(f"{count} tokens", exactly(count)) for count in tokens], selectors)
+
+
+def _settings(kind: str, named: Sequence[tuple[str, dict[str, Any]]], selectors: Sequence[str]) -> list[Setting]:
+    if not selectors:
+        return [Setting(name, kind, options) for name, options in named]
     return [
-        Setting(", ".join([f"{count} tokens", *named.values()]), "fixed", exactly(count) | named)
-        for named, count in itertools.product(_named(selectors), tokens)
+        Setting(f"{name}, {selector}", kind, options | {"selector": selector})
+        for selector, (name, options) in itertools.product(selectors, named)
     ]
-
-
-def _named(selectors: Sequence[str]) -> list[dict[str, str]]:
-    return [{"selector": selector} for selector in selectors] or [{}]
 
 
 def matched(results: Results) -> list[Setting]:

@@ -79,7 +79,7 @@ def test_different_options_have_different_keys() -> None:
 
 
 def test_a_key_gives_the_options_back() -> None:
-    options = PruneOptions(energy=0.123456789012345, max_tokens=77, selector="span")
+    options = PruneOptions(energy=0.123456789012345, max_tokens=77, selector="attention")
     assert PruneOptions.model_validate_json(options.key) == options
 
 

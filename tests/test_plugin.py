@@ -51,7 +51,7 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
     assert "A number greater than 0 and at most 1. (default: 0.99)" in text
     assert "(default: None)" not in text
     assert "(default: no limit)" in text
-    options: dict[str, object] = {"energy": 0.9, "min_tokens": 2, "max_tokens": 64, "selector": "span"}
+    options: dict[str, object] = {"energy": 0.9, "min_tokens": 2, "max_tokens": 64, "selector": "attention"}
     options |= {
         "scope": "image",
         "enabled": False,

@@ -98,14 +98,14 @@ def test_explain_draws_and_says_what_the_server_decides(
     pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path
 ) -> None:
     picture = tmp_path / "why.png"
-    thresholds = ["--energy", 0.9, "--energy", 0.99, "--selector", "span"]
+    thresholds = ["--energy", 0.9, "--energy", 0.99, "--selector", "attention"]
     arguments = ["explain", folder / "coffee.png", "--model", model, "--dtype", DTYPE, "--output", picture, *thresholds]
     found: list[dict[str, Any]] = json.loads(run(*arguments, "--json").stdout)
     assert [report["energy_threshold"] for report in found] == [0.9, 0.99]
     for report in found:
-        options = {"energy": report["energy_threshold"], "selector": "span"}
+        options = {"energy": report["energy_threshold"], "selector": "attention"}
         assert report["kept_tokens"] == kept(pruning, images["coffee"], **options)
-        assert report["selector"] == "span"
+        assert report["selector"] == "attention"
     assert size(picture) > (800, 500)
     missing = run("explain", folder / "none.png", "--model", model, status=2).stderr
     assert "none.png" in missing

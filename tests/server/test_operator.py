@@ -81,7 +81,7 @@ def test_config(guarded: Server) -> None:
 
 def test_preview_says_what_a_request_would_get(guarded: Server, images: Images, reference: Reference) -> None:
     body = chat(images["astronaut"], images["noise"], eadaprune={"energy": 0.8})
-    body["messages"][0]["content"][0]["eadaprune"] = {"energy": 0.6, "selector": "span"}
+    body["messages"][0]["content"][0]["eadaprune"] = {"energy": 0.6, "selector": "attention"}
     before = guarded.metric("eadaprune_images_total")
     found = guarded.post("/v1/eadaprune/preview", body | {"overlay": True}, **KEY).json()
     assert guarded.metric("eadaprune_images_total") == before  # nothing entered the engine
@@ -89,7 +89,7 @@ def test_preview_says_what_a_request_would_get(guarded: Server, images: Images, 
     for name in ("visual_tokens", "kept_tokens", "tokens_saved", "kv_cache_bytes_saved"):
         assert found[name] == report[name]
     expected = [
-        reference.kept(images["astronaut"], energy=0.6, selector="span", max_tokens=150),
+        reference.kept(images["astronaut"], energy=0.6, selector="attention", max_tokens=150),
         reference.kept(images["noise"], energy=0.8, max_tokens=150),
     ]
     for image, same, kept in zip(found["images"], report["images"], expected, strict=True):

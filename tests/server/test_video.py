@@ -112,7 +112,7 @@ def ask_embeds(server: Server, part: dict[str, Any], options: dict[str, Any]) ->
 def test_embeddings_are_pruned_as_the_image_is_by_span(
     qwen: Server, encoded: dict[str, torch.Tensor], options: dict[str, Any]
 ) -> None:
-    found = ask_embeds(qwen, embeds(**encoded), options).json()
+    found = ask_embeds(qwen, embeds(**encoded), options | {"selector": "attention"}).json()
     image = chat(qwen, "square", TEXT, options=options | {"selector": "span"})
     assert found["eadaprune"]["images"][0]["selector"] == "span"
     assert found["usage"] == image["usage"]

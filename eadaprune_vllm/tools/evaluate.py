@@ -8,7 +8,7 @@ import mimetypes
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -53,12 +53,14 @@ class Setting:
     Attributes:
         kind: ``none``, ``adaptive`` or ``fixed``.
         matched: of a fixed budget, the adaptive setting whose mean it has.
+        by_image: more options of single images.
     """
 
     name: str
     kind: str
     options: dict[str, Any]
     matched: str | None = None
+    by_image: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def selector(self) -> str:
@@ -309,7 +311,7 @@ async def ask(
                 messages=[{"role": "user", "content": content}],
                 max_tokens=32,
                 temperature=0,
-                extra_body={KEY: setting.options},
+                extra_body={KEY: setting.options | setting.by_image.get(question.image, {})},
             )
             report = (answer.model_extra or {}).get(KEY)
             if not report:

@@ -135,9 +135,17 @@ def calibrate(
     console.print(shown)
     tool.histogram(budgets, f"{model}, energy {solved.energy:g}").savefig(histogram, dpi=120)
     console.print(f"Picture: {histogram}; spectra: {store}; skipped: {len(skipped)}", highlight=False)
-    flags = {"energy": f"{solved.energy:g}", "min-tokens": min_tokens, "max-tokens": max_tokens, "scope": scope}
-    given = " ".join(f"--eadaprune-{name} {value}" for name, value in flags.items() if value is not None)
-    print(f"vllm serve {model} --plugin eadaprune {given}")
+    flags = {
+        "dtype": None if dtype == "auto" else dtype,
+        "revision": revision,
+        "plugin": "eadaprune",
+        "eadaprune-energy": f"{solved.energy:g}",
+        "eadaprune-min-tokens": min_tokens,
+        "eadaprune-max-tokens": max_tokens,
+        "eadaprune-scope": scope,
+    }
+    given = " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
+    print(f"vllm serve {model} {given}")
 
 
 @app.command()

@@ -155,9 +155,10 @@ def budgets(pictures: dict[str, Picture], found: dict[tuple[str, float], Answere
 
 def answers(asked: tuple[Question, ...], by_threshold: list[tuple[str, ...]]) -> Table:
     """One line per question, one column per threshold."""
-    table = Table(title=f"Answers about the {SHOWN} scene ({SHOWN}.png)")
-    for column in ("question", "right answer", *(f"energy {energy:g}" for energy in THRESHOLDS)):
-        table.add_column(column)
+    table = Table(title=f"Answers about the {SHOWN} scene ({SHOWN}.png) at each energy")
+    table.add_column("question")
+    for column in ("right answer", *(f"{energy:g}" for energy in THRESHOLDS)):
+        table.add_column(column, max_width=7)  # of 80 there is a third left for the question
     for question, *given in zip(asked, *by_threshold, strict=True):
         colours = ("green" if is_right(question, answer) else "red" for answer in given)
         cells = (f"[{colour}]{escape(answer)}[/]" for colour, answer in zip(colours, given, strict=True))

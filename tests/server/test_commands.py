@@ -54,10 +54,10 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
     first = run(*arguments, "--target-tokens", 100, "--table")
     assert f"skipped {folder / 'broken.png'}: " in first.stderr
     assert "threshold" in first.stdout
-    flags = re.search(r"^vllm serve (.*)$", first.stdout, re.MULTILINE)
+    own = re.escape(f"vllm serve {model} --dtype {DTYPE} --plugin eadaprune")
+    flags = re.search(rf"^{own} --eadaprune-energy (\S+) --eadaprune-min-tokens 4$", first.stdout, re.MULTILINE)
     assert flags
-    energy = float(flags[1].split("--eadaprune-energy ")[1].split()[0])
-    assert "--eadaprune-min-tokens 4" in flags[1]
+    energy = float(flags[1])
     budgets = [kept(pruning, image, energy=energy, min_tokens=4) for image in images.values()]
     assert f"{sum(budgets) / len(budgets):.1f}" in first.stdout
     # Of eight images a single budget moves the mean by an eighth of a token.

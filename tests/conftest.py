@@ -17,12 +17,8 @@ SERVER_TESTS = Path(__file__).parent / "server"
 Start = Callable[..., Server]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    sharing = {item.path for item in items if {"pruning", "stock"}.intersection(getattr(item, "fixturenames", ()))}
     for item in items:
-        # Of several workers one starts the shared servers, and each module has one, for its own servers.
-        item.add_marker(pytest.mark.xdist_group("sharing" if item.path in sharing else item.path.name))
         if SERVER_TESTS in item.path.parents:
             item.add_marker(pytest.mark.server)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

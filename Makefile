@@ -38,7 +38,7 @@ serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
 
 test: $(STAMP) ## Run all tests but the slow ones (20 to 28 minutes on 2 cores)
-	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(PY) -m pytest -m "not slow"
 
 test-unit: $(STAMP) ## Run the tests that start no server (seconds)
 	$(PY) -m pytest -m "not server"

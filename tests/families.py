@@ -89,21 +89,23 @@ def _tower(config: Any) -> Any:
     )
 
 
-def _llava() -> tuple[Any, Any, Any]:
+def _llava(tower: Any) -> tuple[Any, Any, Any]:
+    has_cls = tower is CLIPVisionConfig
+    strategy = "default" if has_cls else "full"
     config = LlavaConfig(
-        vision_config=_tower(CLIPVisionConfig),
+        vision_config=_tower(tower),
         text_config=LlamaConfig(**_text(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
     )
     processor = LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
         LLAVA,
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         chat_template=_TEMPLATE.format(image="<image>\n", video=""),
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(has_cls),
     )
     return LlavaForConditionalGeneration, config, processor
 
@@ -235,7 +237,8 @@ _MOE = {
     "norm_topk_prob": True,
 }
 FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
-    "llava": _llava,
+    "llava": lambda: _llava(CLIPVisionConfig),
+    "llava_siglip": lambda: _llava(SiglipVisionConfig),
     "llava_next": lambda: _llava_next(LlamaConfig),
     "llava_next_mistral": lambda: _llava_next(MistralConfig),
     "llava_onevision": _llava_onevision,
@@ -247,7 +250,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
-WITHOUT_VIDEO = ("llava", "llava_next", "llava_next_mistral")
+WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral")
 
 
 def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import torch
 import typer
 from common import RESULTS, about
 from openai import AsyncOpenAI
-from quality import DTYPE, FLAGS, TARGETS
+from quality import DTYPE, FLAGS, TARGETS, held_out
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from safetensors.torch import load_file
@@ -28,14 +28,13 @@ from transformers import AutoConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from eadaprune_vllm.demo import MODEL
-from eadaprune_vllm.demo.questions import write_questions
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 from eadaprune_vllm.tools.calibrate import Curve, solve
-from eadaprune_vllm.tools.evaluate import Results, Setting, ask, exactly, interval, read_questions
+from eadaprune_vllm.tools.evaluate import Results, Setting, ask, exactly, interval
 from eadaprune_vllm.tools.offline import OfflineModel, load_image
 
 FIXED = "the same for all"
@@ -105,9 +104,7 @@ def main(
     console = Console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        questions = read_questions(write_questions(folder / "questions", scenes))
-        # The server reads the files itself: sent with every question they would take longer than its answer.
-        results = Results([one.model_copy(update={"image": Path(one.image).as_uri()}) for one in questions])
+        results = held_out(folder / "questions", scenes)
         asked = [question.image for question in results.questions]
         settings = {}
         for (tokens, rule), counts in allocations(asked, target).items():
@@ -117,11 +114,10 @@ def main(
         with Server(folder / "log", MODEL, *FLAGS, "--allowed-local-media-path", name) as server:
             asyncio.run(_ask(server.url, results, list(settings.values())))
     rows = results.summary()
-    numbers = np.unique(asked, return_inverse=True)[1]
     for ((tokens, _), setting), row in zip(settings.items(), rows, strict=True):
         against = results.correct[settings[tokens, FIXED].name]
         gain = results.correct[setting.name].astype(float) - against
-        row["minus_fixed"] = {"mean": float(gain.mean()), "interval": interval(gain, numbers)}
+        row["minus_fixed"] = {"mean": float(gain.mean()), "interval": interval(gain, np.array(asked))}
         groups = "  ".join(
             f"{group} {own['accuracy']:.3f} at {own['mean_tokens']:.0f}" for group, own in row["group"].items()
         )

@@ -44,6 +44,13 @@ def thresholds() -> dict[int, float]:
     return {target: solve(curves, target, options).energy for target in TARGETS}
 
 
+def held_out(folder: Path, scenes: int) -> Results:
+    """Questions about that many scenes, written to ``folder``, with nothing asked yet."""
+    questions = read_questions(write_questions(folder, scenes))
+    # The server reads the files itself: sent with every question they would take longer than its answer.
+    return Results([one.model_copy(update={"image": Path(one.image).as_uri()}) for one in questions])
+
+
 def main(
     scenes: Annotated[int, typer.Option(help="About nine questions are asked of each.")] = 300,
     selector: Annotated[list[str], typer.Option(help="May be given several times.")] = list(SELECTORS),  # noqa: B006
@@ -52,9 +59,7 @@ def main(
     console = Console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        questions = read_questions(write_questions(folder / "questions", scenes))
-        # The server reads the files itself: sent with every question they would take longer than its answer.
-        results = Results([one.model_copy(update={"image": Path(one.image).as_uri()}) for one in questions])
+        results = held_out(folder / "questions", scenes)
         energies = thresholds()
         console.print(f"{len(results.questions)} questions; thresholds: {energies}")
         with Server(folder / "log", MODEL, *FLAGS, "--allowed-local-media-path", name) as server:

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from prometheus_client import CollectorRegistry, generate_latest
 
+from eadaprune_vllm import hooks
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import add_flags, apply_flags
 from eadaprune_vllm.metrics import Metrics
@@ -40,6 +42,15 @@ def test_unknown_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match="--plugin nope: no such plugin is installed; installed are eadaprune, lora"):
         name_plugins(["nope"])
     assert "VLLM_PLUGINS" not in os.environ
+
+
+def test_other_versions_of_vllm_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks.check_version()
+    monkeypatch.setattr(hooks, "TESTED", SpecifierSet(">=0.99"))
+    with pytest.raises(StartupError, match=r"is not supported; tested is >=0\.99"):
+        hooks.check_version()
+    monkeypatch.setenv("EADAPRUNE_SKIP_VERSION_CHECK", "1")
+    hooks.check_version()
 
 
 def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

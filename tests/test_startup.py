@@ -26,6 +26,8 @@ from eadaprune_vllm.options import PruneOptions
     ("settings", "words"),
     [
         ({"limit_mm_per_prompt": {"image": 0}}, "so there is nothing to prune"),
+        ({"language_model_only": True}, "so there is nothing to prune"),
+        ({"model_impl": "transformers"}, "the architecture TransformersMultiModalForCausalLM is not supported"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
         ({"mm_encoder_only": True}, "--mm-encoder-only is not supported"),
         ({"mm_encoder_attn_backend": "TORCH_SDPA"}, "--mm-encoder-attn-backend is not supported"),

@@ -11,7 +11,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +19,8 @@ import numpy as np
 import torch
 import typer
 from common import RESULTS, about
-from openai import AsyncOpenAI
 from quality import DTYPE, FLAGS, TARGETS, held_out
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -34,7 +32,7 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 from eadaprune_vllm.tools.calibrate import Curve, solve
-from eadaprune_vllm.tools.evaluate import Results, Setting, ask, exactly, interval
+from eadaprune_vllm.tools.evaluate import Setting, exactly, interval, run
 from eadaprune_vllm.tools.offline import OfflineModel, load_image
 
 FIXED = "the same for all"
@@ -112,7 +110,7 @@ def main(
             own = {image: exactly(count) for image, count in counts.items()}
             settings[tokens, rule] = Setting(f"{tokens} tokens: {rule}", kind, {"selector": "span"}, by_image=own)
         with Server(folder / "log", MODEL, *FLAGS, "--allowed-local-media-path", name) as server:
-            asyncio.run(_ask(server.url, results, list(settings.values())))
+            asyncio.run(run(results, server.url, list(settings.values())))
     rows = results.summary()
     for ((tokens, _), setting), row in zip(settings.items(), rows, strict=True):
         against = results.correct[settings[tokens, FIXED].name]
@@ -125,14 +123,6 @@ def main(
     output.mkdir(exist_ok=True)
     text = json.dumps({"about": about() | {"questions": len(results.questions)}, "settings": rows}, indent=1)
     (output / "allocation.json").write_text(text + "\n")
-
-
-async def _ask(url: str, results: Results, settings: list[Setting]) -> None:
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            task = progress.add_task("Asking", total=len(settings) * len(results.questions))
-            model = (await client.models.list()).data[0].id
-            await ask(client, model, results, settings, 16, partial(progress.advance, task), "")
 
 
 if __name__ == "__main__":

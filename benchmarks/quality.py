@@ -23,7 +23,7 @@ from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.tools.calibrate import Curve, solve
-from eadaprune_vllm.tools.evaluate import Results, read_questions, run
+from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, adaptive, read_questions, run
 from eadaprune_vllm.tools.offline import OfflineModel
 from eadaprune_vllm.tools.plots import accuracy
 
@@ -63,18 +63,19 @@ def main(
         energies = thresholds()
         console.print(f"{len(results.questions)} questions; thresholds: {energies}")
         with Server(folder / "log", MODEL, *FLAGS, "--allowed-local-media-path", name) as server:
-            asyncio.run(run(results, server.url, None, list(energies.values()), [], selector, True, "", 16))
+            settings = [UNPRUNED, *adaptive(energies.values(), selector)]
+            asyncio.run(run(results, server.url, settings, with_matched=True))
     rows = results.summary()
     for row in rows:
         console.print(f"{row['setting']}: {row['accuracy']:.3f} at {row['mean_tokens']:.1f} tokens", highlight=False)
     output.mkdir(exist_ok=True)
-    settings = {
+    facts = {
         "scenes": scenes,
         "questions": len(results.questions),
         "chance": results.chance(),
         "thresholds": energies,
     }
-    text = json.dumps({"about": about() | settings, "settings": rows}, indent=1)
+    text = json.dumps({"about": about() | facts, "settings": rows}, indent=1)
     (output / "quality.json").write_text(text + "\n")
     accuracy(rows).savefig(output / "quality.png", dpi=100)
 

@@ -205,7 +205,10 @@ def evaluate(
 
     with _refused():
         results = tool.Results(tool.read_questions(questions))
-        asyncio.run(tool.run(results, url, model, energy, tokens, selector, matched, suffix, concurrency))
+        settings = [tool.UNPRUNED, *tool.adaptive(energy, selector), *tool.fixed(tokens, selector)]
+        asyncio.run(
+            tool.run(results, url, settings, with_matched=matched, model=model, suffix=suffix, concurrency=concurrency)
+        )
     rows = results.summary()
     shown = Table(title=f"{len(results.questions)} questions")
     for heading in ("setting", "mean tokens", "accuracy", "95 %", "adaptive - fixed"):

@@ -67,6 +67,9 @@ class Setting:
         return str(self.options.get("selector", "server's default"))
 
 
+UNPRUNED = Setting("no pruning", "none", {"energy": 1.0})
+
+
 @dataclass
 class Results:
     """What came of a question set under each setting, question by question.
@@ -215,25 +218,21 @@ def exactly(count: int) -> dict[str, Any]:
 async def run(
     results: Results,
     url: str,
-    model: str | None,
-    energies: Sequence[float],
-    tokens: Sequence[int],
-    selectors: Sequence[str],
-    with_matched: bool,
-    suffix: str,
-    concurrency: int,
+    settings: Sequence[Setting],
+    *,
+    with_matched: bool = False,
+    model: str | None = None,
+    suffix: str = "",
+    concurrency: int = 16,
 ) -> None:
-    """Ask all questions without pruning, at thresholds and at fixed budgets, with every selector; then at fixed budgets
-    of the means that thresholds had.
+    """Ask all questions under every setting, with a progress bar.
 
     Args:
         results: takes what comes of it.
         url: of the server.
+        settings: to ask under.
+        with_matched: whether to ask after that at fixed budgets of the means that adaptive settings had.
         model: name of the served model; by default the server's first.
-        energies: thresholds.
-        tokens: fixed budgets.
-        selectors: names; the server's if there is none.
-        with_matched: whether to ask at the means.
         suffix: put after each question.
         concurrency: requests at a time.
 
@@ -241,7 +240,6 @@ async def run(
         ValueError: if the server refuses a question, cannot be reached or does not prune.
     """
     key = os.environ.get("OPENAI_API_KEY", "none")
-    first = [Setting("no pruning", "none", {"energy": 1.0}), *adaptive(energies, selectors), *fixed(tokens, selectors)]
     progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
     try:
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=600) as client:
@@ -250,16 +248,16 @@ async def run(
 
                 async def under(name: str, settings: Sequence[Setting]) -> None:
                     task = progress.add_task(name, total=len(settings) * len(results.questions))
-                    await ask(client, model, results, settings, concurrency, partial(progress.advance, task), suffix)
+                    await _ask(client, model, results, settings, concurrency, partial(progress.advance, task), suffix)
 
-                await under("Asking", first)
+                await under("Asking", settings)
                 if with_matched:
                     await under("Asking at the means", matched(results))
     except* (APIError, OSError, RuntimeError) as errors:
         raise ValueError(str(errors.exceptions[0])) from None
 
 
-async def ask(
+async def _ask(
     client: AsyncOpenAI,
     model: str,
     results: Results,

@@ -11,14 +11,14 @@ from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import CATEGORIES, write_questions
 from eadaprune_vllm.demo.run import SCENES, THRESHOLDS, demo_pictures, run_demo
 from eadaprune_vllm.demo.scenes import make_scene
-from eadaprune_vllm.tools.evaluate import Results, read_questions, run
+from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, read_questions, run
 
 
 def test_the_model_answers_better_than_chance_in_every_category(tmp_path: Path, logs: Path) -> None:
     results = Results(read_questions(write_questions(tmp_path, 80)))
     flags = ["--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", "--dtype", DTYPE]
     with Server(logs / "trained.log", MODEL, *flags) as server:
-        asyncio.run(run(results, server.url, None, [], [], [], False, "", 16))
+        asyncio.run(run(results, server.url, [UNPRUNED]))
     (row,), chance = results.summary(), results.chance()
     for category in CATEGORIES:
         assert row["category"][category]["interval"][0] > chance[category]

@@ -15,7 +15,7 @@ from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, read_questions, run
 
 
 def test_the_model_answers_better_than_chance_in_every_category(tmp_path: Path, logs: Path) -> None:
-    results = Results(read_questions(write_questions(tmp_path, 80)))
+    results = Results(read_questions(write_questions(tmp_path, 50)))
     flags = ["--plugin", "eadaprune", "--enforce-eager", "--max-model-len", "2048", "--dtype", DTYPE]
     with Server(logs / "trained.log", MODEL, *flags) as server:
         asyncio.run(run(results, server.url, [UNPRUNED]))

@@ -4,13 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import environment
 from shared import Reference, photo
 
 SCRIPT = Path(__file__).with_name("offline.py")
+
+
+Found = tuple[dict[str, Any], dict[str, Any]]
 
 
 def run(what: str, model: Path, **env: str) -> dict[str, Any]:
@@ -28,6 +33,15 @@ def run(what: str, model: Path, **env: str) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def found(model: Path) -> Found:
+    """Of an engine with processes of its own, and of one in the process of the program."""
+    with ThreadPoolExecutor() as pool:
+        apart = pool.submit(run, "towers", model)
+        inside = pool.submit(run, "blocks", model, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return apart.result(), inside.result()
+
+
 def check_counts(found: dict[str, Any], reference: Reference) -> None:
     default, dense, full = found["tokens"]
     assert full - 576 == default - len(reference.kept(photo("astronaut"), energy=0.9))
@@ -37,19 +51,19 @@ def check_counts(found: dict[str, Any], reference: Reference) -> None:
     assert "mm_processor_kwargs.eadaprune.energy=2 is not allowed" in found["error"]
 
 
-def test_counts_and_no_tower_in_the_worker(model: Path, reference: Reference) -> None:
-    found = run("towers", model)
-    check_counts(found, reference)
-    assert found["towers"] == [[]]
+def test_counts_and_no_tower_in_the_worker(found: Found, reference: Reference) -> None:
+    apart, _ = found
+    check_counts(apart, reference)
+    assert apart["towers"] == [[]]
 
 
-def test_kv_blocks_step_by_step(model: Path, reference: Reference) -> None:
+def test_kv_blocks_step_by_step(found: Found, reference: Reference) -> None:
     """With the engine in this process, its blocks in use are exactly those of the tokens it computed."""
-    found = run("blocks", model, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    check_counts(found, reference)
-    assert len(found["differences"]) > 100
-    assert set(found["differences"]) == {0}
-    assert found["free"] == 0
-    (classes,) = found["modules"]
+    _, inside = found
+    check_counts(inside, reference)
+    assert len(inside["differences"]) > 100
+    assert set(inside["differences"]) == {0}
+    assert inside["free"] == 0
+    (classes,) = inside["modules"]
     assert "LlavaMultiModalProjector" in classes
     assert not [name for name in classes if "Vision" in name or "CLIP" in name]

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-from harness import Server
+import pytest
+from harness import DTYPE, Server
 from PIL import Image
 
 Images = dict[str, Image.Image]
@@ -43,13 +43,15 @@ def test_pruning_changes_the_answer_so_that_parity_means_something(pruning: Serv
     assert max(abs(full[token] - pruned.get(token, -math.inf)) for token in full) > 0.3
 
 
-def test_float32_to_1e_5(start: Callable[..., Server], images: Images) -> None:
+@pytest.fixture(scope="module")
+def stock_float32(stock: Server, start: Callable[..., Server]) -> Server:
+    return stock if DTYPE == "float32" else start("stock-float32", "--dtype", "float32", "--enforce-eager")
+
+
+def test_float32_to_1e_5(stock_float32: Server, start: Callable[..., Server], images: Images) -> None:
     """Also with ``torch.compile`` on in the pruning server, and off in the stock one."""
-    flags = ["--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--dtype", "float32"]
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(start, "stock-float32", "--dtype", "float32", "--enforce-eager")
-        second = pool.submit(start, "pruning-float32", *flags)
-    stock, pruning = first.result(), second.result()
+    stock = stock_float32
+    pruning = start("pruning-float32", "--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--dtype", "float32")
     for image in images.values():
         assert pruning.prompt_tokens(image, QUESTION) == stock.prompt_tokens(image, QUESTION)
         assert difference(first_token(pruning, image), first_token(stock, image)) < 1e-5

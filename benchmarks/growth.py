@@ -101,7 +101,7 @@ def main(
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for setting, points in memory.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=setting)
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.legend()
     axes.set_xlabel("requests, each with an image of its own")
     axes.set_ylabel("MiB resident in the front end")

@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from eadaprune_vllm.cli import app
+from eadaprune_vllm.plugin import named_plugins
 
 Images = dict[str, Image.Image]
 EADAPRUNE = str(Path(sys.executable).parent / "eadaprune")
@@ -30,8 +31,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def refusal(*arguments: object) -> str:
-    """What a command says that ends with status 2; in this process, which has imported everything."""
+    """What a command says that ends with status 2 before it loads a model: that activates the plugin for good."""
     result = CliRunner().invoke(app, [*map(str, arguments)], env=WIDE)
+    assert "eadaprune" not in (named_plugins() or ())
     assert result.exit_code == 2, result.output
     return result.stderr
 
@@ -90,6 +92,7 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
 def test_calibrate_refuses_what_it_cannot_do(model: Path, folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "spectra.jsonl"
     arguments = ["calibrate", folder / "flat.png", "--model", model, "--store", store]
+    run(*arguments, "--target-tokens", 100, "--histogram", tmp_path / "budgets.png")  # the others find its spectrum
     few = refusal(*arguments, "--target-tokens", 600)
     assert "these images can have 16.0 to 576.0 tokens in the mean, not 600" in few
     other = refusal(*arguments, "--target-tokens", 20, "--scope", "image")

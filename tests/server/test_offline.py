@@ -12,10 +12,8 @@ import pytest
 from harness import environment
 from shared import Reference, photo
 
-SCRIPT = Path(__file__).with_name("offline.py")
-
-
 Found = tuple[dict[str, Any], dict[str, Any]]
+SCRIPT = Path(__file__).with_name("offline.py")
 
 
 def run(what: str, model: Path, **env: str) -> dict[str, Any]:

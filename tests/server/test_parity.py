@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-import pytest
 from harness import DTYPE, Server
 from PIL import Image
 
@@ -43,14 +42,10 @@ def test_pruning_changes_the_answer_so_that_parity_means_something(pruning: Serv
     assert max(abs(full[token] - pruned.get(token, -math.inf)) for token in full) > 0.3
 
 
-@pytest.fixture(scope="module")
-def stock_float32(stock: Server, start: Callable[..., Server]) -> Server:
-    return stock if DTYPE == "float32" else start("stock-float32", "--dtype", "float32", "--enforce-eager")
-
-
-def test_float32_to_1e_5(stock_float32: Server, start: Callable[..., Server], images: Images) -> None:
+def test_float32_to_1e_5(stock: Server, start: Callable[..., Server], images: Images) -> None:
     """Also with ``torch.compile`` on in the pruning server, and off in the stock one."""
-    stock = stock_float32
+    if DTYPE != "float32":
+        stock = start("stock-float32", "--dtype", "float32", "--enforce-eager")
     pruning = start("pruning-float32", "--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--dtype", "float32")
     for image in images.values():
         assert pruning.prompt_tokens(image, QUESTION) == stock.prompt_tokens(image, QUESTION)

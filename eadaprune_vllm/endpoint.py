@@ -12,19 +12,20 @@ from fastapi.routing import APIRoute
 from PIL.Image import DecompressionBombError
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.datastructures import State
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
-from eadaprune_vllm import __version__, compat
-from eadaprune_vllm.hooks import on_render_thread, watch_load
+from eadaprune_vllm import __version__
+from eadaprune_vllm.naming import NAME
 from eadaprune_vllm.options import ServerOptions, request_schema
-from eadaprune_vllm.plugin import NAME
 from eadaprune_vllm.preview import preview_items
 from eadaprune_vllm.report import Preview
-from eadaprune_vllm.request import DOORS, HEADER, RequestContext, choose, item_parts, refusals, request_layers
-from eadaprune_vllm.route import PruningRoute, openapi_extra
+from eadaprune_vllm.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers
+from eadaprune_vllm.route import PruningRoute, documented, is_door
+from eadaprune_vllm.seams.processes import on_render_thread
+from eadaprune_vllm.seams.statistics import watch_load
 from eadaprune_vllm.selectors import SELECTORS
-
-ErrorResponse = compat.module("vllm.entrypoints.serve.engine.protocol").ErrorResponse
 
 
 class OwnRoute(APIRoute):
@@ -57,12 +58,12 @@ class EndpointPlugin:
         """Put ``PruningRoute`` in the place of every route that takes a JSON body, and add our own."""
         twins = APIRouter()
         for route in app.routes:
-            if isinstance(route, APIRoute) and (route.body_field or route.path in DOORS):
+            if isinstance(route, APIRoute) and (route.body_field or is_door(route)):
                 twin = copy(route)
                 twin.__class__ = PruningRoute  # FastAPI builds the included route of its class
-                twin.openapi_extra = openapi_extra(route.path)
+                twin.openapi_extra = documented(route)
                 twins.routes.append(twin)
-        compat.replace_routes(app, twins)
+        app.include_router(twins)
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -124,7 +125,7 @@ async def config(request: Request) -> Config:
         doors=[
             route.path
             for route in request.app.routes
-            if isinstance(route, PruningRoute) and route.path in DOORS and route.include_in_schema
+            if isinstance(route, PruningRoute) and is_door(route) and route.include_in_schema
         ],
     )
 
@@ -149,7 +150,7 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
 
 async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
     """The images and videos of a request by modality, under vLLM's own limits."""
-    tracker = compat.module("vllm.renderers.chat_utils").AsyncMultiModalItemTracker(model_config)
+    tracker = AsyncMultiModalItemTracker(model_config)
     parser = tracker.create_parser()
     for modality, part in item_parts(messages):
         url = part.get(f"{modality}_url")

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.naming import NAME, name_plugins, named_plugins
 from eadaprune_vllm.options import KEY, ServerOptions, allowed
-from eadaprune_vllm.plugin import NAME, name_plugins, named_plugins
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

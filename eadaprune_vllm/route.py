@@ -4,12 +4,15 @@ The routes are vLLM's, with their bodies, checks and handlers; only their class 
 """
 
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from copy import deepcopy
+from typing import Any, get_args
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
+from fastapi.utils import deep_dict_update
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from eadaprune_vllm.errors import InvalidOptionsError
@@ -40,7 +43,7 @@ class PruningRoute(APIRoute):
             if body is not None and KEY.encode() in await request.body():
                 with refusals(request.app.state.eadaprune.front_end):
                     self._check(body)
-            if self.path not in DOORS:
+            if not is_door(self):
                 return await handler(request)
             options = body.get(KEY) if isinstance(body, dict) else None
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
@@ -53,20 +56,40 @@ class PruningRoute(APIRoute):
         """Raises:
         InvalidOptionsError: if the field is somewhere in the body where it would be ignored.
         """
-        chat = isinstance(body, dict) and self.path in DOORS and ("messages" in body or "input" in body)
-        if chat:
+        if isinstance(body, dict) and is_door(self) and ("messages" in body or "input" in body):
             check_places([body.get(key) for key in ("messages", "input", "system")])
         elif any(mentions(body)):
             raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images or videos", KEY)
 
 
-def openapi_extra(path: str) -> dict[str, Any]:
-    """What the OpenAPI document says about a route beyond what vLLM says."""
-    if path not in DOORS:
-        return {}
+def is_door(route: APIRoute) -> bool:
+    """Whether a route takes chats, and with them images and videos. Under some pooling tasks one of their paths takes
+    text only."""
+    if route.path not in DOORS or not route.body_field or route.path.startswith("/v1/responses"):
+        return route.path in DOORS
+    return any("messages" in model.model_fields for model in _models(route.body_field.field_info.annotation))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def documented(route: APIRoute) -> dict[str, Any]:
+    """The ``openapi_extra`` of one of vLLM's routes: what vLLM says there, and what is ours if it is a door."""
+    extra = deepcopy(route.openapi_extra or {})
+    if is_door(route):
+        deep_dict_update(extra, _door(DOORS[route.path]))
+    return extra
+
+
+def _door(reports: bool) -> dict[str, Any]:
     integer = {"schema": {"type": "integer"}}
     response: dict[str, Any] = {"headers": {VISUAL_TOKENS: integer, KEPT_TOKENS: integer}}
-    if DOORS[path]:
+    if reports:
         response["content"] = {"application/json": {"schema": {"properties": {KEY: _inline(Report)}}}}
     options = request_schema()
     energy = {"name": HEADER, "in": "header", "required": False, "schema": options["properties"]["energy"]}

@@ -13,15 +13,14 @@ from vllm import envs
 
 from eadaprune_vllm import device
 from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.compat import processor_device
 from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.hooks import front_ends, speaks_for_server
 from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES, encoder_class
 from eadaprune_vllm.options import KEY, ServerOptions, overlay
+from eadaprune_vllm.seams.processes import front_ends, speaks_for_server
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -51,7 +50,7 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "--video-pruning-rate is vLLM's own pruning of videos and cannot be combined with this plugin",
     ),
     (
-        lambda mm, c: processor_device(mm) != "cpu",
+        lambda mm, c: mm.get_mm_processor_device_type() not in (None, "cpu"),
         "an image processor on the accelerator (--mm-processor-device) is not supported",
     ),
     (

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from eadaprune_vllm.report import ItemReport, Pruning
 from eadaprune_vllm.request import RequestContext, current
-from eadaprune_vllm.route import PruningRoute
+from eadaprune_vllm.route import PruningRoute, documented
 
 DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
 IMAGE = ItemReport(
@@ -26,6 +26,7 @@ IMAGE = ItemReport(
 class Body(BaseModel):
     """As vLLM's: what is not declared is dropped here."""
 
+    messages: list[Any] = []
     stream: bool = False
     wait: bool = False
     images: int = 1
@@ -55,6 +56,12 @@ def app() -> FastAPI:
     for path in (DOOR, OTHER, RENDER):
         app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
     return app
+
+
+class Text(BaseModel):
+    """As vLLM's ``/v1/embeddings`` takes it for token embeddings."""
+
+    input: str
 
 
 def post(app: FastAPI, path: str, *bodies: Any, **settings: Any) -> list[httpx.Response]:
@@ -133,6 +140,19 @@ def test_requests_without_images_refuse_the_field(app: FastAPI, body: Any) -> No
             post(app, path, body)
     for allowed in ({}, {"eadaprune": None}, {"prompt": "eadaprune"}):
         assert post(app, OTHER, allowed)[0].status_code == 200
+
+
+def test_a_door_that_takes_text_only_is_none(app: FastAPI) -> None:
+    path = "/v1/embeddings"
+
+    async def handler(body: Text | None) -> str:
+        return "answer"
+
+    app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
+    assert documented(app.routes[-1]) == {}  # type: ignore[arg-type]
+    assert post(app, path, {"input": "a"})[0].status_code == 200
+    with pytest.raises(Exception, match=f"eadaprune does nothing at {path}: this request takes no images"):
+        post(app, path, {"input": "a", "eadaprune": {"energy": 0.5}})
 
 
 def test_other_bodies_are_left_to_fastapi(app: FastAPI) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vllm.exceptions import VLLMValidationError
+from typing_extensions import override
+from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
-from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from eadaprune_vllm.compat import Processor, VLLMServerError, hasher
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import encoder_class
 from eadaprune_vllm.models.fields import FEATURES, KEPT, NEWLINES, ROWS, fields_of
@@ -38,7 +38,7 @@ from eadaprune_vllm.report import Pruning, Timing
 from eadaprune_vllm.request import MODALITIES, Choices, RequestContext, refusals, request_layers
 
 
-class PruningProcessor(Processor):
+class PruningProcessor(BaseMultiModalProcessor):
     """Mixin in front of a model's multimodal processor.
 
     Modifications:
@@ -55,6 +55,7 @@ class PruningProcessor(Processor):
         options: ServerOptions = getattr(self.info.ctx.get_mm_config(), KEY)
         return options
 
+    @override
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         assert self.front_end, "images are encoded in front-end processes only"
         items = self._items(inputs)
@@ -107,6 +108,7 @@ class PruningProcessor(Processor):
                 parameter="messages",
             )
 
+    @override
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
         items, _ = split(inputs.hf_processor_mm_kwargs)
@@ -118,16 +120,19 @@ class PruningProcessor(Processor):
                 items.skipped += update.content.skipped
         return result
 
+    @override
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         items, _ = split(inputs.hf_processor_mm_kwargs)
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         return {
             modality: [
-                MultiModalHasher.hash_kwargs(*hasher(self.info), item=item, **{KEY: options.key})
+                MultiModalHasher.hash_kwargs(algorithm, item=item, **{KEY: options.key})
                 for item, options in zip(of_each, items.options[modality], strict=True)
             ]
             for modality, of_each in items.hashes.items()
         }
 
+    @override
     def _get_cache_missing_items(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super()._get_cache_missing_items(*args, **kwargs)
@@ -139,6 +144,7 @@ class PruningProcessor(Processor):
                 parameter="messages",
             ) from None
 
+    @override
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
         items, others = split(inputs.hf_processor_mm_kwargs)
         items.cached |= mm_is_cached
@@ -151,6 +157,7 @@ class PruningProcessor(Processor):
         )
         return {**others, KEY: replace(items, options=missing)}
 
+    @override
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         assert self.front_end
         items, others = split(hf_kwargs)
@@ -207,6 +214,7 @@ class PruningProcessor(Processor):
         frames = item[0] if isinstance(item, tuple) else item
         return Image.fromarray(frames[len(frames) * number // count])
 
+    @override
     def _get_mm_fields_config(self, *args: Any) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(*args))
         for modality in MODALITIES:
@@ -214,6 +222,7 @@ class PruningProcessor(Processor):
             fields[modality + KEPT] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
         return fields
 
+    @override
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
     ) -> Sequence[PromptUpdate]:
@@ -238,6 +247,7 @@ class PruningProcessor(Processor):
 
         return [pruned(update) for update in super()._get_prompt_updates(mm_items, others, out_mm_kwargs)]
 
+    @override
     def get_dummy_mm_inputs(self, mm_counts: Mapping[str, int], **_: Any) -> Any:
         model_config = self.info.ctx.model_config
         encoder = encoder_class(model_config.architecture)

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from eadaprune_vllm.compat import VLLMServerError
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import KEY, PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept

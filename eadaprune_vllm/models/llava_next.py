@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.model_executor.models import llava_next
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
@@ -123,6 +124,7 @@ class PrunedLlavaNextForConditionalGeneration(Towerless, llava_next.LlavaNextFor
         with instead(llava_next, init_vision_tower_for_llava=nothing):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
+    @override
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         return [
             torch.where(newlines[:, None], self.image_newline, tokens)

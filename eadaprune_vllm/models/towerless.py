@@ -7,25 +7,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
+from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.processing import BaseProcessingInfo
 
 from eadaprune_vllm.models.fields import FEATURES, KEPT, ROWS
 from eadaprune_vllm.request import MODALITIES
 
 
-class MaxTokens:
+class MaxTokens(BaseProcessingInfo):
     """Mixin for processing infos. States the most tokens of an item outright: an unpruned one's."""
 
-    def get_mm_max_tokens_per_item(self: Any, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+    @override
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         tokens = {"image": self.get_max_image_tokens()}
         if "video" in self.get_supported_mm_limits():
             tokens["video"] = self.get_max_video_tokens(seq_len, mm_counts)
         return tokens
 
 
-class Towerless:
+class Towerless(SupportsMultiModal):
     """Mixin in front of a model.
 
     Modifications:
@@ -33,7 +37,8 @@ class Towerless:
     - LoRA finds the language model only
     """
 
-    def embed_multimodal(self: Any, **kwargs: Any) -> list[torch.Tensor]:
+    @override
+    def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         for modality in MODALITIES:  # vLLM calls with one at a time
             if (rows := kwargs.get(modality + ROWS)) is not None:
                 return list(rows)
@@ -43,18 +48,20 @@ class Towerless:
                 return list(projected.split([len(item) for item in features]))
         return []
 
+    @override
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(language_model="language_model")
 
 
-class UnprunedPositions:
+class UnprunedPositions(SupportsMRoPE):
     """Mixin in front of a model with M-RoPE.
 
     Modifications:
     - kept tokens have the positions they would have unpruned, and so has the text after them
     """
 
-    def get_mrope_input_positions(self: Any, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
+    @override
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
         """What vLLM says about the unpruned prompt, at the tokens that are left of it."""
         config = self.config
         ids = np.array(input_tokens)
@@ -80,7 +87,7 @@ class UnprunedPositions:
             length = offset + len(unpruned)
         prompt.append(ids[read:])
         columns.append(length + np.arange(len(ids) - read))
-        positions, _ = super().get_mrope_input_positions(np.concatenate(prompt).tolist(), features)  # type: ignore[misc]
+        positions, _ = super().get_mrope_input_positions(np.concatenate(prompt).tolist(), features)
         following = int(positions.max()) + 1
         return positions[:, np.concatenate(columns)], following - len(input_tokens)
 

@@ -8,8 +8,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media import MediaConnector
 
 from eadaprune_vllm import startup
+from eadaprune_vllm.naming import NAME, name_plugins
 from eadaprune_vllm.options import KEY, PruneOptions
-from eadaprune_vllm.plugin import NAME, name_plugins
 from eadaprune_vllm.preview import Examined, examine
 from eadaprune_vllm.tools import is_url
 

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from eadaprune_vllm.cli import app
-from eadaprune_vllm.plugin import named_plugins
+from eadaprune_vllm.naming import named_plugins
 
 Images = dict[str, Image.Image]
 EADAPRUNE = str(Path(sys.executable).parent / "eadaprune")

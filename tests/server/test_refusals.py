@@ -37,9 +37,9 @@ def other_version(model: Path, folder: Path) -> None:
     """``sitecustomize`` stands in for another release of vLLM."""
     shutil.copytree(model, folder)
     (folder / "sitecustomize.py").write_text(
-        "import eadaprune_vllm.hooks as hooks\n"
+        "import eadaprune_vllm.seams.window as window\n"
         "from packaging.specifiers import SpecifierSet\n"
-        "hooks.TESTED = SpecifierSet('>=0.99')\n"
+        "window.SUPPORTED = SpecifierSet('>=0.99')\n"
     )
 
 
@@ -66,7 +66,7 @@ CASES = [
         env={"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": VLLM},  # any path; it is never run
     ),
     Case(
-        "tested is >=0.99 (set EADAPRUNE_SKIP_VERSION_CHECK=1 to try it all the same)",
+        "supported is >=0.99 (set EADAPRUNE_SKIP_VERSION_CHECK=1 to try it all the same)",
         env={"PYTHONPATH": "."},
         change=other_version,
     ),

@@ -1,0 +1,40 @@
+"""vLLM's configuration, checked and completed, and the front end in every process that has a renderer."""
+
+from typing import Any
+
+from eadaprune_vllm import startup
+from eadaprune_vllm.options import KEY
+from eadaprune_vllm.seams.wrap import wrap
+
+
+def install() -> None:
+    @wrap("vllm.engine.arg_utils:EngineArgs.create_engine_config")
+    def create_engine_config(
+        original: Any, engine_args: Any, usage_context: Any = None, headless: bool = False, **kwargs: Any
+    ) -> Any:
+        from vllm.usage.usage_lib import UsageContext
+
+        # vLLM would hand our key to the image processor, so it travels as an attribute of the config instead.
+        given = engine_args.mm_processor_kwargs
+        options = startup.server_options((given or {}).get(KEY))
+        if options.load_aware:
+            serving = usage_context is UsageContext.OPENAI_API_SERVER
+            startup.check_load_aware(serving=serving, engine_args=engine_args)
+        engine_args.mm_processor_kwargs = {k: v for k, v in (given or {}).items() if k != KEY} or None
+        try:
+            vllm_config = original(engine_args, usage_context, headless, **kwargs)
+        finally:
+            engine_args.mm_processor_kwargs = given
+        startup.check(vllm_config)
+        startup.configure(vllm_config, options, tower=not headless)
+        return vllm_config
+
+    # Only front ends have a renderer, so the tower is loaded here and nowhere else.
+    @wrap("vllm.renderers.registry:RendererRegistry.load_renderer")
+    def load_renderer(original: Any, registry: Any, renderer_mode: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+        front_end = startup.front_end(config)
+        renderer = original(registry, renderer_mode, config, *args, **kwargs)
+        renderer.mm_processor.front_end = front_end
+        if front_end.device.type == "cpu":  # it is warmed up where it computes
+            renderer.mm_processor.warm_up()
+        return renderer

@@ -1,0 +1,61 @@
+"""Rendering: where vLLM makes engine inputs of requests, and the options of their images and videos are resolved."""
+
+import asyncio
+import functools
+from contextvars import copy_context
+from typing import Any
+
+from eadaprune_vllm import request as requests
+from eadaprune_vllm.options import KEY
+from eadaprune_vllm.seams.wrap import wrap
+
+
+def install() -> None:
+    # All that is chat-like is rendered by one of these two: every such door, and LLM.chat.
+    def render_each(
+        original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """One call per conversation: the options are those of its own images."""
+        extras = [requests.chat_extras(renderer, conversation, prompt_extras) for conversation in conversations]
+        return [
+            original(renderer, [conversation], *args, prompt_extras=own, **kwargs)
+            for conversation, own in zip(conversations, extras, strict=True)
+        ]
+
+    @wrap("vllm.renderers.base:BaseRenderer.render_chat_async")
+    async def render_chat_async(
+        original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+    ) -> Any:
+        each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
+        return requests.rendered(renderer, await asyncio.gather(*each))
+
+    @wrap("vllm.renderers.base:BaseRenderer.render_chat")
+    def render_chat(
+        original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+    ) -> Any:
+        each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
+        return requests.rendered(renderer, each)
+
+    # And the rest by these, which take no images or videos over HTTP.
+    for name in ("render_cmpl", "render_cmpl_async"):
+
+        @wrap(f"vllm.renderers.base:BaseRenderer.{name}")
+        def render_cmpl(
+            original: Any, renderer: Any, prompts: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+        ) -> Any:
+            requests.refuse_options(renderer, prompts, prompt_extras)
+            return original(renderer, prompts, *args, prompt_extras=prompt_extras, **kwargs)
+
+    # Pooling renders on a thread, which must find the request's context.
+    @wrap("vllm.entrypoints.pooling.base.io_processor:make_async")
+    def make_async(original: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return lambda *a, **k: original(functools.partial(copy_context().run, func), *args, **kwargs)(*a, **k)
+
+    # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they
+    # are resolved, so they may pass; it judges the rest.
+    for module in ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving"):
+
+        @wrap(f"{module}:validate_request_mm_kwargs")
+        def validate_request_mm_kwargs(original: Any, *, mm_processor_kwargs: Any, **kwargs: Any) -> None:
+            others = {key: value for key, value in (mm_processor_kwargs or {}).items() if key != KEY}
+            original(mm_processor_kwargs=others, **kwargs)

@@ -1,0 +1,76 @@
+"""Putting functions of ours in front of vLLM's, where they fit."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from inspect import Parameter
+from typing import Any
+
+from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.seams.window import SUPPORTED, find, version
+
+logger = logging.getLogger("vllm." + __name__)
+_MARK = "_eadaprune_wrapped"
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]], None]:
+    """Decorator: replace a function of vLLM by one that is called with the original before its own arguments.
+
+    Does nothing if it was wrapped before.
+
+    Args:
+        path: of the function, as ``window.find`` takes it.
+        nicety: what is lost without it, if the server can do without. A warning then takes the place of the error.
+
+    Raises:
+        StartupError: if this vLLM has no such function, or one that is called otherwise.
+    """
+
+    def decorate(wrapper: Callable[..., Any]) -> None:
+        try:
+            owner, name = find(path)
+        except (ImportError, AttributeError):
+            return _unknown(path, nicety)
+        static = inspect.getattr_static(owner, name)
+        original = getattr(static, "__func__", static)
+        if hasattr(original, _MARK):
+            return None
+        if not fits(functools.partial(wrapper, original), original):
+            return _unknown(path, nicety)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        setattr(wrapped, _MARK, True)
+        kind = type(static) if isinstance(static, staticmethod | classmethod) else None
+        setattr(owner, name, kind(wrapped) if kind else wrapped)
+        return None
+
+    return decorate
+
+
+def fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:
+    """Whether a function takes what another is called with, and takes each argument for the same thing.
+
+    Positional parameters must have the same names in the same order (but for the one that is ``self``), keyword-only
+    ones must be such in the original, and what the function does not name it must take by ``*args`` or ``**kwargs``.
+    """
+    ours, theirs = ([*inspect.signature(f).parameters.values()] for f in (function, original))
+    named, all_named = ([p.name for p in ps if p.kind in _POSITIONAL] for ps in (ours, theirs))
+    only, all_only = ({p.name for p in ps if p.kind is Parameter.KEYWORD_ONLY} for ps in (ours, theirs))
+    if all_named[:1] in (["self"], ["cls"]):
+        named[:1] = all_named[:1]
+    rest = len(all_named) > len(named) or all_only - only
+    variadic = any(p.kind in _VARIADIC for p in ours)
+    return named == all_named[: len(named)] and only <= all_only and (variadic or not rest)
+
+
+def _unknown(path: str, nicety: str | None) -> None:
+    what = f"vLLM {version()} has no {path} of the kind known from {SUPPORTED}"
+    if nicety is None:
+        raise StartupError(f"{what}, which pruning depends on")
+    logger.warning("eadaprune: %s; %s", what, nicety)

@@ -1,0 +1,275 @@
+"""Every place where this package takes hold of vLLM, against whatever vLLM is installed. No server."""
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+import eadaprune_vllm
+from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.models import ARCHITECTURES, adapter
+from eadaprune_vllm.seams import window
+from eadaprune_vllm.seams.wrap import fits, wrap
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(Path(eadaprune_vllm.__file__).parent.rglob("*.py"))
+# What is read of vLLM's objects where only a server would miss it: of what, which attributes.
+READ = {
+    "vllm.renderers.base:BaseRenderer": ["mm_processor", "model_config", "_mm_executor"],
+    "vllm.config.parallel:ParallelConfig": [
+        "_api_process_count",
+        "_api_process_rank",
+        "data_parallel_size",
+        "data_parallel_size_local",
+        "local_engines_only",
+    ],
+    "vllm.config.model:ModelConfig": ["served_model_name", "get_total_num_kv_heads", "get_total_num_hidden_layers"],
+    "vllm.config.observability:ObservabilityConfig": ["otlp_traces_endpoint"],
+    "vllm.v1.engine.input_processor:InputProcessor": ["renderer", "vllm_config"],
+    "vllm.v1.engine:EngineCoreRequest": ["trace_headers"],
+    "vllm.v1.engine.async_llm:AsyncLLM": ["renderer", "engine_core", "logger_manager"],
+    "vllm.v1.engine.core_client:AsyncMPClient": ["engine_ranks_managed"],
+    "vllm.v1.metrics.loggers:StatLoggerManager": ["stat_loggers"],
+    "vllm.v1.metrics.stats:SchedulerStats": ["kv_cache_usage", "num_waiting_reqs"],
+    "vllm.renderers.chat_utils:AsyncMultiModalItemTracker": ["create_parser", "resolve_items"],
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": [
+        "base_model_paths",
+        "is_base_model",
+        "lora_requests",
+    ],
+    "vllm.multimodal.inputs:MultiModalFeatureSpec": ["data", "modality", "mm_position"],
+    "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration": ["_merge_image_patch_embeddings"],
+    "vllm.model_executor.models.llava_onevision:LlavaOnevisionForConditionalGeneration": [
+        "_merge_image_patch_embeddings",
+        "apply_pooling",
+    ],
+}
+
+
+def imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of vLLM's modules are not ours
+        found = importlib.import_module(module)
+        for step in filter(None, name.split(".")):
+            found = getattr(found, step, None) or importlib.import_module(f"{module}.{step}")
+    return found
+
+
+def test_every_import_from_vllm_resolves() -> None:
+    """Also those within functions."""
+    missing = []
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                for name in node.names:
+                    try:
+                        imported(f"{node.module}:{name.name}")
+                    except ImportError:
+                        missing.append(f"{source.name}: {node.module}.{name.name}")
+    assert not missing
+
+
+def test_every_wrapper_finds_what_it_wraps() -> None:
+    """In a process of its own, which then is an active server's."""
+    program = """
+import vllm.entrypoints.launchers.dp_supervisor
+from argparse import ArgumentParser
+from eadaprune_vllm import plugin
+from vllm.engine.arg_utils import EngineArgs
+
+plugin.register()
+EngineArgs.add_cli_args(ArgumentParser())  # which finds the supervisor
+print("registered")
+"""
+    environment = os.environ | {"VLLM_PLUGINS": "eadaprune", "EADAPRUNE_SKIP_VERSION_CHECK": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "registered"
+    assert "eadaprune: " not in done.stdout + done.stderr  # a seam that was left out, with a warning
+
+
+def classes() -> Iterator[type]:
+    """Ours in the place of vLLM's: models, and the processors and processing infos registered for them."""
+    for architecture in ARCHITECTURES:
+        model = adapter(architecture)
+        yield from (model, model._processor_factory.processor, model._processor_factory.info)
+
+
+def test_every_override_has_something_to_override() -> None:
+    """In one of the models at least: not all of vLLM's have all of it."""
+    found, overriding, unfit = set(), set(), set()
+    for cls in classes():
+        vllms = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+        for base in set(cls.__mro__) - {*vllms}:
+            for name, method in vars(base).items():
+                if getattr(method, "__override__", False):
+                    found.add(name)
+                    originals = [vars(other)[name] for other in vllms if name in vars(other)]
+                    overriding |= {name for _ in originals}
+                    unfit |= {f"{cls.__name__}.{name}" for original in originals[:1] if not fits(method, original)}
+    assert found >= {
+        "_get_prompt_updates",
+        "get_mm_max_tokens_per_item",
+        "embed_multimodal",
+        "get_mrope_input_positions",
+    }
+    assert found - overriding == set()
+    assert unfit == set()
+
+
+@pytest.mark.parametrize("path", READ)
+def test_every_attribute_that_is_read_exists(path: str) -> None:
+    owner = imported(path)
+    own = [base for base in owner.__mro__ if base.__module__.startswith("vllm.")]
+    declared = {name for base in own for name in getattr(base, "__annotations__", ())}
+    source = "" if is_dataclass(owner) else "".join(map(inspect.getsource, own))
+    assigned = {*re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", source)}
+    assert [name for name in READ[path] if not (hasattr(owner, name) or name in declared | assigned)] == []
+
+
+def test_every_name_that_stands_for_something_else_while_a_model_is_built_exists() -> None:
+    names = 0
+    for source in SOURCES:
+        if source.parent.name == "models":
+            for call in ast.walk(ast.parse(source.read_text())):
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "instead":
+                    (module,) = call.args
+                    assert isinstance(module, ast.Name)
+                    owner = imported(f"vllm.model_executor.models.{module.id}")
+                    assert [key.arg for key in call.keywords if not hasattr(owner, str(key.arg))] == []
+                    names += len(call.keywords)
+    assert names >= len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("moved", window.MOVED, ids=[moved.path for moved in window.MOVED])
+def test_what_moved_is_where_this_release_has_it(moved: window.Moved) -> None:
+    here = moved.path if Version(window.version()) >= Version(moved.until) else moved.before
+    owner, name = window.find(moved.path)
+    assert (owner, name) == (imported(here.rpartition(".")[0]), here.rpartition(".")[2])
+
+
+@pytest.mark.parametrize("moved", window.MOVED, ids=[moved.path for moved in window.MOVED])
+def test_what_moved_is_still_needed_by_the_oldest_release(moved: window.Moved) -> None:
+    oldest = window.RELEASES[0]
+    assert Version(oldest) < Version(moved.until), f"vLLM {oldest} has {moved.path}: remove this entry"
+
+
+def test_one_range_everywhere() -> None:
+    assert [release for release in window.RELEASES if not window.SUPPORTED.contains(release)] == []
+    bounds = {spec.operator: spec.version for spec in window.SUPPORTED}
+    newest = Version(window.RELEASES[-1])
+    assert bounds == {">=": window.RELEASES[0], "<": f"{newest.major}.{newest.minor + 1}"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (required,) = (line for line in project["dependencies"] if re.match(r"vllm\b", line))
+    assert required == f"vllm>={bounds['>=']},<{bounds['<']}"
+    short = [release.removesuffix(".0") for release in window.RELEASES]
+    for document in ("README.md", "deploy/README.md"):
+        text = (ROOT / document).read_text()
+        assert f"vLLM {short[0]} to {short[-1]}" in text or f"vLLM {short[0]} or {short[-1]}" in text, document
+    assert f"FROM vllm/vllm-openai:v{newest}\n" in (ROOT / "docker/cuda/Dockerfile").read_text()
+
+
+Call = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("function", "original", "fit"),
+    [
+        (lambda a, b: 0, lambda a, b: 0, True),
+        (lambda thing, b: 0, lambda self, b: 0, True),
+        (lambda thing, b: 0, lambda first, b: 0, False),
+        (lambda a, *more, **named: 0, lambda a, b, *, c=0: 0, True),
+        (lambda a: 0, lambda a, b=0: 0, False),
+        (lambda a, b: 0, lambda a: 0, False),
+        (lambda a, b: 0, lambda b, a: 0, False),
+        (lambda a, *more, c=0: 0, lambda a, *, c=0: 0, True),
+        (lambda a, *more, c=0: 0, lambda a, c=0: 0, False),
+        (lambda a: 0, lambda a, *, c: 0, False),
+    ],
+)
+def test_fits(function: Call, original: Call, fit: bool) -> None:
+    assert fits(function, original) is fit
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("host_of_seams")
+
+    class Owner:
+        def method(self, value: int) -> int:
+            return value
+
+        @staticmethod
+        def static(value: int) -> int:
+            return value
+
+        @classmethod
+        def of_class(cls, value: int) -> int:
+            return value
+
+    vars(module).update(Owner=Owner, function=lambda value: value)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_wrapping_twice_wraps_once(host: ModuleType) -> None:
+    for _ in range(2):
+
+        @wrap("host_of_seams:function")
+        def function(original: Call, value: int) -> Any:
+            return original(value) + 1
+
+        @wrap("host_of_seams:Owner.method")
+        def method(original: Call, owner: Any, value: int) -> Any:
+            return original(owner, value) + 1
+
+        @wrap("host_of_seams:Owner.static")
+        def static(original: Call, value: int) -> Any:
+            return original(value) + 1
+
+        @wrap("host_of_seams:Owner.of_class")
+        def of_class(original: Call, cls: type, value: int) -> Any:
+            return original(cls, value) + 1
+
+    assert host.function(1) == 2
+    assert [host.Owner().method(1), host.Owner.static(1), host.Owner.of_class(1), host.Owner().of_class(1)] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    "path", ["host_of_seams:gone", "host_of_seams:Owner.gone", "no_such_host:f", "host_of_seams:function"]
+)
+def test_a_seam_that_is_gone_stops_the_start_or_is_left_out_with_a_warning(
+    host: ModuleType, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrapper(original: Call, other: int) -> Any: ...
+
+    with pytest.raises(StartupError, match=f"has no {path} of the kind known from .*, which pruning depends on"):
+        wrap(path)(wrapper)
+    warned: list[str] = []
+    logger = SimpleNamespace(warning=lambda text, *args: warned.append(text % args))
+    monkeypatch.setattr("eadaprune_vllm.seams.wrap.logger", logger)
+    wrap(path, nicety="colours are lost")(wrapper)
+    assert warned[0].endswith("; colours are lost")
+    assert host.function(1) == 1
+
+
+def test_what_moved_is_found_where_it_was(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = window.Moved("host_of_seams:Newer.method", before="host_of_seams:Owner.method", until="9")
+    monkeypatch.setattr(window, "MOVED", (moved,))
+    assert window.find(moved.path) == (host.Owner, "method")
+    with pytest.raises(AttributeError):
+        window.find("host_of_seams:Newer.other")

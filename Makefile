@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything is installed into .venv unless EADAPRUNE_PYTHON names the Python of an
 # environment that has vLLM already (a CUDA machine's): then only this project is added to it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-unit test-slow check format clean
+.PHONY: help setup demo serve test test-unit test-slow test-versions check format clean
 
 ifdef EADAPRUNE_PYTHON
 PY := $(EADAPRUNE_PYTHON)
@@ -14,7 +14,7 @@ BIN := $(dir $(PY))
 PYTHON ?= python3
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Install everything into .venv (vLLM for CPU, unless EADAPRUNE_PYTHON is set)
 
@@ -45,6 +45,9 @@ test-unit: $(STAMP) ## Run the tests that start no server (seconds)
 
 test-slow: $(STAMP) ## Run the slow tests
 	$(PY) -m pytest -m slow
+
+test-versions: $(STAMP) ## Run unit tests and a smoke on each release of vLLM and each Python (installs them; an hour)
+	$(PY) tests/versions.py
 
 check: $(STAMP) ## Lint, formatting and types
 	$(BIN)ruff check .

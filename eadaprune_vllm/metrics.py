@@ -28,8 +28,8 @@ class Metrics:
         def histogram(name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
             return Histogram(f"eadaprune_{name}", text, [LABEL, *labels], buckets=buckets, registry=registry)
 
-        self._images = counter("images", "Images of requests that entered the engine, cached ones included.")
-        self._videos = counter("videos", "Videos of requests that entered the engine, cached ones included.")
+        self._images = counter("images", "Images of requests that were sent to the engine, cached ones included.")
+        self._videos = counter("videos", "Videos of requests that were sent to the engine, cached ones included.")
         self._visual_tokens = counter(
             "visual_tokens", "Visual tokens of those images and videos: as encoded, and as kept after pruning.", "stage"
         )
@@ -37,7 +37,7 @@ class Metrics:
         self._bytes_saved = counter(
             "kv_cache_bytes_saved",
             "KV cache that the saved tokens would have taken. An upper bound: vLLM allocates whole blocks, "
-            "and tokens found in the prefix cache take no new ones.",
+            "tokens found in the prefix cache take no new ones, and some dtypes pack more than one number into a byte.",
         )
         self._bound = counter(
             "bound",

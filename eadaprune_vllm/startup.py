@@ -212,10 +212,16 @@ def _metrics() -> Metrics:
 
 
 def kv_bytes_per_token(vllm_config: Any) -> int:
-    """KV cache of one token: a key and a value per KV head and layer, in the cache's dtype."""
+    """KV cache of one token: a key and a value per KV head and layer, in the cache's dtype; 0 if vLLM does not say how
+    large that is."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     model = vllm_config.model_config
-    dtype: torch.dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
+    name = vllm_config.cache_config.cache_dtype
+    try:
+        dtype: torch.dtype = kv_cache_dtype_str_to_dtype(name, model)
+    except KeyError:
+        logger.warning("The size of the KV cache's dtype %s is not known, so kv_cache_bytes_saved will be 0", name)
+        return 0
     heads, layers = model.get_total_num_kv_heads(), model.get_total_num_hidden_layers()
     return int(2 * layers * heads * model.get_head_size() * dtype.itemsize)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_family
-from harness import DTYPE, Server
+from harness import DTYPE, MAX_DECODED, Server
 from PIL import Image
 from shared import Reference, noise, photo
 
@@ -93,7 +93,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
     flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
     flags += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--enable-scale-out"]
-    server = Server(logs / "pruning.log", model, *flags)
+    server = Server(logs / "pruning.log", model, *flags, VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES=str(MAX_DECODED))
     yield server
     server.close()
 

@@ -179,7 +179,8 @@ def test_one_range_everywhere() -> None:
     short = [release.removesuffix(".0") for release in window.RELEASES]
     for document in ("README.md", "deploy/README.md"):
         text = (ROOT / document).read_text()
-        assert f"vLLM {short[0]} to {short[-1]}" in text or f"vLLM {short[0]} or {short[-1]}" in text, document
+        assert f"vLLM {' or '.join(short)}" in text, document
+        assert {*re.findall(r"vLLM (\d+\.\d+)", text)} <= {*short}, document
     assert f"FROM vllm/vllm-openai:v{newest}\n" in (ROOT / "docker/cuda/Dockerfile").read_text()
 
 

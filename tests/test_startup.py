@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from harness import environment
 from shared import Reference
+from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from eadaprune_vllm import startup
 from eadaprune_vllm.errors import NonFiniteFeaturesError, StartupError
@@ -95,11 +97,18 @@ def test_a_configuration_that_was_not_checked_gets_no_front_end(model: Path) -> 
         startup.front_end(config)
 
 
-def test_kv_bytes_per_token(model: Path) -> None:
-    """Key and value x layers x KV heads x head size x bytes."""
-    for dtype, size in (("bfloat16", 2), ("float32", 4)):
-        config = EngineArgs(str(model), max_model_len=1024, dtype=dtype).create_engine_config()
-        assert startup.kv_bytes_per_token(config) == 2 * 2 * 2 * 32 * size
+def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every dtype that vLLM knows, one that a platform brings, and one whose size nobody knows."""
+    config = EngineArgs(str(model), max_model_len=1024, dtype="bfloat16").create_engine_config()
+    monkeypatch.setitem(STR_DTYPE_TO_TORCH_DTYPE, "of_a_platform", torch.int8)
+    bytes_of = {}
+    for name in (*get_args(CacheDType), "of_a_platform", "unknown"):
+        config.cache_config.cache_dtype = name
+        bytes_of[name] = startup.kv_bytes_per_token(config)
+    numbers = 2 * 2 * 2 * 32  # key and value x layers x KV heads x head size
+    assert bytes_of["auto"] == bytes_of["float16"] == 2 * numbers
+    assert bytes_of["fp8"] == bytes_of["of_a_platform"] == numbers
+    assert [name for name, size in bytes_of.items() if not size] == ["unknown"]
 
 
 @pytest.fixture(scope="module")

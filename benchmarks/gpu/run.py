@@ -2,8 +2,6 @@
 
 LLaVA-1.5-7B's geometry with random weights. Runs the benchmarks beside this folder, one after the other, and joins what
 they find in ``gpu.json``. A part that fails, or takes longer than it may, is named there, and the others go on.
-
-On a host whose vLLM is 0.26 or 0.27, set ``EADAPRUNE_SKIP_VERSION_CHECK=1``.
 """
 
 import json

@@ -16,9 +16,10 @@ from eadaprune_vllm.demo.server import DTYPE, VLLM
 from eadaprune_vllm.demo.server import Server as PlainServer
 from eadaprune_vllm.draw import data_url
 
-__all__ = ["BLOCK_SIZE", "DTYPE", "KV_BYTES", "VLLM", "PlainServer", "Server", "content", "environment"]
+__all__ = ["BLOCK_SIZE", "DTYPE", "KV_BYTES", "MAX_DECODED", "VLLM", "PlainServer", "Server", "content", "environment"]
 
 FRESH = {"connection": "close"}  # a new connection per request, so that several API servers share them
+MAX_DECODED = 20_000_000  # bytes of pictures that the main server takes in one request, at four a pixel
 BLOCK_SIZE = 32  # the smallest that attention on a CPU takes
 # Of a token of the small model: key and value x layers x KV heads x head size x bytes.
 KV_BYTES = 2 * 2 * 2 * 32 * getattr(torch, DTYPE).itemsize

@@ -247,10 +247,12 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> Inva
     if not loc:  # a check across fields
         return InvalidOptionsError(f"{where}: {first['msg'].removeprefix('Value error, ')}", where)
     name = str(loc[0])
-    field = f"{where}.{name}"
     if name not in model.model_fields:
         known = ", ".join(model.model_fields)
+        # A client's own text, which may be long and of several lines.
+        field = f"{where}.{reprlib.repr(name)[1:-1]}"
         return InvalidOptionsError(f"{field} is not an option; the options are {known}", field)
+    field = f"{where}.{name}"
     return InvalidOptionsError(
         f"{field}={reprlib.repr(first['input'])} is not allowed; it must be {allowed(name, model)}", field
     )

@@ -22,6 +22,8 @@ from eadaprune_vllm.request import DOORS, HEADER, RequestContext, check_places, 
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
+# Most bodies do not even hold the word, and may be long. JSON may write its letters as escapes, or in UTF-16.
+_WORD = re.compile(KEY.encode() + rb"|\\u00|\x00")
 _FIRST_EVENT = re.compile(r"^data: \{", re.MULTILINE)
 
 
@@ -39,8 +41,7 @@ class PruningRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             body = await _json(request)
-            # Most bodies do not even hold the word, and may be long.
-            if body is not None and KEY.encode() in await request.body():
+            if body is not None and _WORD.search(await request.body()):
                 with refusals(request.app.state.eadaprune.front_end):
                     self._check(body)
             if not is_door(self):

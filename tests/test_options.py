@@ -183,3 +183,11 @@ def test_the_schema_of_requests_has_no_defaults() -> None:
     assert schema["properties"].keys() == PruneOptions.model_fields.keys()
     assert not any("default" in option for option in schema["properties"].values())
     assert "required" not in schema
+
+
+def test_a_client_cannot_make_an_error_long_or_of_several_lines() -> None:
+    with pytest.raises(InvalidOptionsError) as error:
+        overlay(PruneOptions(), {"x\n" * 10_000: 1}, "eadaprune")
+    for text in (str(error.value), error.value.field):
+        assert len(text) < 200
+        assert "\n" not in text

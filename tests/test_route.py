@@ -142,6 +142,16 @@ def test_requests_without_images_refuse_the_field(app: FastAPI, body: Any) -> No
         assert post(app, OTHER, allowed)[0].status_code == 200
 
 
+@pytest.mark.parametrize("body", [rb'{"\u0065adaprune": {}}', '{"eadaprune": {}}'.encode("utf-16")])
+def test_the_field_is_refused_however_it_is_written(app: FastAPI, body: bytes) -> None:
+    async def send() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            await client.post(OTHER, content=body, headers={"content-type": "application/json"})
+
+    with pytest.raises(Exception, match=f"eadaprune does nothing at {OTHER}"):
+        asyncio.run(send())
+
+
 def test_a_door_that_takes_text_only_is_none(app: FastAPI) -> None:
     path = "/v1/embeddings"
 

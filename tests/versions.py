@@ -25,7 +25,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
 UNIT = ["tests", "-m", "not server and not slow and not gpu"]
 SMOKE = ["tests/server/test_smoke.py", "tests/server/test_media.py"]
-PARITY = ["tests/server/test_parity.py"]
+MORE = ["tests/server/test_doors.py", "tests/server/test_parity.py"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def legs() -> Iterator[Leg]:
         elif release != installed:
             env = {"PYTHONPATH": str(overlaid(release))}
         name = f"vLLM {release}" + (f" (its Python files over the extensions of {installed})" if env else "")
-        yield Leg(f"{name}, Python {OWN}", python, [pytest(*UNIT), pytest(*SMOKE, *PARITY)], env)
+        yield Leg(f"{name}, Python {OWN}", python, [pytest(*UNIT), pytest(*SMOKE, *MORE)], env)
     for version in PYTHONS:
         if version == OWN:
             continue

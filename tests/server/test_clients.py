@@ -103,7 +103,8 @@ def test_openai_responses(pruning: Server, reference: Reference, images: Images)
     first, *others = pruning.client.responses.create(**settings, stream=True)
     assert first.model_extra
     assert first.model_extra["eadaprune"]["kept_tokens"] == kept
-    assert others[-1].type == "response.completed"
+    # Since 0.33 vLLM says that an answer which reached its limit is not complete.
+    assert others[-1].type in ("response.completed", "response.incomplete")
 
 
 def test_anthropic(pruning: Server, reference: Reference, images: Images) -> None:

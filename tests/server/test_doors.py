@@ -1,5 +1,6 @@
 """Every door of the server: the field works there, or is refused; it is never ignored."""
 
+import importlib.util
 import json
 import subprocess
 from collections.abc import Callable
@@ -134,6 +135,8 @@ REFUSING: dict[str, Body] = {
     "/v1/systemone": {"model": "demo", "state": "", "questions": {}},
     "/generative_scoring": {"model": "demo", "query": "a", "items": ["b"], "label_token_ids": [5, 6]},
 }
+if importlib.util.find_spec("vllm.entrypoints.openai.decisions"):  # since 0.33
+    REFUSING["/v1/decisions"] = {"model": "demo", "input": "hi", "questions": []}
 
 
 @pytest.mark.parametrize("path", REFUSING)
@@ -144,7 +147,7 @@ def test_the_field_is_refused(pruning: Server, path: str) -> None:
     assert "eadaprune does nothing" in response.json()["error"]["message"]
     assert response.json()["error"]["param"] == "eadaprune"
     assert pruning.metric("eadaprune_rejected_requests_total", reason="options") == before + 1
-    if path != "/v1/systemone":  # which vLLM does not offer for this model
+    if path not in ("/v1/systemone", "/v1/decisions"):  # which vLLM does not offer for this model
         assert pruning.post(path, REFUSING[path] | {"eadaprune": None}).status_code == 200
 
 

@@ -1,5 +1,7 @@
 """A little of everything, for releases of vLLM and Pythons on which not every test is run."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import httpx
 from fastapi import FastAPI
 from harness import Server, content
@@ -7,6 +9,7 @@ from PIL import Image
 from shared import Reference
 from test_doors import anthropic
 from vllm.entrypoints.openai.chat_completion.api_router import router
+from vllm.v1.engine.core import EngineCoreProc
 
 Images = dict[str, Image.Image]
 ENERGY = {"energy": 0.9}
@@ -50,6 +53,24 @@ def test_messages(pruning: Server, images: Images) -> None:
     response = pruning.post("/v1/messages", anthropic(images, eadaprune=ENERGY, max_tokens=1))
     report = response.json()["eadaprune"]["images"]
     assert [image["energy_threshold"] for image in report] == [0.9, 0.9]
+
+
+def test_a_paused_server(pruning: Server, images: Images) -> None:
+    """Until 0.32 a request waits; since then it is refused by the engine, once its images were counted."""
+    body = {"model": "demo", "messages": [{"role": "user", "content": content(images["moon"])}], "max_tokens": 1}
+    before = pruning.metric("eadaprune_images_total")
+    with ThreadPoolExecutor() as pool:
+        assert httpx.post(f"{pruning.url}/pause").status_code == 200
+        try:
+            waiting = pool.submit(pruning.post, "/v1/chat/completions", body)
+            assert pruning.post("/v1/eadaprune/preview", body).status_code == 200
+            refused = [waiting] if wait([waiting], timeout=5).done else []
+        finally:
+            assert httpx.post(f"{pruning.url}/resume").status_code == 200
+        assert waiting.result().status_code == (503 if refused else 200)
+        assert bool(refused) is hasattr(EngineCoreProc, "_reject_add_while_paused")
+    assert pruning.post("/v1/chat/completions", body).status_code == 200
+    assert pruning.metric("eadaprune_images_total") == before + 2
 
 
 def test_openapi(pruning: Server) -> None:

@@ -160,6 +160,7 @@ async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
         getattr(parser, f"parse_{modality}")(url)
     try:
         data, _ = await tracker.resolve_items()
-    except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError) as error:  # decoders raise the last
+    except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError, ArithmeticError) as error:
+        # Decoders raise the last two.
         raise VLLMValidationError(f"an image or video could not be read: {error}", parameter="messages") from None
     return data or {}

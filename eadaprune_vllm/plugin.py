@@ -30,11 +30,11 @@ def activate() -> None:
 
     check_version()  # before anything that may fail to import from another one
     from eadaprune_vllm.models import ARCHITECTURES
-    from eadaprune_vllm.seams import admission, anthropic, configuration, rendering, run_batch
+    from eadaprune_vllm.seams import admission, anthropic, configuration, rendering, run_batch, sent
 
     # The tower runs on OpenMP threads before the engine process exists; a forked engine would hang in its own.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     for architecture, model in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, model)
-    for seam in (configuration, rendering, run_batch, admission, anthropic):
+    for seam in (configuration, rendering, run_batch, admission, sent, anthropic):
         seam.install()

@@ -1,7 +1,7 @@
 """What a request is told about its images and videos."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -63,12 +63,14 @@ class Pruning:
         seconds: time that encoding and pruning took; what was found in the cache takes none.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
         timings: of those images and videos that were not found in the cache.
+        identifiers: by which the engine tells what it encodes from others, by vLLM's hashes.
     """
 
     reports: Mapping[str, Sequence[ItemReport]]
     seconds: float
     kv_bytes_per_token: int
     timings: Sequence[Timing] = ()
+    identifiers: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, *modalities: str) -> list[ItemReport]:
         """The reports of some modalities, by default of all."""

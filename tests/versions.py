@@ -25,7 +25,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
 UNIT = ["tests", "-m", "not server and not slow and not gpu"]
 SMOKE = ["tests/server/test_smoke.py", "tests/server/test_media.py"]
-MORE = ["tests/server/test_doors.py", "tests/server/test_parity.py"]
+MORE = ["tests/server/test_cancelled.py", "tests/server/test_doors.py", "tests/server/test_parity.py"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def environment(interpreter: Path, name: str, release: str) -> Path:
     if not done.exists():
         subprocess.run([interpreter, "-m", "venv", "--clear", folder], check=True)
         subprocess.run([ROOT / "docker/cpu/install.sh", python, release], check=True)
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         subprocess.run([*pip, "--editable", f"{ROOT}[dev]"], check=True)
         done.touch()
     return python

@@ -4,6 +4,7 @@ Invariant: count and content come from one object. ``FrontEnd.prune`` decides on
 positions and the report of an item are all made from that decision, and travel with its cache entry.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -62,7 +63,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         with_items = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: items})
         result = super().apply(with_items, *args, **kwargs)
         self._check_positions(items.skipped)
-        result[KEY] = Pruning(items.reports, sum(items.seconds), self.front_end.kv_bytes_per_token, items.timings)
+        result[KEY] = Pruning(
+            items.reports, sum(items.seconds), self.front_end.kv_bytes_per_token, items.timings, items.identifiers
+        )
         return result
 
     def _items(self, inputs: ProcessorInputs) -> Items:
@@ -113,8 +116,10 @@ class PruningProcessor(BaseMultiModalProcessor):
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
         items, _ = split(inputs.hf_processor_mm_kwargs)
         for modality, updates in result.prompt_updates.items():
-            each = zip(updates, items.cached[modality], items.requested[modality], strict=True)
-            for (update,), cached, requested in each:
+            hashes = zip(result.hashes[modality], items.hashes[modality], strict=True)
+            each = zip(updates, items.cached[modality], items.requested[modality], hashes, strict=True)
+            for (update,), cached, requested, (mm_hash, unpruned) in each:
+                items.identifiers[mm_hash] = f"{unpruned}-{update.content.digest}"
                 this_time = {"cached": cached, "energy_requested": requested}
                 items.reports[modality].append(update.content.report.model_copy(update=this_time))
                 items.skipped += update.content.skipped
@@ -241,7 +246,9 @@ class PruningProcessor(BaseMultiModalProcessor):
                 stays = ~embeds
                 stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
                 report = report_of(kept, items.options[update.modality][item_idx])
-                return PrunedDetails(full[stays].tolist(), unpruned.is_embed, report, kept.extent - len(kept))
+                digest = hashlib.blake2b(kept.placeholders.numpy().data, digest_size=8).hexdigest()
+                skipped = kept.extent - len(kept)
+                return PrunedDetails(full[stays].tolist(), unpruned.is_embed, report, skipped, digest)
 
             return replace(update, replacement=replacement)
 

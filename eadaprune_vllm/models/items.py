@@ -26,10 +26,12 @@ class PrunedDetails(PromptUpdateDetails):
     Attributes:
         report: of the item.
         skipped: by how much positions may run ahead of tokens because of it.
+        digest: of the kept tokens.
     """
 
     report: ItemReport | None = None
     skipped: int = 0
+    digest: str = ""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Items:
         timings: when, and stage by stage.
         reports: of each, once they are known.
         skipped: by how much positions may run ahead of tokens because of all of them.
+        identifiers: by which the engine tells what it encodes of each from others: the image or video, and the kept
+            tokens, whatever options they come from. By the hashes that our options are part of.
     """
 
     hashes: Mapping[str, Sequence[str]]
@@ -57,6 +61,7 @@ class Items:
     timings: list[Timing] = field(default_factory=list)
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     skipped: int = 0
+    identifiers: dict[str, str] = field(default_factory=dict)
 
 
 def report_of(kept: Kept, options: PruneOptions) -> ItemReport:

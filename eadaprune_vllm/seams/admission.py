@@ -1,4 +1,5 @@
-"""Admission: a request counts once it has passed vLLM's own checks and is sent to the engine."""
+"""Admission: a request counts once it has passed vLLM's own checks and is sent to the engine, where its images are
+known by what is kept of them."""
 
 from typing import Any
 
@@ -13,6 +14,8 @@ def install() -> None:
     ) -> Any:
         request = original(input_processor, request_id, prompt, *args, **kwargs)
         if isinstance(prompt, dict) and KEY in prompt:
+            for feature in request.mm_features:
+                feature.identifier = prompt[KEY].identifiers[feature.mm_hash]
             input_processor.renderer.mm_processor.front_end.admit(prompt[KEY])
             if input_processor.vllm_config.observability_config.otlp_traces_endpoint:
                 from eadaprune_vllm.tracing import trace_pruning  # vLLM checks that OpenTelemetry is installed

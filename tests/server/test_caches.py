@@ -85,6 +85,20 @@ def test_each_front_end_has_one_tower_and_the_engine_none(two_front_ends: Server
     assert all("ApiServer" in line or "APIServer" in line for line in loads)
 
 
+def test_thresholds_that_keep_the_same_tokens_share_the_prefix_cache(pruning: Server) -> None:
+    image, count = noise(77, blocks=30), {"min_tokens": 64, "max_tokens": 64}
+
+    def ask(**options: object) -> tuple[str | None, float]:
+        before = pruning.metric("vllm:prefix_cache_hits_total")
+        answer = pruning.answer(image, QUESTION, options=count | options)
+        return answer, pruning.metric("vllm:prefix_cache_hits_total") - before
+
+    (first, none), (second, shared), (_, other) = ask(energy=0.5), ask(energy=0.6), ask(energy=0.6, selector="random")
+    assert first == second
+    assert none == other == 0
+    assert shared >= 64  # every block that is full
+
+
 @pytest.mark.slow
 def test_thousands_of_images(pruning: Server, reference: Reference) -> None:
     """Many times what the caches hold, in changing company: no mismatch, always the same count."""

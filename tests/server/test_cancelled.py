@@ -1,0 +1,56 @@
+"""Requests that never reach the engine leave nothing behind: the next one with the same image is served."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from harness import Server, content
+from PIL import Image
+from shared import noise
+
+Body = dict[str, Any]
+
+
+def chat(*images: Image.Image, **extra: Any) -> Body:
+    messages = [{"role": "user", "content": content(*images, "What is it?")}]
+    return {"model": "demo", "messages": messages, "max_tokens": 1, **extra}
+
+
+@pytest.mark.parametrize(
+    ("seed", "refused"),
+    [
+        (4000, {"logprobs": True, "top_logprobs": 20_000}),
+        (4001, {"structured_outputs": {"regex": "("}}),
+        (4002, {"logit_bias": {"1000000000": 1}}),
+    ],
+)
+def test_after_a_refusal(pruning: Server, seed: int, refused: Body) -> None:
+    """What vLLM refuses once it has processed the images."""
+    assert pruning.post("/v1/chat/completions", chat(noise(seed), **refused)).status_code == 400
+    assert pruning.post("/v1/chat/completions", chat(noise(seed))).status_code == 200
+
+
+def test_after_many_that_gave_up(pruning: Server) -> None:
+    """Each at another moment, and retried at once, while others do the same."""
+    draw, start = random.Random(0), time.monotonic()
+    pruning.ask(noise(4999), max_tokens=1)
+    usual = time.monotonic() - start
+
+    def give_up(number: int, seconds: float) -> bool:
+        body = chat(noise(5000 + number))
+        try:
+            httpx.post(f"{pruning.url}/v1/chat/completions", json=body, timeout=seconds)
+            gave_up = False
+        except httpx.ReadTimeout:
+            gave_up = True
+        response = pruning.post("/v1/chat/completions", body)
+        assert response.status_code == 200, response.text
+        return gave_up
+
+    with ThreadPoolExecutor(4) as pool:
+        gave_up = [pool.submit(give_up, number, draw.uniform(0, 2 * usual)) for number in range(100)]
+    assert sum(one.result() for one in gave_up) > 20
+    pruning.wait_until_idle()

@@ -21,7 +21,7 @@ from eadaprune_vllm.naming import NAME
 from eadaprune_vllm.options import ServerOptions, request_schema
 from eadaprune_vllm.preview import preview_items
 from eadaprune_vllm.report import Preview
-from eadaprune_vllm.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers
+from eadaprune_vllm.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers, told
 from eadaprune_vllm.route import PruningRoute, documented, is_door
 from eadaprune_vllm.seams.processes import on_render_thread
 from eadaprune_vllm.seams.statistics import watch_load
@@ -145,7 +145,7 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
         choices = choose(processor.server_options, layers, messages, context.met)
     items = await _fetch(state.eadaprune_renderer.model_config, messages)
     pruning = await on_render_thread(state.eadaprune_renderer, preview_items, processor, items, choices, body.overlay)
-    return Preview.of([pruning])
+    return Preview.of([told(processor.server_options, pruning)])
 
 
 async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:

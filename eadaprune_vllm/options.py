@@ -127,6 +127,11 @@ class ServerOptions(PruneOptions):
         default="reject", description="What becomes of a request beyond these bounds."
     )
     report: bool = Field(default=True, description="Whether responses say what pruning saved.")
+    report_cached: bool = Field(
+        default=False,
+        description="Whether they also say which images and videos were cached and how long the others took, by which "
+        "a client can find out what others sent.",
+    )
     load_aware: LoadPolicy | None = Field(
         default=None,
         description="Lower thresholds while the engine is under load. "

@@ -1,7 +1,7 @@
 """What a request is told about its images and videos."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,7 +25,9 @@ class ItemReport(BaseModel):
         default=None, description="The option that decided on the budget in place of the threshold, if one did."
     )
     selector: str = Field(description="The selector in force.")
-    cached: bool = Field(default=False, description="Whether it came out of vLLM's processor cache.")
+    cached: bool | None = Field(
+        default=False, description="Whether it came out of vLLM's processor cache; null if the server does not tell."
+    )
 
 
 class ItemPreview(ItemReport):
@@ -60,17 +62,25 @@ class Pruning:
 
     Attributes:
         reports: one per image and per video, by modality, in the order of the prompt.
-        seconds: time that encoding and pruning took; what was found in the cache takes none.
+        seconds: time that encoding and pruning took, if it is told; what was found in the cache takes none.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
         timings: of those images and videos that were not found in the cache.
         identifiers: by which the engine tells what it encodes from others, by vLLM's hashes.
     """
 
     reports: Mapping[str, Sequence[ItemReport]]
-    seconds: float
+    seconds: float | None
     kv_bytes_per_token: int
     timings: Sequence[Timing] = ()
     identifiers: Mapping[str, str] = field(default_factory=dict)
+
+    def without_cache(self) -> Self:
+        """The same without what tells whether anyone sent an image or video before."""
+        reports = {
+            modality: [report.model_copy(update={"cached": None}) for report in reports]
+            for modality, reports in self.reports.items()
+        }
+        return replace(self, reports=reports, seconds=None)
 
     def of(self, *modalities: str) -> list[ItemReport]:
         """The reports of some modalities, by default of all."""
@@ -86,12 +96,13 @@ class Report(BaseModel):
     kept_tokens: int = Field(description="Tokens of all of them that enter the engine.")
     tokens_saved: int = Field(description="The difference.")
     kv_cache_bytes_saved: int = Field(description="KV cache those tokens would take; an upper bound.")
-    seconds: float = Field(description="Time that encoding and pruning took.")
+    seconds: float | None = Field(description="Time that encoding and pruning took; null if the server does not tell.")
 
     @classmethod
     def of(cls, prunings: Sequence[Pruning]) -> Self:
         """Sum up the prompts of one request."""
         items = [item for pruning in prunings for item in pruning.of()]
+        seconds = [pruning.seconds for pruning in prunings if pruning.seconds is not None]
         saved = [sum(item.visual_tokens - item.kept_tokens for item in pruning.of()) for pruning in prunings]
         return cls(
             images=[image for pruning in prunings for image in pruning.of("image")],
@@ -102,7 +113,7 @@ class Report(BaseModel):
             kv_cache_bytes_saved=sum(
                 tokens * pruning.kv_bytes_per_token for tokens, pruning in zip(saved, prunings, strict=True)
             ),
-            seconds=round(sum(pruning.seconds for pruning in prunings), 6),
+            seconds=round(sum(seconds), 6) if seconds else None,
         )
 
 

@@ -192,9 +192,15 @@ def rendered(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tup
     for chat in chats:
         conversations += chat[0]
         prompts += chat[1]
-    if renderer.mm_processor.server_options.report:
-        current().prunings.extend(prompt[KEY] for prompt in prompts if KEY in prompt)
+    options = renderer.mm_processor.server_options
+    if options.report:
+        current().prunings.extend(told(options, prompt[KEY]) for prompt in prompts if KEY in prompt)
     return conversations, prompts
+
+
+def told(server: ServerOptions, pruning: Pruning) -> Pruning:
+    """What of it a client is told."""
+    return pruning if server.report_cached else pruning.without_cache()
 
 
 def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping[str, Any] | None) -> None:

@@ -36,7 +36,7 @@ def trace_pruning(headers: Mapping[str, str] | None, pruning: Pruning) -> Mappin
             f"{_NAME}.visual_tokens": sum(item.visual_tokens for item in items),
             f"{_NAME}.kept_tokens": sum(item.kept_tokens for item in items),
             f"{_NAME}.items": len(items),
-            f"{_NAME}.cached_items": sum(item.cached for item in items),
+            f"{_NAME}.cached_items": sum(item.cached is True for item in items),
         },
     )
     within = trace.set_span_in_context(outer)

@@ -93,6 +93,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
     flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
     flags += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--enable-scale-out"]
+    flags += ["--eadaprune-report-cached"]
     env = {"VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES": str(MAX_DECODED), "VLLM_SERVER_DEV_MODE": "1"}  # which can pause it
     server = Server(logs / "pruning.log", model, *flags, **env)
     yield server

@@ -92,7 +92,7 @@ SAVINGS = Row(
         ),
         Panel(
             "Images and videos",
-            "Images and videos per second of requests that entered the engine, cached ones included. "
+            "Images and videos per second of requests that were sent to the engine, cached ones included. "
             "eadaprune_images_total, eadaprune_videos_total",
             (Query(ITEMS),),
             "stat",

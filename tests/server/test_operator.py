@@ -69,6 +69,14 @@ def test_presets_stay_within_the_bounds(guarded: Server, images: Images, referen
     assert report["kept_tokens"] == len(reference.kept(images["noise"], energy=0.95, max_tokens=150))
 
 
+def test_a_client_is_not_told_what_others_sent(guarded: Server, images: Images) -> None:
+    body = chat(images["moon"], max_tokens=1)
+    for path in ("/v1/chat/completions", "/v1/chat/completions", "/v1/eadaprune/preview"):
+        answer = guarded.post(path, body, **KEY).json()
+        report = answer.get("eadaprune") or answer
+        assert report["seconds"] is report["images"][0]["cached"] is None
+
+
 def test_config(guarded: Server) -> None:
     found = httpx.get(f"{guarded.url}/v1/eadaprune/config", headers=KEY).json()
     assert found["options"] == ServerOptions(**OPTIONS).model_dump()

@@ -16,6 +16,7 @@ def pooling(start: Callable[..., Server]) -> Server:
     """An embedding server with random weights, another cache, another plugin, and clients it was told to trust."""
     flags = ["--plugin", "eadaprune", "--plugin", "lora_filesystem_resolver", "--runner", "pooling"]
     flags += ["--load-format", "dummy", "--enforce-eager", "--mm-processor-cache-type", "shm"]
+    flags += ["--eadaprune-report-cached"]
     return start("pooling", *flags, "--trust-request-mm-kwargs")
 
 

@@ -73,6 +73,7 @@ def collector() -> Iterator[Collector]:
 def traced(start: Start, collector: Collector) -> Server:
     env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
     flags = ["--plugin", "eadaprune", "--enforce-eager", "--otlp-traces-endpoint", collector.url]
+    flags += ["--eadaprune-report-cached"]
     return start("traced", *flags, "--limit-mm-per-prompt", '{"image": 4}', **env)
 
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.models import ARCHITECTURES, encoder_class
+from eadaprune_vllm.models import ARCHITECTURES, adapter, encoder_class
 from eadaprune_vllm.options import KEY, ServerOptions, overlay
 from eadaprune_vllm.seams.processes import front_ends, speaks_for_server
+from eadaprune_vllm.seams.wrap import check_overrides
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -82,14 +84,15 @@ def _encoder(vllm_config: Any) -> type[VisionEncoder]:
 
 def check(vllm_config: Any) -> None:
     """Raises:
-    StartupError: if the model is not one of ours, vLLM was told something that pruning in the front end cannot
-        honour, or the vision tower is of an unsupported kind or lacks weights.
+    StartupError: if the model is not one of ours, vLLM's class of it is not as we know it, vLLM was told something that
+        pruning in the front end cannot honour, or the vision tower is of an unsupported kind or lacks weights.
     """
     model_config = vllm_config.model_config
     if model_config.architecture not in ARCHITECTURES:
         raise StartupError(
             f"the architecture {model_config.architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
+    check_overrides(sys.modules[adapter(model_config.architecture).__module__])
     for applies, reason in _REFUSED:
         if applies(model_config.multimodal_config, vllm_config):
             raise StartupError(reason)

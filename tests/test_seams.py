@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 from packaging.version import Version
+from typing_extensions import override
 
 import eadaprune_vllm
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.models import ARCHITECTURES, adapter
 from eadaprune_vllm.seams import window
-from eadaprune_vllm.seams.wrap import fits, wrap
+from eadaprune_vllm.seams.wrap import check_overrides, fits, wrap
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(Path(eadaprune_vllm.__file__).parent.rglob("*.py"))
@@ -102,33 +103,35 @@ print("registered")
     assert "eadaprune: " not in done.stdout + done.stderr  # a seam that was left out, with a warning
 
 
-def classes() -> Iterator[type]:
-    """Ours in the place of vLLM's: models, and the processors and processing infos registered for them."""
-    for architecture in ARCHITECTURES:
-        model = adapter(architecture)
-        yield from (model, model._processor_factory.processor, model._processor_factory.info)
-
-
-def test_every_override_has_something_to_override() -> None:
-    """In one of the models at least: not all of vLLM's have all of it."""
-    found, overriding, unfit = set(), set(), set()
-    for cls in classes():
-        vllms = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
-        for base in set(cls.__mro__) - {*vllms}:
-            for name, method in vars(base).items():
-                if getattr(method, "__override__", False):
-                    found.add(name)
-                    originals = [vars(other)[name] for other in vllms if name in vars(other)]
-                    overriding |= {name for _ in originals}
-                    unfit |= {f"{cls.__name__}.{name}" for original in originals[:1] if not fits(method, original)}
-    assert found >= {
-        "_get_prompt_updates",
-        "get_mm_max_tokens_per_item",
-        "embed_multimodal",
-        "get_mrope_input_positions",
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_override_has_something_to_override(architecture: str) -> None:
+    module = sys.modules[adapter(architecture).__module__]
+    check_overrides(module)
+    marked = {
+        name
+        for cls in vars(module).values()
+        if isinstance(cls, type) and cls.__module__ == module.__name__
+        for base in cls.__mro__
+        for name, method in vars(base).items()
+        if base.__module__.startswith("eadaprune_vllm.") and getattr(method, "__override__", False)
     }
-    assert found - overriding == set()
-    assert unfit == set()
+    assert marked >= {"_get_prompt_updates", "_get_mm_hashes", "embed_multimodal"}
+
+
+@pytest.mark.parametrize("name", ["gone", "changed"])
+def test_an_override_of_nothing_stops_the_start(name: str) -> None:
+    class Theirs:
+        def changed(self, other: int) -> None: ...
+
+    def method(self: Any, value: int) -> None: ...
+
+    Theirs.__module__ = "vllm.somewhere"
+    cls = type("Ours", (Theirs,), {name: override(method)})
+    module = ModuleType("of_ours")
+    cls.__module__ = module.__name__
+    vars(module).update(Ours=cls)
+    with pytest.raises(StartupError, match=f"has no vllm.somewhere:Theirs.{name} of the kind known from"):
+        check_overrides(module)
 
 
 @pytest.mark.parametrize("path", READ)

@@ -48,7 +48,6 @@ class Towerless(SupportsMultiModal):
                 return list(projected.split([len(item) for item in features]))
         return []
 
-    @override
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(language_model="language_model")
 

@@ -1,10 +1,11 @@
-"""Putting functions of ours in front of vLLM's, where they fit."""
+"""Putting functions of ours in front of vLLM's, or in their place, where they fit."""
 
 import functools
 import inspect
 import logging
 from collections.abc import Callable
 from inspect import Parameter
+from types import ModuleType
 from typing import Any
 
 from eadaprune_vllm.errors import StartupError
@@ -51,6 +52,23 @@ def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]],
         return None
 
     return decorate
+
+
+def check_overrides(module: ModuleType) -> None:
+    """Check the classes that a module defines: what says ``@override`` must override something of vLLM's.
+
+    Raises:
+        StartupError: if this vLLM has no such method, or one that is called otherwise.
+    """
+    classes = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
+    for cls in classes:
+        vllms = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
+        for base in cls.__mro__:
+            for name, method in vars(base).items() if base not in vllms else ():
+                if getattr(method, "__override__", False):
+                    original = next((vars(other)[name] for other in vllms if name in vars(other)), None)
+                    if not (original and fits(method, original)):
+                        _unknown(f"{vllms[0].__module__}:{vllms[0].__name__}.{name}", None)
 
 
 def fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:

@@ -17,6 +17,9 @@ _ATTRIBUTE = "eadaprune_unsent"
 _LOST = "after a request that was cancelled or refused, the next one with its image may fail once, as on stock vLLM"
 
 
+def _nothing() -> None: ...
+
+
 class Unsent:
     """What a cache has that was not sent. Requests are processed on one thread and sent from another.
 
@@ -35,9 +38,10 @@ class Unsent:
         """Whether neither the engine nor any request has it. Otherwise it is held until the request has it too."""
         if self.merged:
             self.held, self.merged = {}, False
-        if mm_hash not in self.data:
+        reference = self.data.get(mm_hash)  # which may be sent at any moment
+        if reference is None:
             return False
-        self.held[mm_hash] = data = self.data[mm_hash]()
+        self.held[mm_hash] = data = reference()
         return data is None
 
     def add(self, mm_hash: str, item: Any) -> None:
@@ -69,36 +73,45 @@ def send(features: Any) -> None:
 
 
 def install() -> None:
-    @wrap(f"{_CACHE}.is_cached_item", nicety=_LOST)
-    def is_cached_item(original: Any, cache: Any, mm_hash: str) -> Any:
-        if unsent(cache).is_lost(mm_hash):
-            cache.invalidate(mm_hash)
-        return original(cache, mm_hash)
+    """The caches are left as they are where this vLLM has clients that we do not know."""
+    if all(wrap(f"{_CLIENTS}:{path}", nicety=_LOST)(add) for path, add in _ADD_REQUEST.items()):
+        wrap(f"{_CACHE}.get_and_update_item", nicety=_LOST)(get_and_update_item)
+        wrap(f"{_CACHE}.is_cached_item", nicety=_LOST)(is_cached_item)
 
-    @wrap(f"{_CACHE}.get_and_update_item", nicety=_LOST)
-    def get_and_update_item(original: Any, cache: Any, mm_item: Any, mm_hash: str) -> Any:
-        waiting, was_known = unsent(cache), mm_hash in cache._cache
-        waiting.merged = True
-        item, updates = original(cache, mm_item, mm_hash)
-        if was_known:
-            data = waiting.data[mm_hash]() if mm_hash in waiting.data else None
-            return data if data is not None else item, updates
-        if mm_hash in cache._cache:  # it is not too large
-            waiting.add(mm_hash, item)
-        if len(waiting.data) > 2 * len(cache._cache):
-            waiting.forget_all_but(cache._cache)
-        return item, updates
 
-    for name in ("AsyncMPClient", "DPAsyncMPClient"):
+async def _add_request_async(original: Any, client: Any, request: Any) -> None:
+    send(request.mm_features)
+    await original(client, request)
 
-        @wrap(f"{_CLIENTS}:{name}.add_request_async", nicety=_LOST)
-        async def add_request_async(original: Any, client: Any, request: Any) -> None:
-            send(request.mm_features)
-            await original(client, request)
 
-    for name in ("SyncMPClient", "InprocClient"):
+def _add_request(original: Any, client: Any, request: Any) -> None:
+    send(request.mm_features)
+    original(client, request)
 
-        @wrap(f"{_CLIENTS}:{name}.add_request", nicety=_LOST)
-        def add_request(original: Any, client: Any, request: Any) -> None:
-            send(request.mm_features)
-            original(client, request)
+
+def get_and_update_item(original: Any, cache: Any, mm_item: Any, mm_hash: str) -> Any:
+    waiting, was_known = unsent(cache), mm_hash in cache._cache
+    waiting.merged = True
+    item, updates = original(cache, mm_item, mm_hash)
+    if was_known:
+        data = waiting.data.get(mm_hash, _nothing)()
+        return data if data is not None else item, updates
+    if mm_hash in cache._cache:  # it is not too large
+        waiting.add(mm_hash, item)
+    if len(waiting.data) > 2 * len(cache._cache):
+        waiting.forget_all_but(cache._cache)
+    return item, updates
+
+
+def is_cached_item(original: Any, cache: Any, mm_hash: str) -> Any:
+    if unsent(cache).is_lost(mm_hash):
+        cache.invalidate(mm_hash)
+    return original(cache, mm_hash)
+
+
+_ADD_REQUEST = {
+    "AsyncMPClient.add_request_async": _add_request_async,
+    "DPAsyncMPClient.add_request_async": _add_request_async,
+    "SyncMPClient.add_request": _add_request,
+    "InprocClient.add_request": _add_request,
+}

@@ -17,10 +17,10 @@ _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
-def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]], None]:
+def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]], bool]:
     """Decorator: replace a function of vLLM by one that is called with the original before its own arguments.
 
-    Does nothing if it was wrapped before.
+    Does nothing if it was wrapped before. What it makes of the function says whether it is wrapped now.
 
     Args:
         path: of the function, as ``window.find`` takes it.
@@ -30,7 +30,7 @@ def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]],
         StartupError: if this vLLM has no such function, or one that is called otherwise.
     """
 
-    def decorate(wrapper: Callable[..., Any]) -> None:
+    def decorate(wrapper: Callable[..., Any]) -> bool:
         try:
             owner, name = find(path)
         except (ImportError, AttributeError):
@@ -38,7 +38,7 @@ def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]],
         static = inspect.getattr_static(owner, name)
         original = getattr(static, "__func__", static)
         if hasattr(original, _MARK):
-            return None
+            return True
         if not fits(functools.partial(wrapper, original), original):
             return _unknown(path, nicety)
 
@@ -49,7 +49,7 @@ def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]],
         setattr(wrapped, _MARK, True)
         kind = type(static) if isinstance(static, staticmethod | classmethod) else None
         setattr(owner, name, kind(wrapped) if kind else wrapped)
-        return None
+        return True
 
     return decorate
 
@@ -87,8 +87,9 @@ def fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:
     return named == all_named[: len(named)] and only <= all_only and (variadic or not rest)
 
 
-def _unknown(path: str, nicety: str | None) -> None:
+def _unknown(path: str, nicety: str | None) -> bool:
     what = f"vLLM {version()} has no {path} of the kind known from {SUPPORTED}"
     if nicety is None:
         raise StartupError(f"{what}, which pruning depends on")
     logger.warning("eadaprune: %s; %s", what, nicety)
+    return False

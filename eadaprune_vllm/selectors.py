@@ -2,7 +2,8 @@
 
 A selector is a function ``(tokens, k) -> indices``: it gets what is known about the N tokens and returns k
 distinct int64 indices in any order. To add one, write the function and add a line to ``SELECTORS``.
-Every selector must be deterministic; at ties the lower index wins.
+Every selector must be deterministic; at ties the lower index wins. What it costs must be bounded: clients choose k, and
+each step of a greedy selector looks at every token.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+# Tokens that are chosen one by one. Of more, the rest are chosen at once, by what they are worth after these.
+GREEDY_STEPS = 1024
 
 
 @dataclass(frozen=True)
@@ -61,25 +65,26 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
     of those already chosen.
 
     After j picks ``residual`` holds, for every token, the squared norm of its part outside that span, so that
-    it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order.
+    it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order;
+    after ``GREEDY_STEPS`` they are those with most left.
     """
     products, residual = _products(tokens)
     # Below this a residual is rounding error of float32, not energy.
     floor = residual.max() * np.finfo(np.float32).eps * tokens.num_tokens
-    factor = np.empty((k, tokens.num_tokens), np.float32)
+    steps = min(k, GREEDY_STEPS)
+    factor = np.empty((steps, tokens.num_tokens), np.float32)
     chosen: list[int] = []
-    for step in range(k):
+    for step in range(steps):
         pivot = int(residual.argmax())
         if residual[pivot] <= floor:
-            taken = set(chosen)
-            chosen += [i for i in range(tokens.num_tokens) if i not in taken][: k - step]
+            residual = np.where(residual == -np.inf, residual, 0)  # nothing is left of any
             break
         chosen.append(pivot)
         row = (products(pivot) - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
         factor[step] = row
         residual -= row * row
         residual[pivot] = -np.inf
-    return torch.tensor(chosen, dtype=torch.int64)
+    return _with_rest(chosen, -residual, k)
 
 
 def diversity(tokens: VisualTokens, k: int) -> torch.Tensor:
@@ -114,13 +119,20 @@ def _diverse(tokens: VisualTokens, k: int, chosen: list[int]) -> torch.Tensor:
         chosen.append(int((unit @ unit.sum(0)).argmin()))
     # The cosine of each token with the chosen one that is most like it.
     nearest = np.full(tokens.num_tokens, -np.inf, np.float32)
-    for step in range(k):
+    nearest[chosen] = np.inf
+    for step in range(min(k, GREEDY_STEPS)):
         if step == len(chosen):
             chosen.append(int(nearest.argmin()))
         pivot = chosen[step]
         nearest = np.maximum(nearest, products(pivot) / (norms * norms[pivot]))
         nearest[pivot] = np.inf
-    return torch.tensor(chosen[:k], dtype=torch.int64)
+    return _with_rest(chosen, nearest, k)
+
+
+def _with_rest(chosen: list[int], rank: NDArray[np.float32], k: int) -> torch.Tensor:
+    """``k`` indices: those that are chosen, and after them others of the lowest rank."""
+    rest = np.argsort(rank, kind="stable")[: max(k - len(chosen), 0)]
+    return torch.tensor([*chosen[:k], *rest.tolist()], dtype=torch.int64)
 
 
 def _products(tokens: VisualTokens) -> tuple[Callable[[int], NDArray[np.float32]], NDArray[np.float32]]:

@@ -80,6 +80,25 @@ def test_hybrid_is_half_attention_and_then_the_least_alike() -> None:
         assert alike[picks[step]] == pytest.approx(float(alike.min()), abs=1e-5)
 
 
+@pytest.mark.parametrize("selector", ["span", "diversity", "hybrid"])
+def test_of_very_many_tokens_the_last_are_chosen_at_once(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that hold most, or are least alike, after the last step."""
+    found = tokens(torch.randn(40, 20))
+    one_by_one = SELECTORS[selector](found, 8).tolist()
+    monkeypatch.setattr("eadaprune_vllm.selectors.GREEDY_STEPS", 8)
+    picks = SELECTORS[selector](found, 30).tolist()
+    assert len({*picks}) == 30
+    if selector == "hybrid":  # whose first half is by attention
+        assert picks[:15] == attention(found, 15).tolist()
+        return
+    assert picks[:8] == one_by_one
+    rest = torch.tensor([index for index in range(40) if index not in one_by_one])
+    worth = residual_energies(found.features, one_by_one)
+    if selector == "diversity":
+        worth = -most_alike(found.features, one_by_one)
+    assert picks[8:] == rest[worth[rest].argsort(descending=True)][:22].tolist()
+
+
 def test_uniform_is_evenly_spaced() -> None:
     assert uniform(tokens(torch.zeros(12, 2)), 4).tolist() == [1, 4, 7, 10]
 

@@ -116,7 +116,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
         items, _ = split(inputs.hf_processor_mm_kwargs)
         for modality, updates in result.prompt_updates.items():
-            hashes = zip(result.hashes[modality], items.hashes[modality], strict=True)
+            hashes = zip(*(found.get(modality, ()) for found in (result.hashes, items.hashes)), strict=True)
             each = zip(updates, items.cached[modality], items.requested[modality], hashes, strict=True)
             for (update,), cached, requested, (mm_hash, unpruned) in each:
                 items.identifiers[mm_hash] = f"{unpruned}-{update.content.digest}"

@@ -1,9 +1,11 @@
 """A real Prometheus."""
 
+import contextlib
 import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 class Prometheus:
-    """A real one, with the project's configuration, that scrapes one server every second."""
+    """A real one, with the project's configuration, that scrapes one server every other second."""
 
     def __init__(self, folder: Path, target: str) -> None:
         shutil.copy(DEPLOY / "prometheus/rules.yml", folder)
@@ -22,7 +24,7 @@ class Prometheus:
         for shipped, here in (
             ("server:8000", target),
             ("/etc/prometheus/rules.yml", str(folder / "rules.yml")),
-            ("scrape_interval: 5s", "scrape_interval: 1s"),
+            ("scrape_interval: 5s", "scrape_interval: 2s"),
             ("evaluation_interval: 15s", "evaluation_interval: 1s"),
         ):
             assert shipped in config
@@ -40,10 +42,20 @@ class Prometheus:
 
     def get(self, path: str, **params: Any) -> Any:
         response = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)
-        assert response.status_code == 200, response.text
+        response.raise_for_status()
         return response.json()["data"]
 
-    def values(self, expr: str, seconds: float) -> list[float]:
+    def waits_for(self, condition: Callable[[], bool], seconds: float = 120) -> bool:
+        """Whether the condition holds before so many seconds are over; servers may be slow to answer scrapes."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):  # it is about to start
+                if condition():
+                    return True
+            time.sleep(0.5)
+        return False
+
+    def values(self, expr: str, seconds: float = 25) -> list[float]:
         """All values that a query had in the last seconds."""
         now = time.time()
         data = self.get("query_range", query=expr, start=now - seconds, end=now, step=1)

@@ -9,11 +9,14 @@ shows, which no server can know. Writes ``allocation.json``.
 
 import asyncio
 import json
+import os
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from unittest.mock import patch
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import numpy as np
 import torch
@@ -21,9 +24,8 @@ import typer
 from common import RESULTS, about
 from quality import DTYPE, FLAGS, TARGETS, held_out
 from rich.console import Console
-from safetensors.torch import load_file
-from transformers import AutoConfig
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers import AutoImageProcessor
+from vllm import LLM
 
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.scenes import make_scene
@@ -33,37 +35,45 @@ from eadaprune_vllm.selectors import VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 from eadaprune_vllm.tools.calibrate import Curve, solve
 from eadaprune_vllm.tools.evaluate import Setting, exactly, interval, run
-from eadaprune_vllm.tools.offline import OfflineModel, load_image
+from eadaprune_vllm.tools.images import picture, read
 
 FIXED = "the same for all"
 BOUNDED = "threshold, at least half the mean"
 
 
-@cache
-def projector() -> LlavaMultiModalProjector:
-    module, prefix = LlavaMultiModalProjector(AutoConfig.from_pretrained(MODEL)), "multi_modal_projector."
-    weights = load_file(MODEL / "model.safetensors").items()
-    module.load_state_dict({name.removeprefix(prefix): rows for name, rows in weights if name.startswith(prefix)})
-    return module.float()
+def encoded(images: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each image the features ``[N, D]`` that an engine decides by, and the rows ``[N, W]`` that go to its language
+    model; both float32."""
+    processor = AutoImageProcessor.from_pretrained(MODEL)
+    pixels = [processor(picture(read(image)), return_tensors="pt").pixel_values for image in images]
 
+    def encode(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = []
+        with torch.inference_mode():
+            for each in pixels:
+                (rows,), (features,) = model.eadaprune_encode("image", pixel_values=each)
+                found.append((features.float(), rows.float()))
+        return found
 
-@torch.inference_mode()
-def projected(features: torch.Tensor) -> torch.Tensor:
-    """What the language model is fed with, ``[N, H]`` float32."""
-    rows: torch.Tensor = projector()(features.float())
-    return rows
+    # In this process, which is the engine's then: a server that is started later is not told.
+    with patch.dict(os.environ, {"VLLM_PLUGINS": "eadaprune", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
+        llm = LLM(str(MODEL), dtype=DTYPE, enforce_eager=True, max_model_len=2048)
+        (found,) = llm.apply_model(encode)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = found
+    return pairs
 
 
 def centred(rows: torch.Tensor) -> torch.Tensor:
     return rows - rows.mean(0)
 
 
-MATRICES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "threshold": lambda features: features,
-    "threshold, centred": centred,
-    "threshold, rows normalized": lambda features: torch.nn.functional.normalize(features),
-    "threshold, past the projector": projected,
-    "threshold, past the projector, centred": lambda features: centred(projected(features)),
+# Of features, and of rows past the projector.
+MATRICES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "threshold": lambda features, rows: features,
+    "threshold, centred": lambda features, rows: centred(features),
+    "threshold, rows normalized": lambda features, rows: torch.nn.functional.normalize(features),
+    "threshold, past the projector": lambda features, rows: rows,
+    "threshold, past the projector, centred": lambda features, rows: centred(rows),
 }
 
 
@@ -74,9 +84,8 @@ def allocations(asked: list[str], targets: list[int]) -> dict[tuple[int, str], d
         asked: the image of each question: the mean is over questions.
         targets: mean budgets.
     """
-    offline, options = OfflineModel(str(MODEL), dtype=DTYPE), PruneOptions(min_tokens=1)
     images = sorted(set(asked))
-    features = [offline.examine(load_image(image), options).encoding.tokens.features for image in images]
+    matrices = encoded(images)
     things = {image: len(make_scene(int(Path(image).stem), held_out=True).things) + 1 for image in images}
     mean = sum(things[image] for image in asked) / len(asked)
     found = {}
@@ -84,8 +93,10 @@ def allocations(asked: list[str], targets: list[int]) -> dict[tuple[int, str], d
         found[target, FIXED] = dict.fromkeys(images, target)
         found[target, "by the number of things"] = {image: round(things[image] * target / mean) for image in images}
     for rule, matrix in MATRICES.items():
-        spectra = [Spectrum.of([VisualTokens(matrix(each), None)]) for each in features]
-        curves = {image: Curve(image, spectrum.needed_above) for image, spectrum in zip(images, spectra, strict=True)}
+        spectra = [Spectrum.of([VisualTokens(matrix(*each), None)]) for each in matrices]
+        curves = {
+            image: Curve(image, spectrum.needed_above.numpy()) for image, spectrum in zip(images, spectra, strict=True)
+        }
         for target in targets:
             bounds = {rule: 1, BOUNDED: target // 2} if rule == "threshold" else {rule: 1}
             for name, least in bounds.items():

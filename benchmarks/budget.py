@@ -22,11 +22,10 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from eadaprune_vllm.encoder import whole
+from eadaprune_vllm.budget import TIE_TOLERANCE
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import prune
+from eadaprune_vllm.prune import Encoding, Layout, prune
 from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.spectrum import TIE_TOLERANCE
 
 ENERGY = 0.95
 K_MAX, OVERSAMPLING = 192, 10
@@ -85,11 +84,11 @@ def ours(selector: str) -> Callable[[torch.Tensor], list[int]]:
     options = PruneOptions(energy=ENERGY, min_tokens=1, selector=selector)
 
     def decide(batch: torch.Tensor) -> list[int]:
-        """One image after the other, as a server does it, from features on the CPU."""
+        """One image after the other, as the engine does it."""
         kept = []
-        for rows in batch.cpu():
+        for rows in batch:
             tokens = VisualTokens(rows, torch.arange(len(rows)).float())
-            kept.append(len(prune(whole(tokens, (1, len(rows))), options)))
+            kept.append(len(prune(Encoding(tokens, Layout.whole(1, len(rows))), options)))
         return kept
 
     return decide
@@ -136,7 +135,7 @@ def measure(batch: torch.Tensor) -> dict[str, dict[str, Any]]:
 
 
 def main(
-    device: Annotated[str, typer.Option(help="Where the contenders compute; the plugin decides on the CPU.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where features are, and contenders compute.")] = "cpu",
     batch: Annotated[list[int], typer.Option(help="Images at a time.")] = [1, 8, 32],  # noqa: B006
     output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
 ) -> None:

@@ -1,10 +1,10 @@
-"""How the front end's cost and memory grow:  python benchmarks/growth.py
+"""How cost per image and a front end's memory grow:  python benchmarks/growth.py
 
-Real servers of a small model with random weights: with one API server, with two, and without vLLM's processor cache,
-which keeps placeholders of every image it has seen up to a limit. Every image is a new one.
+Real servers of a small model with random weights: with one API server, with two that ask the same engine, and without
+vLLM's processor cache, which keeps placeholders of every image it has seen up to a limit. Every image is a new one.
 
-- cost: what encoding and pruning take per image, and how long that waits for others, at several concurrencies and
-  images per request
+- cost: what encoding and pruning take per image in the engine, and how many images are served per second, at several
+  concurrencies and images per request
 - memory: of a single front end, over ten thousand requests
 
 Writes ``growth.json`` and ``growth.png``.
@@ -25,7 +25,7 @@ from common import RESULTS, about
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
-from serving import Bench, Cell
+from serving import STAGES, Bench, Cell, stages
 
 from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import Server
@@ -39,13 +39,6 @@ SERVERS = {
 }
 WATCHED = ("1 API server", "no processor cache")
 CONCURRENCY, IMAGES = (1, 4, 16), (1, 4)
-STAGES = ("encode", "spectrum", "select")
-
-
-def stages(server: Server) -> dict[str, float]:
-    """Seconds that each stage took so far, and how many images there were."""
-    found = {stage: server.metric("eadaprune_stage_seconds_sum", stage=stage) for stage in STAGES}
-    return found | {"images": server.metric("eadaprune_images_total")}
 
 
 def watch(bench: Bench, server: Server, requests: int, console: Console) -> list[tuple[int, float]]:
@@ -81,7 +74,7 @@ def main(
                     before = stages(server)
                     found = bench.run(server, Cell(images, concurrency, 48), None)
                     spent = {name: value - before[name] for name, value in stages(server).items()}
-                    each = {stage: 1000 * spent[stage] / spent["images"] for stage in STAGES}
+                    each = {stage: 1000 * spent[stage] / spent["pruned"] for stage in STAGES}
                     row = {"server": setting, "images": images, "concurrency": concurrency}
                     rows.append(row | each | {"images_per_second": found["requests_per_second"] * images})
                     console.print(rows[-1])
@@ -89,7 +82,7 @@ def main(
             with serve(setting) as server:
                 bench.run(server, Cell(1, 16, 160), None)
                 memory[setting] = watch(bench, server, requests, console)
-    table = Table(title="Milliseconds per image in the front end")
+    table = Table(title="Milliseconds per image in the engine")
     for heading in rows[0]:
         table.add_column(heading, justify="right")
     for row in rows:

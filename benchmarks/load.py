@@ -2,8 +2,8 @@
 
 The same requests, at the same times, go to a server whose thresholds stay and to one whose thresholds follow the load,
 in turns. Each has an image of its own, and thresholds start at 1.0: nothing is pruned before there is load. Random
-weights: this is about queues and the KV cache, not about answers. The language model is narrow and deep, so that on few
-cores it is the engine that is busy, as on a GPU, and not its front end. Writes ``load.json`` and ``load.png``.
+weights: this is about queues and the KV cache, not about answers. The language model is narrow and deep, so that the
+engine is busy with it, and not with the vision tower. Writes ``load.json`` and ``load.png``.
 """
 
 import json

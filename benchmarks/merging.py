@@ -1,8 +1,8 @@
 """Whether tokens that go should live on in those that stay:  python benchmarks/merging.py
 
 Held-out scenes and questions, the embedded model behind a real server. Images keep as many tokens as a threshold gives
-them, chosen by each selector; these are sent to the engine as they are, or merged with those that go, in the ways that
-``merged/sitecustomize.py`` knows. Writes ``merging.json``.
+them, chosen by each selector; these stay as they are, or are merged with those that go, in the ways that ``merged.py``
+knows. Writes ``merging.json``.
 """
 
 import asyncio
@@ -23,15 +23,16 @@ from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.tools.evaluate import Results, adaptive, interval, run
 
 PLAIN, MERGED = "as they are", ("mean", "half")
-PATCH = Path(__file__).parent / "merged"
+EXTENSION = ["--worker-extension-cls", "merged.Merging"]
 
 
 def ask(how: str, folder: Path, scenes: int, energies: list[float], selectors: list[str]) -> Results:
     results, env = held_out(folder / "questions", scenes), dict(os.environ)
-    if how != PLAIN:
-        path = os.pathsep.join([str(PATCH), *filter(None, [env.get("PYTHONPATH")])])
-        env |= {"PYTHONPATH": path, "EADAPRUNE_MERGE": how}
     flags = [*FLAGS, "--allowed-local-media-path", str(folder)]
+    if how != PLAIN:
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [env.get("PYTHONPATH")])])
+        env |= {"PYTHONPATH": path, "EADAPRUNE_MERGE": how}
+        flags += EXTENSION
     with Server(folder / "log", MODEL, *flags, env=env) as server:
         asyncio.run(run(results, server.url, adaptive(energies, selectors)))
     return results

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from common import RESULTS, about
 from rich.console import Console
@@ -20,6 +21,7 @@ from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import write_questions
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
+from eadaprune_vllm.draw import png
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.tools.calibrate import Curve, solve
@@ -36,12 +38,12 @@ FLAGS += ["--dtype", DTYPE]
 
 def thresholds() -> dict[int, float]:
     """For each of ``TARGETS`` the threshold with that mean budget."""
-    options, offline = PruneOptions(min_tokens=1), OfflineModel(str(MODEL), dtype=DTYPE)
-    scenes = (make_scene(10**6 + number, held_out=True).image for number in range(CALIBRATION))
-    curves = [
-        Curve(str(number), offline.examine(scene, options).spectrum.needed_above) for number, scene in enumerate(scenes)
-    ]
-    return {target: solve(curves, target, options).energy for target in TARGETS}
+    offline, curves = OfflineModel(str(MODEL), dtype=DTYPE), []
+    for number in range(CALIBRATION):
+        scene = make_scene(10**6 + number, held_out=True).image
+        found = offline.examine(png(scene), {"selector": "uniform"}, spectrum=True)
+        curves.append(Curve(str(number), np.array(found.spectrum)))
+    return {target: solve(curves, target, PruneOptions(min_tokens=1)).energy for target in TARGETS}
 
 
 def held_out(folder: Path, scenes: int) -> Results:

@@ -3,13 +3,14 @@
 Two real servers on one machine, of a LLaVA-1.5 with its real tower and a language model of 1B parameters, random
 weights: stock vLLM, and vLLM with this plugin. ``vllm bench serve`` sends every contender images of its own, in turns:
 
-- ``stock``, and ``energy 1``, which keeps all tokens as stock does: what the plugin costs
+- ``stock``, and ``energy 1``, which keeps all tokens and asks the engine nothing: what the plugin costs
 - ``adaptive``, at thresholds whose mean budget is about a half, 22 % and 11 % of the tokens
 - ``fixed``, with ``min_tokens = max_tokens`` of the mean that ``adaptive`` had just before: what adapting costs
 
-The limit is counted, not measured: how much less there is to compute for a prompt. Writes ``serving.json`` after each
-turn, and ``serving.png`` at the end. What is there already, of the same settings, is not measured again: a run of hours
-can be stopped, and go on.
+The limit is counted, not measured: how much less there is to compute for a prompt. Each turn also notes what the engine
+spent on every new image: on encoding, spectrum and selection. Writes ``serving.json`` after each turn, and
+``serving.png`` at the end. What is there already, of the same settings, is not measured again: a run of hours can be
+stopped, and go on.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ FLAGS = ["--load-format", "dummy", "--max-model-len", "4096", "--limit-mm-per-pr
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "3",
     "HF_HUB_OFFLINE": "1",
-    # vLLM's engine would leave one core to its front end, of which stock vLLM makes no use, and pruning would.
+    # vLLM's engine would leave one core to its front end, which makes little use of it.
     "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
 }
 COLUMNS = {
@@ -61,6 +62,7 @@ COLUMNS = {
     "between_tokens": "median_tpot_ms",
     "requests_per_second": "request_throughput",
 }
+STAGES = ("encode", "spectrum", "select")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class Cell:
     images: int
     concurrency: int
     requests: int
+
+
+def stages(server: Server) -> dict[str, float]:
+    """Seconds that each stage took so far, and of how many images and videos; zero without the plugin."""
+    found = {stage: server.metric("eadaprune_stage_seconds_sum", stage=stage) for stage in STAGES}
+    return found | {"pruned": server.metric("eadaprune_stage_seconds_count", stage="total")}
 
 
 class Bench:
@@ -95,11 +103,14 @@ class Bench:
         what += ["--custom-output-len", str(self.output_tokens), "--num-prompts", str(cell.requests)]
         what += ["--max-concurrency", str(cell.concurrency), "--num-warmups", "0", "--ready-check-timeout-sec", "0"]
         body = ["--extra-body", json.dumps({"eadaprune": options})] if options else []
-        before = server.metric("vllm:prompt_tokens_total")
+        before, spent_before = server.metric("vllm:prompt_tokens_total"), stages(server)
         with (self.folder / "bench.log").open("a") as log, contextlib.redirect_stdout(log):
             result = bench_serve(parser.parse_args([*where, *what, *body]))
         assert result["completed"] == cell.requests, result
         found = {name: float(result[key]) for name, key in COLUMNS.items()}
+        spent = {name: value - spent_before[name] for name, value in stages(server).items()}
+        if pruned := spent.pop("pruned"):
+            found |= {f"{stage}_ms": 1000 * seconds / pruned for stage, seconds in spent.items()}
         return found | {"prompt_tokens": (server.metric("vllm:prompt_tokens_total") - before) / cell.requests}
 
 
@@ -135,14 +146,13 @@ def flops(config: LlavaConfig, images: int, prompt_tokens: float) -> float:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, model: Path, flags: list[str], device: str) -> Iterator[tuple[Server, Server]]:
+def servers(folder: Path, model: Path, flags: list[str]) -> Iterator[tuple[Server, Server]]:
     """Stock and pruning, both up: who does not have its turn is idle."""
     env = dict(os.environ) | ENVIRONMENT
     flags = [*FLAGS, "--allowed-local-media-path", str(folder), *flags]
-    pruning = ["--plugin", "eadaprune", "--eadaprune-device", device]
     with (
         Server(folder / "stock.log", model, *flags, env=env) as stock,
-        Server(folder / "pruning.log", model, *flags, *pruning, env=env) as pruned,
+        Server(folder / "pruning.log", model, *flags, "--plugin", "eadaprune", env=env) as pruned,
     ):
         yield stock, pruned
 
@@ -150,23 +160,23 @@ def servers(folder: Path, model: Path, flags: list[str], device: str) -> Iterato
 def main(
     images: Annotated[list[int], typer.Option(help="Images per request.")] = [1, 4],  # noqa: B006
     concurrency: Annotated[list[int], typer.Option(help="Requests under way.")] = [1, 4, 16],  # noqa: B006
+    requests: Annotated[int, typer.Option(help="Least that a turn sends; as many as are under way, if more.")] = 4,
     rounds: Annotated[int, typer.Option(help="How often each contender has its turn.")] = 3,
     output_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 16,
     language_model: Annotated[str, typer.Option(help=f"One of {', '.join(LANGUAGE_MODELS)}.")] = "1b",
-    device: Annotated[str, typer.Option(help="Where the vision tower of the pruning server runs.")] = "cpu",
     flags: Annotated[str, typer.Option(help="More flags for both servers, separated by spaces.")] = "",
     output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
 ) -> None:
     console = Console()
-    cells = [Cell(each, under_way, max(4, under_way)) for each in images for under_way in concurrency]
+    cells = [Cell(each, under_way, max(requests, under_way)) for each in images for under_way in concurrency]
     settings: dict[str, Any] = {"output_tokens": output_tokens, "flags": [*FLAGS, *flags.split()]}
-    settings |= {"language_model": language_model, "tower_on": device, "environment": ENVIRONMENT}
+    settings |= {"language_model": language_model, "environment": ENVIRONMENT}
     energies, runs = stored(output / "serving.json", settings)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = make_geometry(folder / "model", language_model)
         bench = Bench(folder, folder / "model", output_tokens)
-        with servers(folder, folder / "model", flags.split(), device) as (stock, pruned):
+        with servers(folder, folder / "model", flags.split()) as (stock, pruned):
             energies = energies or thresholds(pruned)
             for server in (stock, pruned):
                 bench.run(server, Cell(1, 2, 4), None)  # set up once, for nothing
@@ -200,6 +210,7 @@ def main(
                     output.mkdir(exist_ok=True)
                     found = {"about": about() | settings | {"energies": energies}, "summary": rows, "runs": runs}
                     (output / "serving.json").write_text(json.dumps(found, indent=1) + "\n")
+    rows = summarize(config, runs)
     report(console, rows)
     draw(rows, output / "serving.png")
 
@@ -236,6 +247,9 @@ def summarize(config: LlavaConfig, runs: list[dict[str, Any]]) -> list[dict[str,
             row[column] = statistics.median(run[column] for run in of(contender))
             row[f"{column}_speedup"] = statistics.median(ratios)
             row[f"{column}_spread"] = [min(ratios), max(ratios)]
+        for stage in STAGES:
+            if times := [run[f"{stage}_ms"] for run in of(contender) if f"{stage}_ms" in run]:
+                row[f"{stage}_ms"] = statistics.median(times)
         tokens, unpruned = (statistics.mean(run["prompt_tokens"] for run in of(name)) for name in (contender, "stock"))
         row["prompt_tokens"] = tokens
         row["limit"] = flops(config, cell.images, unpruned) / flops(config, cell.images, tokens)

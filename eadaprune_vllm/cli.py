@@ -5,7 +5,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,15 +16,18 @@ from rich.table import Table
 from eadaprune_vllm.errors import EAdaPruneError
 
 if TYPE_CHECKING:
-    from eadaprune_vllm.options import PruneOptions
-    from eadaprune_vllm.tools.offline import OfflineModel
+    from eadaprune_vllm.tools.examiner import Examiner
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Per-image visual token budgets on stock vLLM.")
 
-Model = Annotated[str, typer.Option(help="Folder or hub id of a model that vLLM serves with this plugin.")]
-Device = Annotated[str, typer.Option(help="Where the vision tower runs: auto, cpu or cuda[:n].")]
-Dtype = Annotated[str, typer.Option(help="vLLM's --dtype: budgets may depend on it.")]
-Revision = Annotated[str | None, typer.Option(help="Of the hub's model.")]
+Url = Annotated[
+    str | None, typer.Option(help="Of a server that runs with --plugin eadaprune; its key is in OPENAI_API_KEY.")
+]
+Model = Annotated[
+    str | None, typer.Option(help="In the place of --url: folder or hub id of a model to start an engine with, here.")
+]
+Dtype = Annotated[str | None, typer.Option(help="vLLM's --dtype, with --model: budgets may depend on it.")]
+Revision = Annotated[str | None, typer.Option(help="Of the hub's model, with --model.")]
 MinTokens = Annotated[int | None, typer.Option(help="Fewest tokens an image is cut down to.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens an image may keep.")]
 Scope = Annotated[str | None, typer.Option(help="What reaches the threshold: tile or image.")]
@@ -39,23 +42,46 @@ def _refused() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from None
 
 
-def _options(**given: Any) -> "PruneOptions":
-    from eadaprune_vllm.options import PruneOptions, overlay
+@contextmanager
+def _examiner(url: str | None, model: str | None, dtype: str | None, revision: str | None) -> "Iterator[Examiner]":
+    """Whom to ask about images; while it is open, what the user got wrong ends the command."""
+    if (url is None) == (model is None):
+        raise typer.BadParameter("give either --url, of a server, or --model, to start an engine here")
+    if url is not None and (dtype or revision):
+        raise typer.BadParameter("--dtype and --revision go with --model: a server has chosen its own")
+    with _refused(), closing(_served(url) if url is not None else _offline(str(model), dtype, revision)) as examiner:
+        yield examiner
 
-    with _refused():
-        return overlay(PruneOptions(), {name: value for name, value in given.items() if value is not None}, "options")
+
+def _served(url: str) -> "Examiner":
+    from eadaprune_vllm.tools.examiner import ServedModel
+
+    return ServedModel(url)
 
 
-def _quiet() -> None:
-    """Before vLLM is imported: what it says of itself is for servers."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
-def _offline(model: str, device: str, dtype: str, revision: str | None) -> "OfflineModel":
+def _offline(model: str, dtype: str | None, revision: str | None) -> "Examiner":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what vLLM says of itself is for servers
     from eadaprune_vllm.tools.offline import OfflineModel
 
-    with Console(stderr=True).status("Loading the vision tower"):
-        return OfflineModel(model, device, dtype, revision)
+    return OfflineModel(model, dtype or "auto", revision)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are given.
+
+    Raises:
+        InvalidOptionsError: naming option, value and allowed range.
+    """
+    from eadaprune_vllm.options import PruneOptions, overlay
+
+    given = {name: value for name, value in options.items() if value is not None}
+    overlay(PruneOptions(), given, "options")
+    return given
+
+
+def _flags(**values: Any) -> str:
+    """As they are typed; those without a value are left out."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
 
 
 @app.command("demo-model")
@@ -91,13 +117,13 @@ def demo_questions(
 @app.command()
 def calibrate(
     images: Annotated[list[str], typer.Argument(help="Images, folders, globs, URLs, or JSONL files of these.")],
-    model: Model,
     target_tokens: Annotated[float, typer.Option(help="The mean budget that images should have.")],
+    url: Url = None,
+    model: Model = None,
     min_tokens: MinTokens = None,
     max_tokens: MaxTokens = None,
     scope: Scope = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    dtype: Dtype = None,
     revision: Revision = None,
     store: Annotated[Path, typer.Option(help="File that keeps each image's spectrum.")] = Path("spectra.jsonl"),
     histogram: Annotated[Path, typer.Option(help="Picture of the budgets.")] = Path("budgets.png"),
@@ -105,19 +131,21 @@ def calibrate(
 ) -> None:
     """Find the threshold at which your images keep a given number of tokens in the mean.
 
-    Every image is encoded once; go on after an interruption, or ask for another target, with the same --store.
+    Every image is encoded once, by a server (--url) or an engine of this command's own (--model); go on after an
+    interruption, or ask for another target, with the same --store. Options that are not given are the server's.
     """
-    _quiet()
+    from eadaprune_vllm.options import overlay
     from eadaprune_vllm.tools import calibrate as tool
 
-    options = _options(min_tokens=min_tokens, max_tokens=max_tokens, scope=scope)
-    with _refused():
+    with _examiner(url, model, dtype, revision) as examiner:
+        given = _given(min_tokens=min_tokens, max_tokens=max_tokens, scope=scope)
         found = tool.find_images(images)
-        about = {"model": model, "revision": revision, "dtype": dtype, "device": device, "scope": options.scope}
-        curves, skipped = tool.encode(lambda: _offline(model, device, dtype, revision), found, store, about, options)
+        options = overlay(examiner.defaults, {"enabled": True} | given, "options")
+        curves, skipped = tool.encode(examiner, found, store, options.scope)
         for where, reason in skipped.items():
             Console(stderr=True).print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
         solved = tool.solve(curves, target_tokens, options)
+        name = examiner.name
     console = Console()
     budgets = [curve.budget(solved) for curve in curves]
     if table:
@@ -133,53 +161,52 @@ def calibrate(
         shown.add_column(heading, justify="right")
     shown.add_row(*(f"{value:.0f}" for value in row[:-1]), f"{row[-1]:.1f}")
     console.print(shown)
-    tool.histogram(budgets, f"{model}, energy {solved.energy:g}").savefig(histogram, dpi=120)
+    tool.histogram(budgets, f"{name}, energy {solved.energy:g}").savefig(histogram, dpi=120)
     console.print(f"Picture: {histogram}; spectra: {store}; skipped: {len(skipped)}", highlight=False)
-    flags = {
-        "dtype": None if dtype == "auto" else dtype,
-        "revision": revision,
-        "plugin": "eadaprune",
-        "eadaprune-energy": f"{solved.energy:g}",
-        "eadaprune-min-tokens": min_tokens,
-        "eadaprune-max-tokens": max_tokens,
-        "eadaprune-scope": scope,
-    }
-    given = " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
-    print(f"vllm serve {model} {given}")
+    flags = _flags(
+        **{f"eadaprune_{option}": value for option, value in ({"energy": f"{solved.energy:g}"} | given).items()}
+    )
+    if model:
+        print(f"vllm serve {model} {_flags(dtype=dtype, revision=revision, plugin='eadaprune')} {flags}")
+    else:
+        console.print(f"Flags of the server of {name}:", highlight=False)
+        print(flags)
 
 
 @app.command()
 def explain(
     image: Annotated[str, typer.Argument(help="Path or URL.")],
-    model: Model,
+    url: Url = None,
+    model: Model = None,
     energy: Annotated[list[float], typer.Option(help="Threshold; may be given several times.")] = [0.95, 0.99],  # noqa: B006
     selector: Annotated[str | None, typer.Option(help="Which tokens stay.")] = None,
     min_tokens: MinTokens = None,
     max_tokens: MaxTokens = None,
     scope: Scope = None,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    dtype: Dtype = None,
     revision: Revision = None,
     output: Annotated[Path, typer.Option(help="Picture that takes the explanation.")] = Path("explanation.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the decisions as JSON.")] = False,
 ) -> None:
-    """Draw which patches of an image stay at which threshold, and the curve that decides."""
-    _quiet()
-    from eadaprune_vllm.tools.offline import load_image
+    """Draw which patches of an image stay at which threshold, and the curve that decides.
+
+    Asks a server (--url), or an engine of this command's own (--model). Options that are not given are the server's.
+    """
+    from eadaprune_vllm.draw import picture
+    from eadaprune_vllm.tools import images
     from eadaprune_vllm.tools.plots import caption, explanation
 
-    given = {"selector": selector, "min_tokens": min_tokens, "max_tokens": max_tokens, "scope": scope}
-    options = [_options(energy=threshold, **given) for threshold in energy]
-    with _refused():
-        picture = load_image(image)
-        look = _offline(model, device, dtype, revision)
-        found = [look.examine(picture, each) for each in options]
-    previews = [each.preview() for each in found]
-    panels = [("the image", picture)]
-    panels += [(caption(report), each.overlay()) for report, each in zip(previews, found, strict=True)]
+    chosen = {"selector": selector, "min_tokens": min_tokens, "max_tokens": max_tokens, "scope": scope}
+    with _examiner(url, model, dtype, revision) as examiner:
+        given = [_given(energy=threshold, **chosen) for threshold in energy]
+        file = images.read(image)
+        previews = [examiner.examine(file, options, overlay=True) for options in given]
+        panels = [("the image", images.picture(file))]
+    panels += [(caption(report), picture(report.overlay or "")) for report in previews]
     explanation(panels, previews[0].curve, previews).savefig(output, dpi=120)
     if as_json:
-        print(json.dumps([report.model_dump(exclude={"overlay", "cached"}) for report in previews], indent=1))
+        told = [report.model_dump(exclude={"overlay", "spectrum", "cached"}) for report in previews]
+        print(json.dumps(told, indent=1))
     else:
         Console().print(f"Picture: {output}", highlight=False)
 

@@ -60,9 +60,14 @@ def row(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 def data_url(picture: Image.Image) -> str:
     """The picture as a PNG in a ``data:`` URL, as OpenAI's API takes them."""
+    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def picture(url: str) -> Image.Image:

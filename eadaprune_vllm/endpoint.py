@@ -1,5 +1,6 @@
 """Entry point ``vllm.endpoint_plugins``: what the plugin adds to vLLM's HTTP API."""
 
+import asyncio
 from argparse import Namespace
 from collections.abc import Callable, Coroutine, Mapping
 from copy import copy
@@ -18,14 +19,13 @@ from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from eadaprune_vllm import __version__
 from eadaprune_vllm.naming import NAME
-from eadaprune_vllm.options import ServerOptions, request_schema
-from eadaprune_vllm.preview import preview_items
-from eadaprune_vllm.report import Preview
+from eadaprune_vllm.options import SELECTOR_NAMES, request_schema
+from eadaprune_vllm.preview import look_at, previews
+from eadaprune_vllm.report import Config, Preview
 from eadaprune_vllm.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers, told
 from eadaprune_vllm.route import PruningRoute, documented, is_door
 from eadaprune_vllm.seams.processes import on_render_thread
 from eadaprune_vllm.seams.statistics import watch_load
-from eadaprune_vllm.selectors import SELECTORS
 
 
 class OwnRoute(APIRoute):
@@ -69,27 +69,8 @@ class EndpointPlugin:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.eadaprune_renderer = engine_client.renderer
         state.eadaprune = engine_client.renderer.mm_processor
-        await on_render_thread(state.eadaprune_renderer, _place, state.eadaprune)
         if state.eadaprune.server_options.load_aware:
             watch_load(engine_client, state.eadaprune.front_end.observe_load, state.eadaprune.front_end.show_load)
-
-
-def _place(processor: Any) -> None:
-    """Now that the engine is ready, move the tower to its device, and warm it up there."""
-    if processor.front_end.place():
-        processor.warm_up()
-
-
-class Config(BaseModel):
-    """What this server does by default, and what requests may ask for."""
-
-    version: str
-    vllm_version: str
-    models: list[str] = Field(description="Names the model is served under.")
-    architecture: str
-    options: ServerOptions
-    selectors: list[str]
-    doors: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")
 
 
 class Message(BaseModel):
@@ -109,19 +90,22 @@ class PreviewRequest(BaseModel):
     messages: list[Message]
     eadaprune: Annotated[Any, WithJsonSchema(request_schema())] = None
     overlay: bool = Field(default=False, description="Whether to draw what is kept.")
+    spectrum: bool = Field(default=False, description="Whether to tell the whole spectrum.")
 
 
 @router.get("/config")
 async def config(request: Request) -> Config:
     """The server's pruning options and what it supports."""
     state = request.app.state
+    model = state.eadaprune_renderer.model_config
     return Config(
         version=__version__,
         vllm_version=vllm.__version__,
         models=[path.name for path in state.openai_serving_models.base_model_paths],
-        architecture=state.eadaprune_renderer.model_config.architecture,
+        architecture=model.architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
         options=state.eadaprune.server_options,
-        selectors=list(SELECTORS),
+        selectors=list(SELECTOR_NAMES),
         doors=[
             route.path
             for route in request.app.routes
@@ -144,7 +128,11 @@ async def preview(body: PreviewRequest, request: Request) -> Preview:
         layers = request_layers(context, (body.model_extra or {}).get("mm_processor_kwargs"))
         choices = choose(processor.server_options, layers, messages, context.met)
     items = await _fetch(state.eadaprune_renderer.model_config, messages)
-    pruning = await on_render_thread(state.eadaprune_renderer, preview_items, processor, items, choices, body.overlay)
+    found, looked_at = look_at(processor, items, choices), []
+    while each := await on_render_thread(state.eadaprune_renderer, next, found, None):
+        looked_at.append(each)
+    await processor.front_end.ask([each.new for each in looked_at])
+    pruning = await asyncio.to_thread(previews, processor, looked_at, body.overlay, body.spectrum)
     return Preview.of([told(processor.server_options, pruning)])
 
 

@@ -3,7 +3,8 @@
 EAdaPruneError(Exception)
 ├── StartupError            the server must not start: unsupported model, flag, version or option
 ├── InvalidOptionsError     a client asked for pruning options that do not exist or are out of range
-└── NonFiniteFeaturesError  the vision tower produced NaN or infinity for an image
+├── NonFiniteFeaturesError  the vision tower produced NaN or infinity for an image
+└── ServerError             a server that a command asks cannot be reached, does not let it in, or does not prune
 """
 
 
@@ -32,3 +33,7 @@ class InvalidOptionsError(EAdaPruneError):
 
 class NonFiniteFeaturesError(EAdaPruneError):
     """The features of one image contain NaN or infinity, so that no budget can be computed from them."""
+
+
+class ServerError(EAdaPruneError):
+    """A server that a command asks cannot be reached, does not let it in, or does not prune: no image is to blame."""

@@ -45,7 +45,10 @@ class Metrics:
             "bound",
         )
         self._rejected = counter(
-            "rejected_requests", "Requests refused: 'options' for bad pruning options, 'features' for NaN.", "reason"
+            "rejected_requests",
+            "Requests refused: 'options' for bad pruning options, 'features' for NaN in those of an image, 'engine' "
+            "where it could not encode one.",
+            "reason",
         )
         self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image or video.", _RATIOS)
         self._threshold = histogram("energy_threshold", "Energy threshold in force, per image or video.", _THRESHOLDS)
@@ -84,7 +87,7 @@ class Metrics:
         for labelled, values in (
             (self._visual_tokens, ("encoded", "kept")),
             (self._bound, ("min_tokens", "max_tokens")),
-            (self._rejected, ("options", "features")),
+            (self._rejected, ("options", "features", "engine")),
             (self._stage, ("encode", "spectrum", "select", "total")),
         ):
             for value in values:

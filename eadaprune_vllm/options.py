@@ -8,15 +8,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.load import LoadPolicy
-from eadaprune_vllm.selectors import SELECTORS
 
 # The options' name wherever they travel: request field, attribute of vLLM's multimodal config, cache key.
 KEY = "eadaprune"
+# The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
+SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
 
 
 def _known_selector(name: str) -> str:
-    if name not in SELECTORS:
-        raise ValueError(f"Input should be one of {', '.join(SELECTORS)}")
+    if name not in SELECTOR_NAMES:
+        raise ValueError(f"Input should be one of {', '.join(SELECTOR_NAMES)}")
     return name
 
 
@@ -41,7 +42,7 @@ class PruneOptions(BaseModel):
         description="Which tokens stay: 'span', those that span most of the energy; 'attention', those the vision "
         "tower attends to most; 'diversity', those least like each other; 'hybrid', half by attention and half by "
         "diversity. 'uniform' and 'random' do not look at the image, for comparison.",
-        json_schema_extra={"enum": list(SELECTORS)},
+        json_schema_extra={"enum": list(SELECTOR_NAMES)},
     )
     scope: Literal["tile", "image"] = Field(
         default="tile",
@@ -136,13 +137,6 @@ class ServerOptions(PruneOptions):
         default=None,
         description="Lower thresholds while the engine is under load. "
         f"By default {LoadPolicy().model_dump_json()}, or what is given in its place;",
-    )
-    # No part of a cache key: one server has one device.
-    device: str = Field(
-        default="cpu",
-        pattern="^(auto|cpu|cuda(:[0-9]{1,2})?)$",
-        description="Where the vision tower runs: 'cpu', 'cuda' (the first GPU), 'cuda:N', or 'auto', a GPU if the "
-        "engine has one. GPUs have not been tried yet.",
     )
 
     @model_validator(mode="after")
@@ -276,7 +270,6 @@ def allowed(name: str, model: type[BaseModel] = PruneOptions) -> str:
         "integer": "an integer",
         "boolean": "true or false",
         "object": "an object of options",
-        "string": f"a string that matches {schema.get('pattern')}",
     }
     limits = {"exclusiveMinimum": "greater than", "minimum": "at least", "maximum": "at most"}
     bounds = [f"{text} {schema[key]:g}" for key, text in limits.items() if key in schema]

@@ -4,8 +4,6 @@ Installed is not active: until the plugin is named, by ``--plugin eadaprune`` or
 to add its flags to vLLM's command line.
 """
 
-import os
-
 from eadaprune_vllm.naming import NAME, named_plugins
 
 
@@ -30,11 +28,9 @@ def activate() -> None:
 
     check_version()  # before anything that may fail to import from another one
     from eadaprune_vllm.models import ARCHITECTURES
-    from eadaprune_vllm.seams import admission, anthropic, configuration, rendering, run_batch, sent
+    from eadaprune_vllm.seams import admission, anthropic, configuration, engine, rendering, run_batch, sent, weights
 
-    # The tower runs on OpenMP threads before the engine process exists; a forked engine would hang in its own.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     for architecture, model in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, model)
-    for seam in (configuration, rendering, run_batch, admission, sent, anthropic):
+    for seam in (configuration, engine, rendering, run_batch, admission, sent, weights, anthropic):
         seam.install()

@@ -2,87 +2,94 @@
 for the commands that look at images without a server."""
 
 import functools
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import draw
 from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.items import refused_features, report_of
+from eadaprune_vllm.models.items import Item, New
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Kept
 from eadaprune_vllm.report import ItemPreview, Pruning
 from eadaprune_vllm.request import Choices
-from eadaprune_vllm.spectrum import Spectrum
+from eadaprune_vllm.wire import Grounds
 
 
 @dataclass(frozen=True)
-class Examined:
-    """One image or video, the decision about it, and what that rests on.
+class LookedAt:
+    """One image or video, and what is asked about it.
 
     Attributes:
-        view: what the grid of a number lies over.
+        view: what the grid of a number lies over, of so many.
     """
 
-    view: Callable[[int], Image.Image]
+    view: Callable[[int, int], Image.Image]
     options: PruneOptions
-    kept: Kept
-    encoding: Encoding
+    new: New
 
     @property
-    def spectrum(self) -> Spectrum:
-        return self.encoding.spectrum(self.options.scope)
+    def grounds(self) -> Grounds:
+        """What the answer rests on.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing could be decided.
+        """
+        grounds = self.new.decided().grounds
+        assert grounds, "they were asked for"
+        return grounds
 
     def overlay(self) -> Image.Image:
         """What is looked at, with its pruned patches dark and grey."""
-        return draw.dim_pruned(self.view, self.kept.indices.tolist(), self.encoding.grids)
+        grids, kept = self.grounds.grids, self.new.decided().kept
+        return draw.dim_pruned(functools.partial(self.view, len(grids)), kept.indices.tolist(), grids)
 
-    def preview(self, overlay: bool = False) -> ItemPreview:
-        """What the endpoint says of it, drawn or not."""
-        report = report_of(self.kept, self.options).model_dump()
-        drawn = draw.data_url(self.overlay()) if overlay else None
-        return ItemPreview(**report, curve=self.spectrum.curve(), overlay=drawn)
-
-
-def examine(processor: PruningProcessor, mm_items: Any, modality: str, index: int, options: PruneOptions) -> Examined:
-    """Args:
-        processor: of a front end.
-        mm_items: as the processor parses them.
-        modality: ``image`` or ``video``.
-        index: which of that modality.
-        options: resolved options.
-
-    Raises:
-        VLLMServerError: if the features are not finite.
-    """
-    assert processor.front_end
-    source, _ = processor.source(mm_items, modality, index, {})
-    with refused_features(source):
-        kept, encoding = processor.front_end.preview(source, options)
-    view = functools.partial(processor.view, mm_items[modality].get(index), len(encoding.grids))
-    return Examined(view, options, kept, encoding)
+    def preview(self, overlay: bool, spectrum: bool) -> ItemPreview:
+        """What the endpoint says of it, with or without a drawing and the whole spectrum."""
+        content = self.new.update.content.pruned(self.new.decided().kept)
+        report = content.report(Item("", "", self.options, self.options.threshold)).model_dump()
+        return ItemPreview(
+            **report,
+            curve=self.grounds.curve,
+            spectrum=[round(value, 9) for value in self.grounds.needed_above.tolist()] if spectrum else None,
+            overlay=draw.data_url(self.overlay()) if overlay else None,
+        )
 
 
-def preview_items(processor: PruningProcessor, items: Mapping[str, Any], choices: Choices, overlay: bool) -> Pruning:
-    """Args:
+def look_at(processor: PruningProcessor, items: Mapping[str, Any], choices: Choices) -> Iterator[LookedAt]:
+    """Reads one after the other, as it is asked for the next: others may have their turn on the thread meanwhile.
+
+    Args:
         processor: of a front end.
         items: as vLLM fetches them, by modality.
         choices: for each.
+    """
+    inputs = ProcessorInputs([], processor.info.parse_mm_data(items))
+    for modality, of_each in choices.items():
+        for index, choice in enumerate(of_each):
+            new = processor.read(inputs, modality, index, choice.options)
+            new.asks = new.question.explain = True
+            view = functools.partial(processor.view, inputs.mm_data_items[modality].get(index))
+            yield LookedAt(view, choice.options, new)
+
+
+def previews(processor: PruningProcessor, looked_at: Iterable[LookedAt], overlay: bool, spectrum: bool) -> Pruning:
+    """Args:
+        processor: of a front end.
+        looked_at: what was asked, and answered.
         overlay: whether to draw what is kept.
+        spectrum: whether to tell the whole spectrum.
 
     Raises:
         VLLMServerError: if the features of one are not finite.
     """
     assert processor.front_end
-    start = time.perf_counter()
-    mm_items = processor.info.parse_mm_data(items)
-    previews: dict[str, list[ItemPreview]] = defaultdict(list)
-    for modality, of_each in choices.items():
-        for index, choice in enumerate(of_each):
-            examined = examine(processor, mm_items, modality, index, choice.options)
-            previews[modality].append(examined.preview(overlay))
-    return Pruning(previews, time.perf_counter() - start, processor.front_end.kv_bytes_per_token)
+    of: dict[str, list[ItemPreview]] = defaultdict(list)
+    seconds = 0.0
+    for each in looked_at:
+        of[each.new.question.modality].append(each.preview(overlay, spectrum))
+        seconds += sum(each.new.decided().seconds.values())
+    return Pruning(of, seconds, processor.front_end.kv_bytes_per_token)

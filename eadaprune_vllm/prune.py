@@ -1,12 +1,13 @@
 """One image's pruning decision: the spectrum says how many tokens stay, the selector says which."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 
+from eadaprune_vllm.budget import clamped
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
@@ -20,47 +21,78 @@ class Newlines:
     Attributes:
         mask: ``[placeholders]`` bool, which of the unpruned prompt's placeholders are newlines.
         line: ``[N]`` int64, which of these newlines ends the line of the picture that a token is in; -1 for none.
-        row: ``[W]``, what the engine is sent of a newline, if not zeros.
     """
 
     mask: torch.Tensor
     line: torch.Tensor
-    row: torch.Tensor | None = None
-
-    def cpu(self) -> "Newlines":
-        """The same in the CPU's memory."""
-        return Newlines(self.mask.cpu(), self.line.cpu(), None if self.row is None else self.row.cpu())
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """One image or video, encoded. Its N tokens are in the order of the prompt; newlines are not among them.
+class Layout:
+    """Where the N tokens of one image or video are. They are in the order of the prompt; newlines are not among them.
 
     Attributes:
-        tokens: what budget and selection go by.
         part: ``[N]`` int64, the tile of the image, or temporal patch of the video, that a token comes from.
         grids: height and width of the grids that the tokens fill one after the other, each laid over the whole image,
             or over one temporal patch.
-        rows: ``[N, W]``, what the engine is sent of each token, if not its features.
         newlines: if the model has any.
         extent: how many positions it takes at most where positions follow the grids (M-RoPE).
     """
 
-    tokens: VisualTokens
     part: torch.Tensor
     grids: tuple[tuple[int, int], ...]
-    rows: torch.Tensor | None = None
     newlines: Newlines | None = None
     extent: int = 0
+
+    @classmethod
+    def whole(cls, height: int, width: int) -> Self:
+        """Of an image that has one part and no newlines."""
+        return cls(torch.zeros(height * width, dtype=torch.int64), ((height, width),))
+
+    @property
+    def is_newline(self) -> torch.Tensor:
+        """``[placeholders]`` bool, which of the unpruned prompt's placeholders are newlines."""
+        return self.newlines.mask if self.newlines else torch.zeros(len(self.part), dtype=torch.bool)
+
+    def placeholders(self, indices: torch.Tensor) -> torch.Tensor:
+        """Which placeholders stay with some of the tokens: these, and the newlines of lines that keep any; with all
+        tokens all newlines do, also those of lines without any.
+
+        Args:
+            indices: ``[k]`` int64, of the tokens.
+
+        Returns:
+            ``[p]`` int64, ascending.
+        """
+        is_newline = self.is_newline
+        stays = is_newline.clone()
+        stays[(~is_newline).nonzero()[:, 0][indices]] = True
+        if self.newlines and len(indices) < len(self.part):
+            stays[is_newline] = torch.isin(torch.arange(int(is_newline.sum())), self.newlines.line[indices])
+        return stays.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One image or video, encoded.
+
+    Attributes:
+        tokens: what budget and selection go by.
+        layout: where they are.
+    """
+
+    tokens: VisualTokens
+    layout: Layout
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
 
     @cached_property
     def parts(self) -> list[tuple[torch.Tensor, VisualTokens]]:
         """The tokens of each part, after their indices ``[n]`` int64."""
-        names = torch.unique(self.part)
+        part = self.layout.part
+        names = torch.unique(part)
         if len(names) == 1:
             return self.whole
-        members = [(self.part == name).nonzero()[:, 0] for name in names]
+        members = [(part == name).nonzero()[:, 0] for name in names]
         return [(indices, self.tokens.take(indices)) for indices in members]
 
     @property
@@ -80,65 +112,16 @@ class Encoding:
             self._spectra[scope] = Spectrum.of([tokens for _, tokens in self.split(scope)])
         return self._spectra[scope]
 
-    @property
-    def is_newline(self) -> torch.Tensor:
-        """``[placeholders]`` bool, which of the unpruned prompt's placeholders are newlines."""
-        return self.newlines.mask if self.newlines else torch.zeros(self.tokens.num_tokens, dtype=torch.bool)
-
-    def placeholders(self, indices: torch.Tensor) -> torch.Tensor:
-        """Which placeholders stay with some of the tokens: these, and the newlines of lines that keep any; with all
-        tokens all newlines do, also those of lines without any.
-
-        Args:
-            indices: ``[k]`` int64, of the tokens.
-
-        Returns:
-            ``[p]`` int64, ascending.
-        """
-        is_newline = self.is_newline
-        stays = is_newline.clone()
-        stays[(~is_newline).nonzero()[:, 0][indices]] = True
-        if self.newlines and len(indices) < self.tokens.num_tokens:
-            stays[is_newline] = torch.isin(torch.arange(int(is_newline.sum())), self.newlines.line[indices])
-        return stays.nonzero()[:, 0]
-
-    def rows_of(self, kept: "Kept") -> torch.Tensor:
-        """``[p, W]``, what the engine is sent."""
-        rows = self.tokens.features if self.rows is None else self.rows
-        sent = rows.new_zeros(len(kept.placeholders), rows.shape[1])
-        sent[~kept.newlines] = rows[kept.indices]
-        if self.newlines and self.newlines.row is not None:
-            sent[kept.newlines] = self.newlines.row
-        return sent
-
-    def cpu(self) -> "Encoding":
-        """The same in the CPU's memory, where budget and selection are computed and encodings are remembered."""
-        return replace(
-            self,
-            tokens=self.tokens.cpu(),
-            part=self.part.cpu(),
-            rows=None if self.rows is None else self.rows.cpu(),
-            newlines=None if self.newlines is None else self.newlines.cpu(),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it takes once it was pruned under either scope."""
-        matrices = {id(tokens): tokens.features for _, tokens in [*self.whole, *self.parts]}.values()
-        grams = sum(min(features.shape) ** 2 * 4 for features in matrices)
-        return grams + sum(tensor.nbytes for tensor in (*matrices, self.rows) if tensor is not None)
-
 
 @dataclass(frozen=True)
 class Kept:
-    """The one object that placeholders, feature rows, positions, report and metrics are made from.
+    """The one object that placeholders, rows, positions, report and metrics are made from.
 
     Attributes:
         indices: ``[k]`` int64, ascending, the tokens that stay.
         placeholders: ``[p]`` int64, ascending, the placeholders that stay: these tokens and their newlines.
-        newlines: ``[p]`` bool, which of these are newlines.
         unpruned: how many placeholders there are unpruned.
-        extent: how many positions they take at most (M-RoPE).
+        skipped: by how much positions may run ahead of tokens at most (M-RoPE).
         energy: share of the spectral energy that a budget of k holds.
         bound: the option that decided on k in the threshold's place, ``min_tokens`` or ``max_tokens``.
         selector: what chose them.
@@ -148,28 +131,26 @@ class Kept:
 
     indices: torch.Tensor
     placeholders: torch.Tensor
-    newlines: torch.Tensor
     unpruned: int
-    extent: int
+    skipped: int
     energy: float
     bound: Literal["min_tokens", "max_tokens"] | None
     selector: str
-    spectrum_seconds: float
-    select_seconds: float
+    spectrum_seconds: float = 0
+    select_seconds: float = 0
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def newlines(self) -> int:
+        """How many of the placeholders are newlines."""
+        return len(self.placeholders) - len(self.indices)
 
 
 def finite(rows: torch.Tensor) -> bool:
     """Whether all are, in a twentieth of the time that ``isfinite`` takes in 16 bit: otherwise their sum is not."""
     return bool(rows.float().sum().isfinite())
-
-
-def clamped(needed: int, num_tokens: int, options: PruneOptions) -> int:
-    """The budget of an image of ``num_tokens`` tokens, of which it needs ``needed`` to reach the threshold."""
-    k = max(needed, options.min_tokens)
-    return min(k, options.max_tokens or k, num_tokens)
 
 
 def prune(encoding: Encoding, options: PruneOptions) -> Kept:
@@ -205,7 +186,15 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         ]
         indices = torch.cat(chosen).sort().values
     assert len(indices) == k
-    placeholders = encoding.placeholders(indices)
-    newlines, unpruned = encoding.is_newline[placeholders], len(encoding.is_newline)
+    layout = encoding.layout
     seconds = measured - start, time.perf_counter() - measured
-    return Kept(indices, placeholders, newlines, unpruned, encoding.extent, energy, bound, selector, *seconds)
+    return Kept(
+        indices,
+        layout.placeholders(indices),
+        len(layout.is_newline),
+        max(layout.extent - k, 0),
+        energy,
+        bound,
+        selector,
+        *seconds,
+    )

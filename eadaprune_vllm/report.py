@@ -1,10 +1,13 @@
-"""What a request is told about its images and videos."""
+"""What clients are told: requests about their images and videos, whoever asks about the server. Without torch: the
+commands read it where no model runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from eadaprune_vllm.options import ServerOptions
 
 
 class ItemReport(BaseModel):
@@ -35,6 +38,11 @@ class ItemPreview(ItemReport):
 
     curve: list[tuple[int, float]] = Field(
         description="Up to 64 points of its spectrum: tokens kept, share of the energy they would hold."
+    )
+    spectrum: list[float] | None = Field(
+        default=None,
+        description="Ascending, one entry per token: the threshold above which a budget of so many tokens as there "
+        "are entries before it is too small.",
     )
     overlay: str | None = Field(
         default=None, description="A PNG as data URL: the picture, or pictures, with the pruned patches dark and grey."
@@ -122,3 +130,16 @@ class Preview(Report):
 
     images: Sequence[ItemPreview] = Field(description="One entry per image, in the order of the request.")
     videos: Sequence[ItemPreview] = Field(description="One entry per video, in the order of the request.")
+
+
+class Config(BaseModel):
+    """What this server does by default, and what requests may ask for."""
+
+    version: str
+    vllm_version: str
+    models: list[str] = Field(description="Names the model is served under.")
+    architecture: str
+    dtype: str = Field(description="What the model computes in; budgets may depend on it.")
+    options: ServerOptions
+    selectors: list[str]
+    doors: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")

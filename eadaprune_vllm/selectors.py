@@ -1,7 +1,8 @@
 """Which k of an image's N visual tokens stay.
 
 A selector is a function ``(tokens, k) -> indices``: it gets what is known about the N tokens and returns k
-distinct int64 indices in any order. To add one, write the function and add a line to ``SELECTORS``.
+distinct int64 indices in any order. To add one, write the function, and add it to ``SELECTORS`` and its name to
+``options.SELECTOR_NAMES``.
 Every selector must be deterministic; at ties the lower index wins. What it costs must be bounded: clients choose k, and
 each step of a greedy selector looks at every token.
 """
@@ -45,10 +46,6 @@ class VisualTokens:
         """Some of the tokens, by their indices ``[n]`` int64."""
         attention = self.attention
         return VisualTokens(self.features[indices], None if attention is None else attention[indices])
-
-    def cpu(self) -> "VisualTokens":
-        """The same in the CPU's memory."""
-        return VisualTokens(self.features.cpu(), None if self.attention is None else self.attention.cpu())
 
 
 Selector = Callable[[VisualTokens, int], torch.Tensor]
@@ -115,7 +112,7 @@ def _diverse(tokens: VisualTokens, k: int, chosen: list[int]) -> torch.Tensor:
     norms = np.sqrt(np.where(energy > 0, energy, 1))
     chosen = list(chosen)
     if not chosen:
-        unit = tokens.features.float().numpy() / norms[:, None]
+        unit = tokens.features.float().cpu().numpy() / norms[:, None]
         chosen.append(int((unit @ unit.sum(0)).argmin()))
     # The cosine of each token with the chosen one that is most like it.
     nearest = np.full(tokens.num_tokens, -np.inf, np.float32)
@@ -138,11 +135,11 @@ def _with_rest(chosen: list[int], rank: NDArray[np.float32], k: int) -> torch.Te
 def _products(tokens: VisualTokens) -> tuple[Callable[[int], NDArray[np.float32]], NDArray[np.float32]]:
     """The products of one token with all, ``[N]``, and the energy of each, ``[N]``. In NumPy: each step of a selector
     is a little work on vectors, which takes torch ten times as long."""
-    rows: NDArray[np.float32] = tokens.features.float().numpy()
+    rows: NDArray[np.float32] = tokens.features.float().cpu().numpy()
     energy = np.square(rows).sum(1)
     if tokens.num_tokens > rows.shape[1]:  # the Gram matrix would be larger than the features
         return lambda pivot: rows @ rows[pivot], energy
-    gram: NDArray[np.float32] = tokens.token_gram.numpy()
+    gram: NDArray[np.float32] = tokens.token_gram.cpu().numpy()
     return lambda pivot: gram[pivot], energy
 
 

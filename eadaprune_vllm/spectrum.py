@@ -17,12 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from eadaprune_vllm.budget import needed
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.selectors import VisualTokens
-
-# float32 eigenvalues make the cumulative energy uncertain by about this share of the total. A threshold met only
-# within it counts as not met, so that k is rounded up at ties.
-TIE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Spectrum:
 
         ``energy = 1`` asks for every token, whatever the rank. A zero matrix needs one token.
         """
-        return budget(self.needed_above, energy)
+        return needed(self.needed_above.numpy(), energy)
 
     def allocate(self, k: int) -> list[int]:
         """How many of ``k`` tokens go to each part: those that reach the highest threshold common to all."""
@@ -91,13 +88,6 @@ class Spectrum:
         return [(k, self.energy_at(k)) for k in sorted(steps)]
 
 
-def budget(needed_above: torch.Tensor, energy: float) -> int:
-    """``Spectrum.budget`` of a spectrum of which nothing else is known."""
-    if energy >= 1:
-        return len(needed_above)
-    return int(torch.searchsorted(needed_above, min(energy + TIE_TOLERANCE, 1.0)))
-
-
 def _energies(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared singular values as shares of the total, descending, ``[min(N, D)]`` float64, and the total."""
     num_tokens, width = tokens.features.shape
@@ -106,10 +96,10 @@ def _energies(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         rows = tokens.features.float()
         gram = rows.T @ rows
-    total = gram.diagonal().double().sum()
+    total = gram.diagonal().double().sum().cpu()
     if not torch.isfinite(total):
         raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
-    eigenvalues = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).double()
+    eigenvalues = torch.linalg.eigvalsh(gram).cpu().flip(0).clamp(min=0).double()
     if total > 0:
         return eigenvalues / total, total
     return torch.ones(1, dtype=torch.float64), total  # of a zero matrix one token holds everything

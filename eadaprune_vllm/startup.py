@@ -12,39 +12,33 @@ import psutil
 import torch
 from vllm import envs
 
-from eadaprune_vllm import device
-from eadaprune_vllm.checkpoint import Checkpoint
-from eadaprune_vllm.encoder import VisionEncoder, compute_dtype
+from eadaprune_vllm.asking import Asker
+from eadaprune_vllm.engine.extended import extended
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.models import ARCHITECTURES, adapter, encoder_class
+from eadaprune_vllm.models import ARCHITECTURES, adapter
 from eadaprune_vllm.options import KEY, ServerOptions, overlay
-from eadaprune_vllm.seams.processes import front_ends, speaks_for_server
+from eadaprune_vllm.seams.processes import front_ends
 from eadaprune_vllm.seams.wrap import check_overrides
 
 logger = logging.getLogger("vllm." + __name__)
 
-_NO_TOWER = "is not supported: the engine has no vision tower"
-# What vLLM can be told that pruning in the front end cannot honour: (is it so in the multimodal configuration, or in
-# the whole one?, why not).
+# What vLLM can be told that pruning cannot honour: (is it so in the multimodal configuration, or in the whole one?,
+# why not).
 _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     (
         lambda mm, c: envs.VLLM_USE_RUST_FRONTEND,
         "the Rust front end (VLLM_USE_RUST_FRONTEND) is not supported: it runs no Python plugin",
     ),
     (
-        lambda mm, c: envs.VLLM_USE_MODELSCOPE,
-        "ModelScope (VLLM_USE_MODELSCOPE) is not supported; serve a local folder instead",
-    ),
-    (
-        lambda mm, c: not any(mm.get_limit_per_prompt(modality) for modality in _encoder(c).modalities),
+        lambda mm, c: not any(mm.get_limit_per_prompt(modality) for modality in _adapter(c).eadaprune_modalities),
         "images and videos are switched off (--language-model-only or --limit-mm-per-prompt), so there is nothing to "
         "prune",
     ),
     (
-        lambda mm, c: mm.enable_mm_embeds and not _encoder(c).takes_embeddings,
+        lambda mm, c: mm.enable_mm_embeds and not _adapter(c).eadaprune_takes_embeddings,
         "--enable-mm-embeds is not supported for this model: its embeddings do not say where lines of the picture end",
     ),
     (
@@ -59,16 +53,26 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         lambda mm, c: _decodes_on_gpu((mm.media_io_kwargs or {}).get("video") or {}),
         "decoding videos on the GPU (--media-io-kwargs) is not supported: images are prepared on the CPU",
     ),
-    (lambda mm, c: mm.mm_encoder_only, f"--mm-encoder-only {_NO_TOWER}"),
-    (lambda mm, c: mm.mm_encoder_tp_mode == "data", f"--mm-encoder-tp-mode data {_NO_TOWER}"),
-    (lambda mm, c: mm.mm_encoder_attn_backend, f"--mm-encoder-attn-backend {_NO_TOWER}"),
-    (lambda mm, c: mm.mm_encoder_attn_dtype, f"--mm-encoder-attn-dtype {_NO_TOWER}"),
-    (lambda mm, c: c.compilation_config.cudagraph_mm_encoder, f"cudagraph_mm_encoder {_NO_TOWER}"),
-    (lambda mm, c: c.compilation_config.compile_mm_encoder, f"compile_mm_encoder {_NO_TOWER}"),
-    (lambda mm, c: c.ec_transfer_config, f"--ec-transfer-config {_NO_TOWER}"),
+    (
+        lambda mm, c: c.weight_transfer_config and front_ends(c) > 1,
+        "--weight-transfer-config is not supported with several API servers: each remembers what old weights made",
+    ),
+    (lambda mm, c: mm.mm_encoder_only, "--mm-encoder-only is not supported: other instances would decide again"),
+    (
+        lambda mm, c: c.ec_transfer_config,
+        "--ec-transfer-config is not supported: other instances do not know what is kept of an image",
+    ),
+    (
+        lambda mm, c: c.compilation_config.cudagraph_mm_encoder,
+        "cudagraph_mm_encoder is not supported: its graphs take pixels only",
+    ),
     (
         lambda mm, c: c.lora_config and c.lora_config.enable_tower_connector_lora,
-        f"--enable-tower-connector-lora {_NO_TOWER}",
+        "--enable-tower-connector-lora is not supported: images are encoded before it is known for which adapter",
+    ),
+    (
+        lambda mm, c: c.parallel_config.distributed_executor_backend == "external_launcher",
+        "the external launcher (--distributed-executor-backend) is not supported: no process asks for the others",
     ),
 ]
 
@@ -78,56 +82,39 @@ def _decodes_on_gpu(video: dict[str, Any]) -> bool:
     return "cuda" in str(video.get("device")) or bool(backends & {"pynvvideocodec", "deepstream"})
 
 
-def _encoder(vllm_config: Any) -> type[VisionEncoder]:
-    return encoder_class(vllm_config.model_config.architecture)
+def _adapter(vllm_config: Any) -> Any:
+    return adapter(vllm_config.model_config.architecture)
 
 
 def check(vllm_config: Any) -> None:
     """Raises:
-    StartupError: if the model is not one of ours, vLLM's class of it is not as we know it, vLLM was told something that
-        pruning in the front end cannot honour, or the vision tower is of an unsupported kind or lacks weights.
+    StartupError: if the model is not one of ours, vLLM's class of it is not as we know it, its tower is of an
+        unsupported kind, or vLLM was told something that pruning cannot honour.
     """
     model_config = vllm_config.model_config
     if model_config.architecture not in ARCHITECTURES:
         raise StartupError(
             f"the architecture {model_config.architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    check_overrides(sys.modules[adapter(model_config.architecture).__module__])
+    check_overrides(sys.modules[_adapter(vllm_config).__module__])
+    tower = getattr(model_config.hf_config.vision_config, "model_type", None)
+    if tower == "pixtral":  # in a model of LLaVA's class
+        raise StartupError(f"the vision tower of this model is of type {tower!r}, whose layout is not known")
     for applies, reason in _REFUSED:
         if applies(model_config.multimodal_config, vllm_config):
             raise StartupError(reason)
-    _checkpoint(vllm_config).check(_build(vllm_config))
 
 
-def configure(vllm_config: Any, options: ServerOptions, tower: bool) -> None:
-    """Put the options where front ends find them and, if the tower goes to the engine's GPU, have the engine leave room
-    for it there.
+def configure(vllm_config: Any, options: ServerOptions) -> None:
+    """Put the options where front ends find them, and have workers answer.
 
     Args:
         vllm_config: checked.
         options: the operator's.
-        tower: whether there are front ends on this node.
-
-    Raises:
-        StartupError: if the tower's device is missing, or the operator left too little room on it.
     """
-    multimodal = vllm_config.model_config.multimodal_config
-    setattr(multimodal, KEY, options)
-    if not tower or not device.is_engines(where := device.resolve(options.device)):
-        return
-    weights, count = _checkpoint(vllm_config, where).nbytes(_build(vllm_config)), front_ends(vllm_config)
-    if given := multimodal.mm_ipc_gpu_memory_gb:
-        device.check_room(given, weights, count)
-        return
-    multimodal.mm_ipc_gpu_memory_gb = room = device.room(weights, count)
-    if speaks_for_server(vllm_config):
-        logger.info(
-            "The vision tower will be on %s: %.2f GiB are left to %d front end(s) there, of what would be KV cache "
-            "(--mm-ipc-gpu-memory-gb)",
-            where,
-            room,
-            count,
-        )
+    setattr(vllm_config.model_config.multimodal_config, KEY, options)
+    parallel = vllm_config.parallel_config
+    parallel.worker_extension_cls = extended(parallel.worker_extension_cls)
 
 
 def check_load_aware(serving: bool, engine_args: Any) -> None:
@@ -155,47 +142,23 @@ def server_options(given: object) -> ServerOptions:
         raise StartupError(str(error)) from None
 
 
-def _build(vllm_config: Any) -> Callable[[], VisionEncoder]:
-    return functools.partial(_encoder(vllm_config), vllm_config.model_config.hf_config)
-
-
-def _checkpoint(vllm_config: Any, where: torch.device = device.CPU) -> Checkpoint:
-    """Where vLLM reads the served model's weights from, for a tower that computes there."""
-    model, load = vllm_config.model_config, vllm_config.load_config
-    return Checkpoint(
-        model=model.model,
-        revision=model.revision,
-        download_dir=load.download_dir,
-        load_format=str(load.load_format),
-        dtype=compute_dtype(model.dtype, where),
-        token=model.hf_token,
-        device=where,
-    )
-
-
 def front_end(vllm_config: Any) -> FrontEnd:
-    """Load the tower into this process.
+    """What this process asks and counts with.
 
     Raises:
-        StartupError: if it cannot be loaded, or the configuration was never checked.
+        StartupError: if the configuration was never checked.
     """
     model = vllm_config.model_config
     if not hasattr(model.multimodal_config, KEY):
         raise StartupError("only vllm serve, vllm run-batch and LLM(...) are supported, not vllm launch render")
-    options, count = getattr(model.multimodal_config, KEY), front_ends(vllm_config)
-    where, limit = device.resolve(options.device), None
-    # An engine in this process would fall under the limit too.
-    if device.is_engines(where) and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-        limit = device.limit(model.multimodal_config.mm_ipc_gpu_memory_gb, count)
-    encoder = _checkpoint(vllm_config, where).load(_build(vllm_config))
-    load, policy = None, options.load_aware
+    policy, load = getattr(model.multimodal_config, KEY).load_aware, None
     if policy:
         parallel = vllm_config.parallel_config
         # As vLLM's client counts the engines it manages.
         engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
-        load = Load(policy, engines, _shared_by_front_ends(count))
-    kv_bytes = kv_bytes_per_token(vllm_config)
-    return FrontEnd(encoder, model.dtype, _metrics(), model.served_model_name, kv_bytes, load, where, limit)
+        load = Load(policy, engines, _shared_by_front_ends(front_ends(vllm_config)))
+    asker = Asker(vllm_config.scheduler_config.max_num_encoder_input_tokens)
+    return FrontEnd(asker, _metrics(), model.served_model_name, kv_bytes_per_token(vllm_config), load)
 
 
 def _shared_by_front_ends(count: int) -> Path | None:

@@ -41,14 +41,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a model whose tower has no CLS token, in many shards."""
-    folder = tmp_path_factory.mktemp("models") / "siglip"
-    make_model(folder, tower="siglip", max_shard_size="200KB")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of the small model of that name, made on first use."""
     folder = tmp_path_factory.mktemp("families")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from prometheus_client import CollectorRegistry
 
+from eadaprune_vllm.asking import Asker
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.load import FRESH_SECONDS, STEPS, Load, LoadPolicy
@@ -160,7 +160,7 @@ def test_images_of_earlier_turns_are_told_from_new_ones() -> None:
 
 def test_what_is_held_keeps_the_threshold_it_last_had() -> None:
     load = Load(POLICY)
-    front_end = FrontEnd(Any, torch.float32, Metrics(CollectorRegistry()), "m", 1, load)  # type: ignore[arg-type]
+    front_end = FrontEnd(Asker(1), Metrics(CollectorRegistry()), "m", 1, load)
     choice = Choice(PruneOptions(energy=0.98), energy_floor=0.9)
     assert front_end.in_force(choice, "a", held=False).energy == 0.98
     load.observe(0, 0.9, 0)

@@ -166,10 +166,7 @@ def test_requests_within_the_bounds() -> None:
         ({"detail_low": 3}, "eadaprune.detail_low=3 is not allowed; it must be an object"),
         ({"out_of_bounds": "ignore"}, "eadaprune.out_of_bounds='ignore' is not allowed; it must be one of reject, cl"),
         ({"max_tokens_ceiling": 0}, "eadaprune.max_tokens_ceiling=0 is not allowed; it must be an integer at least 1"),
-        ({"device": "gpu"}, "eadaprune.device='gpu' is not allowed; it must be a string that matches ^(auto|cpu|cuda"),
-        ({"device": "cuda:"}, "eadaprune.device='cuda:' is not allowed"),
-        ({"device": "cuda:1\n"}, "is not allowed"),
-        ({"device": 0}, "eadaprune.device=0 is not allowed"),
+        ({"device": "cpu"}, "eadaprune.device is not an option; the options are energy"),
         ({"report": 1}, "eadaprune.report=1 is not allowed; it must be true or false"),
     ],
 )

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from eadaprune_vllm.models import adapter
+from eadaprune_vllm.models.base import PruningProcessor
 
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 
@@ -104,3 +106,41 @@ def test_positions_are_those_of_stock_vllm(
     assert torch.equal(ours, stock[:, prompt.left])
     # What is generated goes on where it would have.
     assert delta + len(prompt.pruned) == stock_delta + len(prompt.unpruned)
+
+
+@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("grid", [(1, 12, 8), (1, 8, 40), (4, 6, 8), (9, 4, 4)])
+def test_an_item_takes_no_more_positions_than_its_layout_says(
+    family: Callable[[str], Path], name: str, grid: tuple[int, int, int]
+) -> None:
+    """Of an image, exactly so many."""
+    config = AutoConfig.from_pretrained(family(name))
+    modality, timestamps = "image" if grid[0] == 1 else "video", name.startswith("qwen3")
+    prompt = Prompt(config, timestamps)
+    size = grid[0] * grid[1] * grid[2] // 4
+    prompt.item(modality, list(grid), list(range(size)))
+    model_class = adapter(config.architectures[0])
+    positions, _ = prompt.positions(model_class, pruned=False)
+    texts = len(prompt.unpruned) - size  # each takes one
+    data = {f"{modality}_grid_thw": torch.tensor(grid), "second_per_grid_ts": torch.tensor(1.5)}
+    extent = model_class.eadaprune_layout(config, modality, data, size).extent
+    taken = int(positions.max()) + 1 - texts
+    assert taken == extent if modality == "image" else taken <= extent
+
+
+def test_positions_reach_as_far_as_the_models_table() -> None:
+    """Four times its length, YaRN's factor included."""
+
+    def refused(skipped: int, **rope: Any) -> bool:
+        text = SimpleNamespace(max_position_embeddings=1000, rope_parameters=rope)
+        model = SimpleNamespace(hf_text_config=text, uses_mrope=True, max_model_len=1000)
+        processor: Any = SimpleNamespace(info=SimpleNamespace(ctx=SimpleNamespace(model_config=model)))
+        try:
+            PruningProcessor._check_positions(processor, skipped)
+        except VLLMValidationError:
+            return True
+        return False
+
+    assert [refused(skipped, rope_type="default") for skipped in (-5, 3000, 3001)] == [False, False, True]
+    yarn = {"rope_type": "yarn", "original_max_position_embeddings": 1000, "factor": 4.0}
+    assert [refused(skipped, **yarn) for skipped in (15000, 15001)] == [False, True]

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from eadaprune_vllm.encoder import whole
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Newlines, prune
+from eadaprune_vllm.prune import Encoding, Layout, Newlines, prune
 from eadaprune_vllm.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 
@@ -17,7 +16,7 @@ def tokens(num_tokens: int, width: int, decay: float = 0.75) -> VisualTokens:
 
 
 def image(num_tokens: int, width: int = 40) -> Encoding:
-    return whole(tokens(num_tokens, width), (1, num_tokens))
+    return Encoding(tokens(num_tokens, width), Layout.whole(1, num_tokens))
 
 
 def tiles(*decays: float, length: int = 30) -> Encoding:
@@ -25,13 +24,14 @@ def tiles(*decays: float, length: int = 30) -> Encoding:
     parts = [tokens(length, 40, decay) for decay in decays]
     features = torch.stack([part.features for part in parts], 1).flatten(0, 1)
     found = VisualTokens(features, torch.rand(len(features)))
-    return Encoding(found, torch.arange(len(parts)).repeat(length), ((length, len(parts)),))
+    layout = Layout(torch.arange(len(parts)).repeat(length), ((length, len(parts)),))
+    return Encoding(found, layout)
 
 
 def counts(encoding: Encoding, **options: object) -> list[int]:
     """Tokens kept of each part."""
     kept = prune(encoding, PruneOptions.model_validate(options))
-    return torch.bincount(encoding.part[kept.indices], minlength=len(encoding.parts)).tolist()
+    return torch.bincount(encoding.layout.part[kept.indices], minlength=len(encoding.parts)).tolist()
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -65,7 +65,7 @@ def test_every_token_means_no_more_than_the_most_allowed() -> None:
 
 def test_without_attention_the_selector_is_span() -> None:
     known = image(50)
-    unknown = whole(VisualTokens(known.tokens.features, None), (1, 50))
+    unknown = Encoding(VisualTokens(known.tokens.features, None), Layout.whole(1, 50))
     kept = prune(unknown, PruneOptions(energy=0.9, selector="attention"))
     assert kept.selector == "span"
     assert kept.indices.tolist() == prune(known, PruneOptions(energy=0.9, selector="span")).indices.tolist()
@@ -106,7 +106,7 @@ def test_the_energy_reported_is_that_of_all_parts() -> None:
 
 def test_a_part_of_zeros_needs_one_token() -> None:
     found = tiles(0.5, 0.5)
-    found.tokens.features[found.part == 1] = 0
+    found.tokens.features[found.layout.part == 1] = 0
     assert counts(found, energy=0.99, min_tokens=1)[1] == 1
 
 
@@ -118,35 +118,33 @@ def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
     scores = torch.zeros(8)
     scores[torch.tensor([1, 3])] = 1.0
     found = VisualTokens(torch.randn(8, 4), scores)
-    newlines = Newlines(mask, line, row=torch.full((4,), 7.0))
-    encoding = Encoding(found, torch.zeros(8).long(), ((1, 8),), newlines=newlines)
+    encoding = Encoding(found, Layout(torch.zeros(8).long(), ((1, 8),), Newlines(mask, line)))
 
     kept = prune(encoding, PruneOptions(min_tokens=2, max_tokens=2, selector="attention"))
     assert kept.unpruned == 11
+    assert kept.indices.tolist() == [1, 3]
     assert kept.placeholders.tolist() == [1, 3, 5]
-    assert kept.newlines.tolist() == [False, False, True]
+    assert kept.newlines == 1
     assert len(kept) == 2  # newlines are not in the budget
-    rows = encoding.rows_of(kept)
-    assert rows[kept.newlines].eq(7).all()
-    assert torch.equal(rows[~kept.newlines], found.features[kept.indices])
 
     full = prune(encoding, PruneOptions(energy=1.0))
     assert full.placeholders.tolist() == list(range(11))
+    assert full.newlines == 3
+
+
+def test_positions_run_ahead_by_what_is_taken_from_the_extent() -> None:
+    """Unless there are more tokens than positions."""
+    found = tokens(30, 8)
+    for extent, skipped in ((10, 5), (3, 0), (0, 0)):
+        encoding = Encoding(found, Layout(torch.zeros(30).long(), ((5, 6),), extent=extent))
+        assert prune(encoding, PruneOptions(min_tokens=5, max_tokens=5)).skipped == skipped
 
 
 def test_fewer_tokens_than_parts_go_to_those_that_hold_most() -> None:
     found = tiles(*[0.75] * 24)
-    found.tokens.features[found.part >= 16] *= 10
+    found.tokens.features[found.layout.part >= 16] *= 10
     kept = counts(found, energy=0.9, min_tokens=1, max_tokens=8)
     assert kept == [0] * 16 + [1] * 8
-
-
-def test_rows_that_are_not_the_features() -> None:
-    found = tokens(6, 4)
-    rows = torch.randn(6, 12)
-    encoding = Encoding(found, torch.zeros(6).long(), ((2, 3),), rows=rows)
-    kept = prune(encoding, PruneOptions(min_tokens=2, max_tokens=2))
-    assert torch.equal(encoding.rows_of(kept), rows[kept.indices])
 
 
 @pytest.mark.parametrize("scope", ["tile", "image"])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from eadaprune_vllm.budget import TIE_TOLERANCE
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.spectrum import TIE_TOLERANCE, Spectrum
+from eadaprune_vllm.spectrum import Spectrum
 
 ENERGIES = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 

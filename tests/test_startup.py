@@ -4,24 +4,23 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from harness import environment
-from shared import Reference
+from transformers import PixtralVisionConfig
 from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from eadaprune_vllm import startup
-from eadaprune_vllm.errors import NonFiniteFeaturesError, StartupError
+from eadaprune_vllm.engine.extended import OURS
+from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import apply_flags
-from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.load import LoadPolicy
+from eadaprune_vllm.options import ServerOptions
 
 
 @pytest.mark.parametrize(
@@ -32,9 +31,7 @@ from eadaprune_vllm.options import PruneOptions
         ({"model_impl": "transformers"}, "the architecture TransformersMultiModalForCausalLM is not supported"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
         ({"mm_encoder_only": True}, "--mm-encoder-only is not supported"),
-        ({"mm_encoder_attn_backend": "TORCH_SDPA"}, "--mm-encoder-attn-backend is not supported"),
         ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder is not supported"),
-        ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder is not supported"),
         (
             {"enable_lora": True, "enable_tower_connector_lora": True, "max_lora_rank": 8},
             "--enable-tower-connector-lora is not supported",
@@ -50,13 +47,12 @@ def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], wo
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data is not supported"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
         ({"media_io_kwargs": {"video": {"backend": "torchcodec", "device": "cuda"}}}, "decoding videos on the GPU"),
         ({"media_io_kwargs": {"video": {"backend": "pynvvideocodec"}}}, "decoding videos on the GPU"),
     ],
 )
-def test_flags_of_vllms_own_encoder_cannot_be_honoured(
+def test_flags_about_videos_cannot_be_honoured(
     family: Callable[[str], Path], settings: dict[str, Any], words: str
 ) -> None:
     config = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config()
@@ -82,12 +78,82 @@ def test_images_may_be_switched_off_where_there_are_videos(family: Callable[[str
         startup.check(config(image=0, video=0))
 
 
-def test_modelscope_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineArgs(str(model), max_model_len=1024).create_engine_config()
-    startup.check(config)
+@pytest.fixture
+def config(model: Path) -> Any:
+    """Of the small model, not checked yet."""
+    return EngineArgs(str(model), max_model_len=1024, max_num_batched_tokens=512).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mm_encoder_attn_backend": "TORCH_SDPA"},
+        {"mm_encoder_tp_mode": "data"},
+        {"compilation_config": {"compile_mm_encoder": True}},
+        {"limit_mm_per_prompt": {"video": 0}},
+        {"enable_mm_embeds": True},
+    ],
+)
+def test_flags_of_vllms_own_encoder_are_honoured(family: Callable[[str], Path], settings: dict[str, Any]) -> None:
+    startup.check(EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config())
+
+
+def test_models_of_modelscope_are_vllms_business(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
-    with pytest.raises(StartupError, match="ModelScope"):
+    startup.check(config)
+
+
+def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> None:
+    startup.check(config)
+    for owner, name, value, words in (
+        (config, "ec_transfer_config", object(), "--ec-transfer-config is not supported"),
+        (config.parallel_config, "distributed_executor_backend", "external_launcher", "external launcher"),
+        (config.model_config.multimodal_config, "mm_encoder_only", True, "--mm-encoder-only is not supported"),
+    ):
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        with pytest.raises(StartupError, match=words):
+            startup.check(config)
+        setattr(owner, name, before)
+    startup.check(config)
+
+
+def test_new_weights_are_for_one_front_end(config: Any) -> None:
+    """Others would remember what old ones made."""
+    config.weight_transfer_config = object()
+    startup.check(config)
+    config.parallel_config._api_process_count = 2
+    with pytest.raises(StartupError, match="--weight-transfer-config is not supported with several API servers"):
         startup.check(config)
+
+
+def test_a_tower_whose_layout_is_not_known_is_refused(config: Any) -> None:
+    """Of a model of LLaVA's class."""
+    config.model_config.hf_config.vision_config = PixtralVisionConfig()
+    with pytest.raises(StartupError, match="vision tower of this model is of type 'pixtral'"):
+        startup.check(config)
+
+
+def test_workers_answer_whatever_else_they_are(config: Any) -> None:
+    startup.configure(config, ServerOptions())
+    assert config.parallel_config.worker_extension_cls == OURS
+    config.parallel_config.worker_extension_cls = "some.module.Extension"
+    startup.configure(config, ServerOptions())
+    once = config.parallel_config.worker_extension_cls
+    assert once not in (OURS, "some.module.Extension")
+    startup.configure(config, ServerOptions())
+    assert config.parallel_config.worker_extension_cls == once
+
+
+def test_the_front_end_asks_and_counts_for_this_model(config: Any) -> None:
+    startup.configure(config, ServerOptions(load_aware=LoadPolicy()))
+    found = startup.front_end(config)
+    assert found.asker.most == config.scheduler_config.max_num_encoder_input_tokens >= 512
+    assert found.kv_bytes_per_token == startup.kv_bytes_per_token(config) > 0
+    assert found.model_name == config.model_config.served_model_name
+    assert found.load
+    startup.configure(config, ServerOptions())
+    assert startup.front_end(config).load is None
 
 
 def test_a_configuration_that_was_not_checked_gets_no_front_end(model: Path) -> None:
@@ -111,12 +177,6 @@ def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [name for name, size in bytes_of.items() if not size] == ["unknown"]
 
 
-@pytest.fixture(scope="module")
-def front_end(model: Path) -> FrontEnd:
-    encoder = Reference(model, torch.float16).encoder
-    return FrontEnd(encoder, torch.float16, Metrics(), "m", kv_bytes_per_token=1)
-
-
 def test_load_aware_thresholds_are_refused_where_they_cannot_work() -> None:
     def refusal(serving: bool = True, **flags: bool) -> str:
         args = argparse.Namespace(**({"disable_log_stats": False, "enable_elastic_ep": False} | flags))
@@ -127,31 +187,6 @@ def test_load_aware_thresholds_are_refused_where_they_cannot_work() -> None:
     assert "works in vllm serve only" in refusal(serving=False)
     assert "--disable-log-stats" in refusal(disable_log_stats=True)
     assert "--enable-elastic-ep" in refusal(enable_elastic_ep=True)
-
-
-def test_rows_are_in_the_models_dtype(front_end: FrontEnd) -> None:
-    rows, kept, _ = front_end.prune({"pixel_values": torch.randn(1, 3, 336, 336)}, PruneOptions(energy=0.9))
-    assert rows.dtype == torch.float16
-    assert rows.shape == (len(kept), 256)
-
-
-def test_rows_that_overflow_the_models_dtype_are_refused(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder: Any = front_end.encoder
-    weight = encoder.vision_tower.encoder.layers[-1].mlp.fc2.weight
-    monkeypatch.setattr(weight, "data", weight * 1e6)
-    with pytest.raises(NonFiniteFeaturesError, match=r"too large for torch\.float16"):
-        front_end.prune({"pixel_values": torch.ones(1, 3, 336, 336)}, PruneOptions())
-
-
-def test_concurrent_callers_get_what_each_would_get_alone(front_end: FrontEnd) -> None:
-    scenes = [torch.randn(1, 3, 336, 336) * scale for scale in (0.1, 0.5, 1, 2) for _ in range(6)]
-
-    def kept(pixels: torch.Tensor) -> list[int]:
-        return front_end.prune({"pixel_values": pixels}, PruneOptions(energy=0.97))[1].indices.tolist()
-
-    alone = [kept(pixels) for pixels in scenes]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(kept, scenes)) == alone
 
 
 NAMESPACE = """

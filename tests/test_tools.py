@@ -1,18 +1,27 @@
-"""The tools behind the commands, without a server."""
+"""The tools behind the commands, without a server of vLLM's."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner, Result
 
-from eadaprune_vllm.encoder import whole
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import prune
+from eadaprune_vllm.cli import app
+from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.options import PruneOptions, ServerOptions
+from eadaprune_vllm.prune import Encoding, Layout, prune
+from eadaprune_vllm.report import Config, ItemPreview, Preview
 from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.tools import calibrate, evaluate
+from eadaprune_vllm.tools import calibrate, evaluate, images
 from eadaprune_vllm.tools.calibrate import Curve
 from eadaprune_vllm.tools.evaluate import Question, Results, Setting
 
@@ -22,9 +31,13 @@ def tokens(flatness: float) -> VisualTokens:
     return VisualTokens(torch.randn(40, 60) @ torch.diag(torch.arange(1, 61) ** -flatness), torch.rand(40))
 
 
+def encoding(flatness: float) -> Encoding:
+    return Encoding(tokens(flatness), Layout.whole(5, 8))
+
+
 def curves(count: int) -> list[Curve]:
-    found = [whole(tokens(1 / (1 + number % 7)), (5, 8)).spectrum("tile") for number in range(count)]
-    return [Curve(str(number), spectrum.needed_above) for number, spectrum in enumerate(found)]
+    found = [encoding(1 / (1 + number % 7)).spectrum("tile") for number in range(count)]
+    return [Curve(str(number), spectrum.needed_above.numpy()) for number, spectrum in enumerate(found)]
 
 
 @pytest.mark.parametrize(
@@ -40,9 +53,9 @@ def curves(count: int) -> list[Curve]:
 def test_a_stored_curve_gives_the_budget_that_pruning_does(options: dict[str, object]) -> None:
     chosen = PruneOptions.model_validate(options)
     for flatness in (0.2, 0.7, 2.0):
-        encoding = whole(tokens(flatness), (5, 8))
-        stored = [round(value, 9) for value in encoding.spectrum("tile").needed_above.tolist()]
-        assert Curve("x", torch.tensor(stored, dtype=torch.float64)).budget(chosen) == len(prune(encoding, chosen))
+        found = encoding(flatness)
+        stored = [round(value, 9) for value in found.spectrum("tile").needed_above.tolist()]
+        assert Curve("x", np.array(stored)).budget(chosen) == len(prune(found, chosen))
 
 
 @pytest.mark.parametrize("target", [5.0, 17.3, 31.0])
@@ -74,6 +87,212 @@ def test_images_are_found_in_folders_globs_and_lists(tmp_path: Path) -> None:
     assert calibrate.find_images([str(tmp_path / "list.jsonl"), every[0]]) == listed
     with pytest.raises(ValueError, match="nowhere: no images there"):
         calibrate.find_images(["nowhere"])
+
+
+@pytest.mark.parametrize("name", ["of mine.png", "ä%20.jpg"])
+def test_images_are_read_at_paths_and_urls(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    Image.new("L", (8, 6), 200).save(path)
+    for where in (str(path), path.as_uri(), images.data_url(path.read_bytes(), name)):
+        assert images.read(where) == path.read_bytes()
+    found = images.picture(path.read_bytes())
+    assert (found.mode, found.size) == ("RGB", (8, 6))
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/a\.png: .*refused"):
+        images.read("http://127.0.0.1:9/a.png")
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers as a server with the plugin does; every image has the same spectrum there.
+
+    Attributes:
+        failing: status and body that every route answers with instead.
+        asked: bodies of previews.
+        ends_after: how many previews it answers; the connection of the next is closed. None for all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.failing: tuple[int, str] | None = None
+        self.asked: list[dict[str, Any]] = []
+        self.ends_after: int | None = None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def config(self) -> str:
+        about = {"version": "1", "vllm_version": "1", "models": ["served"], "architecture": "A", "dtype": "float32"}
+        options = ServerOptions(min_tokens=4, energy_ceiling=0.999)
+        return Config.model_validate(about | {"options": options, "selectors": [], "doors": []}).model_dump_json()
+
+    @property
+    def images(self) -> list[bytes]:
+        """Files that were sent."""
+        return [images.read(body["messages"][0]["content"][0]["image_url"]["url"]) for body in self.asked]
+
+    def preview(self, body: dict[str, Any]) -> tuple[int, str]:
+        self.asked.append(body)
+        if self.images[-1] == b"no image":
+            return 400, '{"error": {"message": "Failed to load image: this is none"}}'
+        item = ItemPreview(
+            visual_tokens=100,
+            kept_tokens=40,
+            energy_threshold=body["eadaprune"].get("energy", 0.99),
+            energy_requested=0.99,
+            energy_kept=0.99,
+            selector="span",
+            curve=[(1, 0.5), (100, 1.0)],
+            spectrum=[k / 100 for k in range(100)] if body["spectrum"] else None,
+            overlay=data_url(Image.new("RGB", (8, 8))) if body["overlay"] else None,
+        )
+        whole = {"visual_tokens": 100, "kept_tokens": 40, "tokens_saved": 60, "kv_cache_bytes_saved": 0, "seconds": 0}
+        return 200, Preview.model_validate({"images": [item], "videos": []} | whole).model_dump_json()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_GET(self) -> None:
+        found = self.path == "/v1/eadaprune/config" and self.headers["Authorization"] == "Bearer mine"
+        self.answer(200 if found else 404, self.server.config if found else "")
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/eadaprune/preview"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.ends_after != len(self.server.asked):
+            self.answer(*self.server.preview(body))
+
+    def answer(self, status: int, text: str) -> None:
+        status, text = self.server.failing or (status, text)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    monkeypatch.setenv("OPENAI_API_KEY", "mine")
+    with Stub() as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images and a file that is none."""
+    found = tmp_path / "pictures"
+    found.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(found / f"{number}.png")
+    (found / "broken.png").write_bytes(b"no image")
+    return found
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "250", "TERM": "dumb"})
+
+
+def calibrate_command(folder: Path, *arguments: object) -> list[str]:
+    files = ["--store", folder.parent / "spectra.jsonl", "--histogram", folder.parent / "budgets.png"]
+    return [*map(str, ["calibrate", folder, *files, "--target-tokens", 30, *arguments])]
+
+
+def test_calibrate_asks_a_server_for_spectra(stub: Stub, folder: Path) -> None:
+    done = run(*calibrate_command(folder, "--url", f"{stub.url}/", "--max-tokens", 90))
+    assert done.exit_code == 0, done.output
+    flags = done.stdout.splitlines()[-1].split()
+    assert (flags[0], *flags[2:]) == ("--eadaprune-energy", "--eadaprune-max-tokens", "90")
+    assert float(flags[1]) == pytest.approx(0.29, abs=0.01)
+    assert "Failed to load image: this is none" in done.stderr
+    header, *lines = map(json.loads, (folder.parent / "spectra.jsonl").read_text().splitlines())
+    assert header == {"models": ["served"], "architecture": "A", "dtype": "float32", "scope": "tile"}
+    assert [len(line["needed_above"]) for line in lines] == [100] * 3
+    # Nothing that a server's bounds might forbid.
+    assert [body["eadaprune"] for body in stub.asked] == [{"scope": "tile", "selector": "uniform"}] * 4
+    assert stub.images == [(folder / name).read_bytes() for name in ("0.png", "1.png", "2.png", "broken.png")]
+
+
+def test_options_that_are_not_given_are_the_servers(stub: Stub, folder: Path) -> None:
+    few = run(*calibrate_command(folder, "--url", stub.url, "--target-tokens", 2))
+    assert "these images can have 4.0 to 100.0 tokens in the mean, not 2" in few.stderr
+
+
+def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, folder: Path) -> None:
+    stub.ends_after = 1
+    broken = run(*calibrate_command(folder, "--url", stub.url))
+    assert broken.exit_code == 2
+    assert "Server disconnected" in broken.stderr
+    assert "skipped" not in broken.stderr
+    stub.ends_after = None
+    assert run(*calibrate_command(folder, "--url", stub.url)).exit_code == 0
+    assert stub.images.count((folder / "0.png").read_bytes()) == 1
+    assert len(stub.asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (401, '{"error": "Unauthorized"}', ": Unauthorized"),
+        (404, '{"detail": "Not Found"}', " does not prune: is it running with --plugin eadaprune?"),
+        (503, "over there", ": 503 Service Unavailable"),
+        (200, "{}", " does not answer as this version of the plugin does"),
+    ],
+)
+def test_what_a_server_says_ends_the_command(stub: Stub, folder: Path, status: int, body: str, words: str) -> None:
+    stub.failing = status, body
+    for command in (calibrate_command(folder), ["explain", str(folder / "0.png")]):
+        done = run(*command, "--url", stub.url)
+        assert done.exit_code == 2
+        assert stub.url + words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give either --url, of a server, or --model"),
+        (["--url", "http://127.0.0.1:9", "--model", "m"], "give either --url, of a server, or --model"),
+        (["--url", "http://127.0.0.1:9", "--dtype", "float32"], "--dtype and --revision go with --model"),
+        (["--url", "http://127.0.0.1:9", "--revision", "main"], "--dtype and --revision go with --model"),
+        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9: [Errno 111] Connection refused"),
+        (["--url", "127.0.0.1"], "missing an 'http://' or 'https://' protocol"),
+    ],
+)
+def test_whom_to_ask_must_be_clear(folder: Path, arguments: list[str], words: str) -> None:
+    for command in (calibrate_command(folder), ["explain", str(folder / "0.png")]):
+        done = run(*command, *arguments)
+        assert done.exit_code == 2
+        assert words in done.stderr
+
+
+def test_with_a_server_nothing_of_torch_or_vllm_is_imported(stub: Stub, folder: Path) -> None:
+    """In a process of its own. ``evaluate``, too, has its model elsewhere."""
+    script = """
+import json, sys
+import eadaprune_vllm.tools.evaluate
+from eadaprune_vllm.cli import app
+for arguments in json.loads(sys.argv[1]):
+    app(arguments, standalone_mode=False)
+print(sorted({"torch", "vllm", "transformers"} & {name.partition(".")[0] for name in sys.modules}))
+"""
+    picture = str(folder.parent / "explanation.png")
+    explain = ["explain", str(folder / "0.png"), "--url", stub.url, "--output", picture]
+    commands = json.dumps([calibrate_command(folder, "--url", stub.url, "--table"), explain])
+    done = subprocess.run([sys.executable, "-c", script, commands], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert len(stub.asked) == 4 + 2
+    with Image.open(picture) as drawn:
+        assert drawn.size > (800, 500)
+
+
+def test_the_servers_refusal_of_an_image_is_shown(stub: Stub, folder: Path) -> None:
+    done = run("explain", folder / "broken.png", "--url", stub.url)
+    assert done.exit_code == 2
+    assert "Invalid value: Failed to load image: this is none" in done.stderr
 
 
 def results(*right: list[int], per_image: int = 1, **settings: Setting) -> Results:

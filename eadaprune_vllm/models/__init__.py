@@ -1,10 +1,7 @@
 """The supported architectures: what vLLM calls them -> our class in their place."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from eadaprune_vllm.encoder import VisionEncoder
+from typing import Any
 
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "eadaprune_vllm.models.llava:PrunedLlavaForConditionalGeneration",
@@ -23,9 +20,3 @@ def adapter(architecture: str) -> Any:
     """Our class in the place of vLLM's."""
     module, _, name = ARCHITECTURES[architecture].partition(":")
     return getattr(import_module(module), name)
-
-
-def encoder_class(architecture: str) -> "type[VisionEncoder]":
-    """What a front end runs of the model."""
-    encoder: type[VisionEncoder] = adapter(architecture).encoder
-    return encoder

@@ -1,52 +1,39 @@
-"""The processor half of every adapter: it prunes.
+"""The processor half of every adapter: it asks what to keep before vLLM processes a prompt.
 
-Invariant: count and content come from one object. ``FrontEnd.prune`` decides once; the rows, the placeholders, the
-positions and the report of an item are all made from that decision, and travel with its cache entry.
+Invariant: count and content come from one object. The engine decides once about an item; its rows, placeholders,
+positions and report are all made from that decision, and travel with its cache entry.
 """
 
-import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import BatchFeature
 from typing_extensions import override
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.models import encoder_class
-from eadaprune_vllm.models.fields import FEATURES, KEPT, NEWLINES, ROWS, fields_of
-from eadaprune_vllm.models.items import (
-    Items,
-    PrunedDetails,
-    embeddings_of,
-    joined,
-    refused_features,
-    report_of,
-    split,
-)
-from eadaprune_vllm.options import KEY, ServerOptions
-from eadaprune_vllm.prune import Encoding
-from eadaprune_vllm.report import Pruning, Timing
+from eadaprune_vllm.models import adapter
+from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split
+from eadaprune_vllm.options import KEY, PruneOptions, ServerOptions
 from eadaprune_vllm.request import MODALITIES, Choices, RequestContext, refusals, request_layers
+from eadaprune_vllm.wire import Question
 
 
 class PruningProcessor(BaseMultiModalProcessor):
     """Mixin in front of a model's multimodal processor.
 
     Modifications:
-    - an item's resolved options are part of its cache key, as one canonical string
-    - ships the kept rows in place of pixels, and what else of the item is no tensor for the tower
-    - as many placeholders as rows
-    - dummy inputs are zero rows of the full size; they never need the encoder
+    - of a request whose images may lose tokens, ``apply`` returns what is to be asked first; once that is known, it
+      ships the kept rows in place of pixels, with as many placeholders
+    - options that may take tokens away are part of an item's cache key, as one canonical string
+    - what may lose none is processed by vLLM, and so is what is no request: warm-up and profiling
     """
 
     front_end: FrontEnd | None = None  # set in front-end processes only
@@ -58,42 +45,112 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     @override
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-        assert self.front_end, "images are encoded in front-end processes only"
-        items = self._items(inputs)
-        with_items = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: items})
-        result = super().apply(with_items, *args, **kwargs)
+        """Returns:
+        vLLM's input of the engine; or ``Items`` with new ones about which the engine must be asked, with which this is
+        to be called again.
+        """
+        given, others = split(inputs.hf_processor_mm_kwargs)
+        if given is None:
+            return super().apply(inputs, *args, **kwargs)
+        assert self.front_end
+        items = given if isinstance(given, Items) else self._items(inputs, given, others)
+        if items.are_read_first:
+            all_read = self._read_new(inputs, items)
+            if not all_read or items.undecided():
+                return items
+        result = super().apply(replace(inputs, hf_processor_mm_kwargs={**others, KEY: items}), *args, **kwargs)
         self._check_positions(items.skipped)
-        result[KEY] = Pruning(
-            items.reports, sum(items.seconds), self.front_end.kv_bytes_per_token, items.timings, items.identifiers
-        )
+        result[KEY] = items.pruning(self.front_end.kv_bytes_per_token)
         return result
 
-    def _items(self, inputs: ProcessorInputs) -> Items:
+    def _items(self, inputs: ProcessorInputs, given: object, others: dict[str, Any]) -> Items:
         """The images and videos of a request, with the options that are in force for each from now on."""
         assert self.front_end
         counts = {modality: inputs.mm_data_items.get_count(modality, strict=False) for modality in MODALITIES}
-        others = {name: value for name, value in inputs.hf_processor_mm_kwargs.items() if name != KEY}
-        choices = inputs.hf_processor_mm_kwargs.get(KEY)
-        if not isinstance(choices, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
+        if not isinstance(given, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
             with refusals(self.front_end):
-                layers = request_layers(RequestContext(), inputs.hf_processor_mm_kwargs)
+                layers = request_layers(RequestContext(), {KEY: given} if isinstance(given, dict) else {})
                 chosen = self.server_options.choose(*layers)
-            choices = Choices({modality: (chosen,) * count for modality, count in counts.items()})
-        if counts != {modality: len(of_each) for modality, of_each in choices.items()}:
-            raise VLLMServerError(f"options for {choices} where there are {counts}")
+            given = Choices({modality: (chosen,) * count for modality, count in counts.items()})
+        if counts != {modality: len(of_each) for modality, of_each in given.items()}:
+            raise VLLMServerError(f"options for {given} where there are {counts}")
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
-        return Items(
-            hashes,
-            options={
-                modality: tuple(
-                    self.front_end.in_force(choice, hashes[modality][index], choice.answered or of_each[index] is None)
-                    for index, choice in enumerate(choices[modality])
-                )
-                for modality, of_each in inputs.mm_data_items.items()
-            },
-            requested={modality: [choice.options.threshold for choice in of] for modality, of in choices.items()},
-            cached={modality: [False] * count for modality, count in counts.items()},
-        )
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        of: dict[str, list[Item]] = {}
+        for modality, of_each in inputs.mm_data_items.items():
+            of[modality] = []
+            for choice, image_hash, data in zip(given[modality], hashes[modality], of_each, strict=True):
+                options = self.front_end.in_force(choice, image_hash, choice.answered or data is None)
+                mm_hash = image_hash
+                if may_prune(options):
+                    mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key})
+                of[modality].append(Item(image_hash, mm_hash, options, choice.options.threshold))
+        return Items(of)
+
+    def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
+        """Process, one by one, items that neither the cache has nor were read before: no more at a time than one
+        question to the engine may hold, so that other requests have their turn on this thread meanwhile.
+
+        Returns:
+            Whether none is left.
+
+        Raises:
+            VLLMValidationError: if data is missing, or the prompt can never fit.
+        """
+        assert self.front_end
+        cache, fewest, room = inputs.cache, len(inputs.prompt), self.front_end.asker.most
+        all_read = True
+        if any(of_each.get_passthrough_data() for of_each in inputs.mm_data_items.values()):
+            cache = None  # as vLLM has it
+        for modality, of_each in items.of.items():
+            known = cache.is_cached([item.mm_hash for item in of_each]) if cache else [False] * len(of_each)
+            for index, (item, cached) in enumerate(zip(of_each, known, strict=True)):
+                if cached:
+                    continue
+                if item.mm_hash not in items.new:
+                    if room <= 0:
+                        all_read = False
+                        continue
+                    items.new[item.mm_hash] = new = self.read(inputs, modality, index, item.options)
+                    room -= new.question.num_placeholders
+                fewest += items.new[item.mm_hash].fewest(item.options) - 1  # the prompt has one token in its place
+                self._check_length(fewest)
+        if cache:
+            cache.release_sender_touches()
+        return all_read
+
+    def _check_length(self, fewest: int) -> None:
+        """Raises:
+        VLLMValidationError: if a prompt of at least so many tokens can never fit.
+        """
+        longest = self.info.ctx.model_config.max_model_len
+        if fewest > longest:
+            raise VLLMValidationError(
+                f"This model's maximum context length is {longest} tokens, and this request has at least {fewest}, "
+                "however much its images and videos are pruned. Please send fewer.",
+                parameter="messages",
+                value=fewest,
+            )
+
+    def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> New:
+        """One item as vLLM would process it by itself, and the question about it."""
+        of_each, (_, others) = inputs.mm_data_items[modality], split(inputs.hf_processor_mm_kwargs)
+        own = isinstance(of_each, EmbeddingItems | DictEmbeddingItems)
+        if own:  # nothing is computed of them, and one cannot be taken out before
+            alone, kwargs, number = inputs.mm_data_items.select({modality}), others, index
+        else:
+            if of_each[index] is None:
+                raise _missing(f"Cache miss for {modality} at index {index} but data is not provided.")
+            alone, number = self.info.parse_mm_data({modality: [of_each[index]]}, validate=False), 0
+            kwargs = super()._get_cache_missing_processor_kwargs(
+                replace(inputs, hf_processor_mm_kwargs=others),
+                {modality: [other != index for other in range(len(of_each))]},
+            )
+        data = super()._apply_hf_processor_main(alone, kwargs)
+        read = MultiModalKwargsItems.from_hf_inputs(data, super()._get_mm_fields_config(data, kwargs))
+        (update,) = super()._get_mm_prompt_updates(alone, kwargs, read)[modality][number]
+        question = Question(modality, read[modality][number], options.key, int(update.content.embeds.sum()))
+        return New(question, update, may_prune(options), own)
 
     def _check_positions(self, skipped: int) -> None:
         """Raises:
@@ -115,27 +172,18 @@ class PruningProcessor(BaseMultiModalProcessor):
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
         items, _ = split(inputs.hf_processor_mm_kwargs)
-        for modality, updates in result.prompt_updates.items():
-            hashes = zip(*(found.get(modality, ()) for found in (result.hashes, items.hashes)), strict=True)
-            each = zip(updates, items.cached[modality], items.requested[modality], hashes, strict=True)
-            for (update,), cached, requested, (mm_hash, unpruned) in each:
-                items.identifiers[mm_hash] = f"{unpruned}-{update.content.digest}"
-                this_time = {"cached": cached, "energy_requested": requested}
-                items.reports[modality].append(update.content.report.model_copy(update=this_time))
-                items.skipped += update.content.skipped
+        if items is not None:
+            for modality, updates in result.prompt_updates.items():
+                for (update,), item in zip(updates, items.of.get(modality, ()), strict=True):
+                    items.done(modality, item, update.content)
         return result
 
     @override
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
         items, _ = split(inputs.hf_processor_mm_kwargs)
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        return {
-            modality: [
-                MultiModalHasher.hash_kwargs(algorithm, item=item, **{KEY: options.key})
-                for item, options in zip(of_each, items.options[modality], strict=True)
-            ]
-            for modality, of_each in items.hashes.items()
-        }
+        if items is None:
+            return super()._get_mm_hashes(inputs)
+        return {modality: [item.mm_hash for item in of_each] for modality, of_each in items.of.items()}
 
     @override
     def _get_cache_missing_items(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,73 +192,69 @@ class PruningProcessor(BaseMultiModalProcessor):
         except ValueError as error:
             if "data is not provided" not in str(error):
                 raise
-            raise VLLMValidationError(
-                f"{error} What is sent by its uuid alone must have been sent before, under the same pruning options.",
-                parameter="messages",
-            ) from None
+            raise _missing(str(error)) from None
 
     @override
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
         items, others = split(inputs.hf_processor_mm_kwargs)
-        items.cached |= mm_is_cached
-        missing = {
-            modality: tuple(of for of, cached in zip(of_each, items.cached[modality], strict=True) if not cached)
-            for modality, of_each in items.options.items()
-        }
-        others = super()._get_cache_missing_processor_kwargs(
+        kwargs = super()._get_cache_missing_processor_kwargs(
             replace(inputs, hf_processor_mm_kwargs=others), mm_is_cached
         )
-        return {**others, KEY: replace(items, options=missing)}
+        return kwargs if items is None else {**kwargs, KEY: items.missing(mm_is_cached)}
 
     @override
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
-        assert self.front_end
         items, others = split(hf_kwargs)
-        batch: dict[str, Any] = {}
-        for modality, of_each in items.options.items():
-            # One item per call, here as in the encoder: what comes out must not depend on its neighbours.
-            for index, options in enumerate(of_each):
-                source, metadata = self.source(mm_items, modality, index, others)
-                started, start = time.time_ns(), time.perf_counter()
-                with refused_features(source):
-                    rows, kept, stages = self.front_end.prune(source, options)
-                items.seconds.append(time.perf_counter() - start)
-                items.timings.append(Timing(modality, started, stages))
-                items.kept[modality].append(kept)
-                projected = isinstance(source, Encoding) or self.front_end.encoder.projected
-                fields = fields_of(modality, rows, projected, kept.newlines, kept.placeholders)
-                for name, value in (metadata | fields).items():
-                    batch[name] = joined(batch.get(name), value)
-        return BatchFeature(batch)
+        if items is not None and items.are_read_first:
+            return BatchFeature()  # each was processed by itself
+        return super()._apply_hf_processor_main(mm_items, others)
 
-    def source(
-        self, mm_items: Any, modality: str, index: int, hf_kwargs: Mapping[str, Any]
-    ) -> tuple[Mapping[str, Any] | Encoding, dict[str, Any]]:
-        """What is to be pruned of one item: what the encoder is fed with, or embeddings that the client made. And what
-        the engine is told about the item besides: whatever vLLM keeps on the CPU."""
-        assert self.front_end
-        of_each = mm_items[modality]
-        if isinstance(of_each, EmbeddingItems | DictEmbeddingItems):
-            fields = super()._get_mm_fields_config(BatchFeature(dict(of_each.get_passthrough_data())), hf_kwargs)
-            inputs = embeddings_of(of_each, index, fields)
-        else:
-            alone = self.info.parse_mm_data({modality: [of_each[index]]}, validate=False)
-            own = super()._get_cache_missing_processor_kwargs(
-                ProcessorInputs([], mm_items, hf_processor_mm_kwargs=hf_kwargs),
-                {modality: [other != index for other in range(len(of_each))]},
-            )
-            inputs = super()._apply_hf_processor_main(alone, own)
-            fields = super()._get_mm_fields_config(inputs, own)
-        metadata = {name: inputs[name] for name in fields.keys() & inputs.keys() if fields[name].field.keep_on_cpu}
-        embeddings = inputs.get(f"{modality}_embeds")
-        return inputs if embeddings is None else self.front_end.encoder.embedded(embeddings, inputs), metadata
+    @override
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, Any]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        items, others = split(hf_processor_mm_kwargs)
+        return {} if items is not None and items.are_read_first else super()._get_mm_fields_config(hf_inputs, others)
 
-    def warm_up(self) -> None:
-        """Encode a blank image, so that the first request does not pay for what is set up once."""
-        assert self.front_end
-        if self.info.ctx.get_mm_config().get_limit_per_prompt("image"):
-            mm_items = self.info.parse_mm_data({"image": [Image.new("RGB", (56, 56))]})
-            self.front_end.warm_up(self.source(mm_items, "image", 0, {})[0])
+    @override
+    def _get_mm_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
+    ) -> Any:
+        items, others = split(hf_processor_mm_kwargs)
+        if items is None or not items.are_read_first:
+            return super()._get_mm_prompt_updates(mm_items, others, out_mm_kwargs)
+        updates: dict[str, list[Any]] = {}
+        for modality, of_each in items.of.items():
+            results = [items.new[item.mm_hash].result() for item in of_each]
+            out_mm_kwargs[modality] = [item for item, _ in results]  # what vLLM goes on with
+            updates[modality] = [[replace(update, item_idx=index)] for index, (_, update) in enumerate(results)]
+        return updates
+
+    @override
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
+    ) -> Sequence[PromptUpdate]:
+        model = self.info.ctx.model_config
+
+        def unpruned(update: PromptUpdate) -> PromptUpdate:
+            def replacement(item_idx: int) -> PrunedDetails:
+                details = update.replacement(item_idx)
+                if not isinstance(details, PromptUpdateDetails):
+                    details = PromptUpdateDetails(details)
+                content = PrunedDetails(details.full, details.is_embed)
+                data, length = out_mm_kwargs[update.modality][item_idx].get_data(), int(content.embeds.sum())
+                try:
+                    layout = adapter(model.architecture).eadaprune_layout(
+                        model.hf_config, update.modality, data, length
+                    )
+                except ValueError as error:
+                    raise VLLMValidationError(str(error), parameter="messages") from None
+                return replace(content, num_newlines=int(layout.is_newline.sum()))
+
+            return replace(update, replacement=replacement)
+
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return [unpruned(update) for update in updates]
 
     def view(self, item: Any, count: int, number: int) -> Image.Image:
         """What one of ``count`` grids lies over: the image each time, or the frames of a video at equal distances."""
@@ -219,66 +263,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         frames = item[0] if isinstance(item, tuple) else item
         return Image.fromarray(frames[len(frames) * number // count])
 
-    @override
-    def _get_mm_fields_config(self, *args: Any) -> Mapping[str, MultiModalFieldConfig]:
-        fields = dict(super()._get_mm_fields_config(*args))
-        for modality in MODALITIES:
-            fields |= {modality + name: MultiModalFieldConfig.batched(modality) for name in (ROWS, FEATURES, NEWLINES)}
-            fields[modality + KEPT] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
-        return fields
 
-    @override
-    def _get_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
-    ) -> Sequence[PromptUpdate]:
-        items, others = split(hf_processor_mm_kwargs)
-
-        def pruned(update: PromptUpdate) -> PromptUpdate:
-            def replacement(item_idx: int) -> PrunedDetails:
-                unpruned = update.replacement(item_idx)
-                if not isinstance(unpruned, PromptUpdateDetails):
-                    unpruned = PromptUpdateDetails(unpruned)
-                full = torch.tensor(unpruned.full)
-                embeds = unpruned.is_embed(unpruned.full) if unpruned.is_embed else torch.ones_like(full).bool()
-                kept = items.kept[update.modality][item_idx]
-                if embeds.sum() != kept.unpruned:
-                    raise VLLMServerError(f"{kept.unpruned} tokens were encoded where vLLM expects {embeds.sum()}")
-                stays = ~embeds
-                stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
-                report = report_of(kept, items.options[update.modality][item_idx])
-                digest = hashlib.blake2b(kept.placeholders.numpy().data, digest_size=8).hexdigest()
-                skipped = kept.extent - len(kept)
-                return PrunedDetails(full[stays].tolist(), unpruned.is_embed, report, skipped, digest)
-
-            return replace(update, replacement=replacement)
-
-        return [pruned(update) for update in super()._get_prompt_updates(mm_items, others, out_mm_kwargs)]
-
-    @override
-    def get_dummy_mm_inputs(self, mm_counts: Mapping[str, int], **_: Any) -> Any:
-        model_config = self.info.ctx.model_config
-        encoder = encoder_class(model_config.architecture)
-        lengths = self.info.get_mm_max_tokens_per_item(model_config.max_model_len, mm_counts)
-        batch: dict[str, Any] = {}
-        placeholders: dict[str, list[PlaceholderRange]] = {}
-        end = 0
-        for modality, count in mm_counts.items():
-            length = lengths[modality]
-            rows = torch.zeros(length, encoder.row_width(model_config.hf_config), dtype=model_config.dtype)
-            newlines = torch.zeros(length, dtype=torch.bool)
-            fields = fields_of(modality, rows, encoder.projected, newlines, torch.arange(length))
-            batch |= {name: value * count for name, value in fields.items()}
-            placeholders[modality] = [PlaceholderRange(end + number * length, length) for number in range(count)]
-            end += count * length
-        return {
-            "type": "multimodal",
-            "prompt_token_ids": [0] * end,
-            "mm_kwargs": MultiModalKwargsItems.from_hf_inputs(
-                BatchFeature(batch), self._get_mm_fields_config(BatchFeature(batch), {})
-            ),
-            "mm_hashes": {
-                modality: [f"{KEY}-dummy-{modality}-{number}" for number in range(count)]
-                for modality, count in mm_counts.items()
-            },
-            "mm_placeholders": placeholders,
-        }
+def _missing(reason: str) -> VLLMValidationError:
+    return VLLMValidationError(
+        f"{reason} What is sent by its uuid alone must have been sent before, under the same pruning options.",
+        parameter="messages",
+    )

@@ -1,22 +1,23 @@
 """One request's images and videos on their way through the processor."""
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import BatchFeature
 from vllm.exceptions import VLLMServerError, VLLMValidationError
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import EmbeddingItems
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
 from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
-from eadaprune_vllm.errors import NonFiniteFeaturesError
+from eadaprune_vllm.models.pruned import KEPT, ROWS
 from eadaprune_vllm.options import KEY, PruneOptions
-from eadaprune_vllm.prune import Encoding, Kept
-from eadaprune_vllm.report import ItemReport, Timing
+from eadaprune_vllm.prune import Kept
+from eadaprune_vllm.report import ItemReport, Pruning, Timing
+from eadaprune_vllm.wire import Answer, Decided, Failed, Question
 
 
 @dataclass
@@ -24,95 +25,186 @@ class PrunedDetails(PromptUpdateDetails):
     """Placeholders of one item, with what a cache hit repeats.
 
     Attributes:
-        report: of the item.
-        skipped: by how much positions may run ahead of tokens because of it.
-        digest: of the kept tokens.
+        kept: the decision; None if all is kept and nothing was asked.
+        num_newlines: how many placeholders are newlines.
     """
 
-    report: ItemReport | None = None
-    skipped: int = 0
-    digest: str = ""
+    kept: Kept | None = None
+    num_newlines: int = 0
+
+    @property
+    def embeds(self) -> torch.Tensor:
+        """``[full]`` bool, which tokens are placeholders."""
+        full = torch.tensor(self.full)
+        return self.is_embed(self.full) if self.is_embed else torch.ones_like(full).bool()
+
+    def pruned(self, kept: Kept) -> "PrunedDetails":
+        """What is left of it."""
+        full, embeds = torch.tensor(self.full), self.embeds
+        stays = ~embeds
+        stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
+        return PrunedDetails(full[stays].tolist(), self.is_embed, kept, kept.newlines)
+
+    @property
+    def digest(self) -> str:
+        """Of what is kept; empty if that is everything, as vLLM sends it."""
+        if self.kept is None:
+            return ""
+        return "-" + hashlib.blake2b(self.kept.placeholders.numpy().data, digest_size=8).hexdigest()
+
+    def report(self, item: "Item") -> ItemReport:
+        kept, num_placeholders = self.kept, int(self.embeds.sum())
+        options = item.options
+        return ItemReport(
+            visual_tokens=kept.unpruned if kept else num_placeholders,
+            kept_tokens=num_placeholders,
+            newline_tokens=self.num_newlines,
+            energy_threshold=options.threshold,
+            energy_requested=item.requested,
+            energy_kept=kept.energy if kept else 1.0,
+            bound=kept.bound if kept else None,
+            selector=kept.selector if kept else options.selector,
+            cached=item.cached,
+        )
+
+
+@dataclass
+class Item:
+    """One image or video, from its options to its report.
+
+    Attributes:
+        image_hash: by which vLLM tells it from others, our options aside.
+        mm_hash: the same with the options, where these may take tokens away.
+        options: in force.
+        requested: its threshold before load lowered it.
+        cached: whether vLLM's processor cache has it.
+    """
+
+    image_hash: str
+    mm_hash: str
+    options: PruneOptions
+    requested: float
+    cached: bool = False
+
+
+@dataclass
+class New:
+    """What is made of an item that no cache has.
+
+    Attributes:
+        question: about it.
+        update: the prompt's, unpruned.
+        asks: whether it is to be asked; or else all of it is kept, as vLLM sends it.
+        own: whether it is embeddings of a client.
+        answer: once there is one.
+        timing: of the answer.
+    """
+
+    question: Question
+    update: ResolvedPromptUpdate
+    asks: bool
+    own: bool
+    answer: Answer | None = None
+    timing: Timing | None = None
+
+    def fewest(self, options: PruneOptions) -> int:
+        """How many placeholders it keeps at least."""
+        unpruned = self.question.num_placeholders
+        return min(unpruned, options.min_tokens) if self.asks else unpruned
+
+    def take(self, answer: Answer) -> None:
+        """Note the answer, and let go of what the question was about: of that, only what vLLM leaves on the CPU goes
+        on to the engine."""
+        self.answer = answer
+        item = self.question.item
+        self.question.item = MultiModalKwargsItem({name: of for name, of in item.items() if of.field.keep_on_cpu})
+
+    def decided(self) -> Decided:
+        """The answer.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
+        """
+        assert self.answer
+        if not isinstance(self.answer, Failed):
+            return self.answer
+        if self.own:
+            raise VLLMValidationError(self.answer.error, parameter="messages")
+        raise VLLMServerError(self.answer.error)
+
+    def result(self) -> tuple[MultiModalKwargsItem, ResolvedPromptUpdate]:
+        """What the engine is sent, and the prompt's update.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
+        """
+        item, modality = self.question.item, self.question.modality
+        if not self.asks:
+            return item, self.update
+        answer, fields = self.decided(), dict(item)
+        rows, kept = answer.rows, answer.kept
+        for name, value, keep_on_cpu in ((ROWS, rows, False), (KEPT, kept.placeholders, True)):
+            config = MultiModalFieldConfig.batched(modality, keep_on_cpu=keep_on_cpu)
+            (fields[modality + name],) = config.build_elems(modality + name, [value])
+        return MultiModalKwargsItem(fields), replace(self.update, content=self.update.content.pruned(kept))
 
 
 @dataclass
 class Items:
-    """The images and videos of one request on their way through the processor.
+    """The images and videos of one request.
 
     Attributes:
-        hashes: by which vLLM tells each from others, our options aside.
-        options: of each, in force.
-        requested: the threshold of each before load lowered it.
-        cached: whether vLLM's processor cache has it.
-        kept: what was decided about those that it has not.
-        seconds: how long that took.
-        timings: when, and stage by stage.
-        reports: of each, once they are known.
+        of: each, by modality.
+        new: what is made of those that are not cached, by ``mm_hash``.
+        reports: of each, by modality, once vLLM has processed them.
+        identifiers: by ``mm_hash``, by which the engine tells what it encodes of each from others: the image or video,
+            and the kept tokens, whatever options they come from.
         skipped: by how much positions may run ahead of tokens because of all of them.
-        identifiers: by which the engine tells what it encodes of each from others: the image or video, and the kept
-            tokens, whatever options they come from. By the hashes that our options are part of.
     """
 
-    hashes: Mapping[str, Sequence[str]]
-    options: Mapping[str, Sequence[PruneOptions]]
-    requested: Mapping[str, Sequence[float]]
-    cached: dict[str, list[bool]]
-    kept: dict[str, list[Kept]] = field(default_factory=lambda: defaultdict(list))
-    seconds: list[float] = field(default_factory=list)
-    timings: list[Timing] = field(default_factory=list)
+    of: Mapping[str, list[Item]]
+    new: dict[str, New] = field(default_factory=dict)
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
-    skipped: int = 0
     identifiers: dict[str, str] = field(default_factory=dict)
+    skipped: int = 0
+
+    @cached_property
+    def are_read_first(self) -> bool:
+        """Whether any may lose tokens. If none may, all is left to vLLM."""
+        return any(may_prune(item.options) for of_each in self.of.values() for item in of_each)
+
+    def undecided(self) -> list[New]:
+        return [new for new in self.new.values() if new.asks and not new.answer]
+
+    def missing(self, mm_is_cached: Mapping[str, list[bool]]) -> "Items":
+        """Those that are not cached."""
+        of: dict[str, list[Item]] = {}
+        for modality, of_each in self.of.items():
+            for item, cached in zip(of_each, mm_is_cached[modality], strict=True):
+                item.cached = cached
+            of[modality] = [item for item in of_each if not item.cached]
+        missing = replace(self, of=of)
+        vars(missing)["are_read_first"] = self.are_read_first
+        return missing
+
+    def done(self, modality: str, item: Item, content: PrunedDetails) -> None:
+        """Note what became of an item, from now on the next of its modality."""
+        self.reports[modality].append(content.report(item))
+        self.identifiers[item.mm_hash] = item.image_hash + content.digest
+        self.skipped += content.kept.skipped if content.kept else 0
+
+    def pruning(self, kv_bytes_per_token: int) -> Pruning:
+        timings = [new.timing for new in self.new.values() if new.timing]
+        seconds = sum(sum(timing.stages.values()) for timing in timings)
+        return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers)
 
 
-def report_of(kept: Kept, options: PruneOptions) -> ItemReport:
-    return ItemReport(
-        visual_tokens=kept.unpruned,
-        kept_tokens=len(kept.placeholders),
-        newline_tokens=int(kept.newlines.sum()),
-        energy_threshold=options.threshold,
-        energy_requested=options.threshold,
-        energy_kept=kept.energy,
-        bound=kept.bound,
-        selector=kept.selector,
-    )
+def may_prune(options: PruneOptions) -> bool:
+    """Whether an image may lose tokens under these options."""
+    return options.enabled and (options.energy < 1 or options.max_tokens is not None)
 
 
-@contextmanager
-def refused_features(source: object) -> Iterator[None]:
-    """While open, features that cannot be pruned fail the request, not the server."""
-    try:
-        yield
-    except NonFiniteFeaturesError as error:
-        if isinstance(source, Encoding):  # the client's own
-            raise VLLMValidationError(str(error), parameter="messages") from None
-        raise VLLMServerError(str(error)) from None
-
-
-def split(hf_kwargs: Mapping[str, Any]) -> tuple[Items, dict[str, Any]]:
-    """Our items, and what is left for vLLM, which must never see them."""
+def split(hf_kwargs: Mapping[str, Any]) -> tuple[Items | None, dict[str, Any]]:
+    """Our items, if this is a request, and what is left for vLLM, which must never see them."""
     others = dict(hf_kwargs)
-    return others.pop(KEY), others
-
-
-def joined(batch: Any, more: Any) -> Any:
-    """One batch of the items of both: a tensor if they are of one shape."""
-    if batch is None:
-        return more
-    if isinstance(batch, torch.Tensor) and batch.shape[1:] == more.shape[1:]:
-        return torch.cat((batch, more))
-    return [*batch, *more]
-
-
-def embeddings_of(of_each: Any, index: int, fields: Mapping[str, MultiModalFieldConfig]) -> Mapping[str, Any]:
-    """Precomputed embeddings of one of several items, and what came with them.
-
-    Args:
-        of_each: the items.
-        index: of the one.
-        fields: what vLLM says about the fields of all.
-    """
-    if isinstance(of_each, EmbeddingItems):
-        return {f"{of_each.modality}_embeds": of_each.get(index)}
-    every = MultiModalKwargsItems.from_hf_inputs(BatchFeature(dict(of_each.data)), fields)
-    one = MultiModalKwargsItems({of_each.modality: [every[of_each.modality][index]]})
-    return dict(one.get_data())
+    return others.pop(KEY, None), others

@@ -1,20 +1,37 @@
 """LLaVA-1.5 (CLIP or SigLIP tower, per-token projector). The reference adapter: read this one first."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import torch
 from PIL import Image
-from vllm.config import VllmConfig
+from typing_extensions import override
 from vllm.model_executor.models import llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eadaprune_vllm import draw
-from eadaprune_vllm.encoder import LlavaVisionEncoder
 from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.towerless import MaxTokens, Towerless, instead, nothing, without
+from eadaprune_vllm.models.pruned import Pruned
+from eadaprune_vllm.prune import Layout
 
 
-class PrunedLlavaProcessingInfo(MaxTokens, llava.LlavaProcessingInfo):
-    """LLaVA-1.5's."""
+class LlavaTower(Pruned):
+    """Mixin for models with LLaVA's tower.
+
+    Modifications:
+    - budget and selection go by what the projector is fed with
+    """
+
+    eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image",)
+
+    @property
+    def eadaprune_has_cls(self) -> bool:  # type: ignore[override]
+        return bool(self.config.vision_config.model_type == "clip_vision_model")
+
+    def eadaprune_patches(self, attention: torch.Tensor, tiles: int) -> torch.Tensor:
+        """The attention that the tokens of each tile draw, ``[T, N]``: a CLS token may not be one of them."""
+        of_each = attention.view(tiles, -1)
+        return of_each[:, int(self.config.vision_feature_select_strategy == "default") :]
 
 
 class PrunedLlavaProcessor(PruningProcessor, llava.LlavaMultiModalProcessor):
@@ -25,19 +42,25 @@ class PrunedLlavaProcessor(PruningProcessor, llava.LlavaMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    PrunedLlavaProcessor, info=PrunedLlavaProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
+    PrunedLlavaProcessor, info=llava.LlavaProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class PrunedLlavaForConditionalGeneration(Towerless, llava.LlavaForConditionalGeneration):
-    """Modifications:
-    - has no vision tower and skips its weights
-    """
+class PrunedLlavaForConditionalGeneration(LlavaTower, llava.LlavaForConditionalGeneration):
+    """LLaVA-1.5, pruned."""
 
-    encoder = LlavaVisionEncoder
-    # Here and not in a mixin: vLLM's inspection cache looks at the file of the registered class only.
-    supports_tower_connector_lora = False
-    supports_mm_device_do_normalize = False
-    hf_to_vllm_mapper = without(llava.LlavaForConditionalGeneration, "vision_tower.")
+    @override
+    def eadaprune_encode(self, modality: str, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        if "pixel_values" not in kwargs:  # a client's own embeddings
+            return super().eadaprune_encode(modality, **kwargs)
+        features = self._process_image_pixels(self._parse_and_validate_image_input(**kwargs))
+        return list(self.multi_modal_projector(features)), list(features)
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        with instead(llava, init_vision_tower_for_llava=nothing):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+    @override
+    @classmethod
+    def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
+        side = int(config.vision_config.image_size // config.vision_config.patch_size)
+        is_grid = "pixel_values" in data and num_placeholders == side**2
+        return Layout.whole(side, side) if is_grid else Layout.whole(1, num_placeholders)
+
+    @override
+    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+        return self.eadaprune_patches(attention, tiles=1)[0]

@@ -4,6 +4,7 @@ from typing import Any
 
 from eadaprune_vllm import startup
 from eadaprune_vllm.options import KEY
+from eadaprune_vllm.seams.asking import ask_first
 from eadaprune_vllm.seams.wrap import wrap
 
 
@@ -26,15 +27,13 @@ def install() -> None:
         finally:
             engine_args.mm_processor_kwargs = given
         startup.check(vllm_config)
-        startup.configure(vllm_config, options, tower=not headless)
+        startup.configure(vllm_config, options)
         return vllm_config
 
-    # Only front ends have a renderer, so the tower is loaded here and nowhere else.
     @wrap("vllm.renderers.registry:RendererRegistry.load_renderer")
     def load_renderer(original: Any, registry: Any, renderer_mode: str, config: Any, *args: Any, **kwargs: Any) -> Any:
         front_end = startup.front_end(config)
         renderer = original(registry, renderer_mode, config, *args, **kwargs)
         renderer.mm_processor.front_end = front_end
-        if front_end.device.type == "cpu":  # it is warmed up where it computes
-            renderer.mm_processor.warm_up()
+        ask_first(renderer)
         return renderer

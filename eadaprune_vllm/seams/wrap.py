@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.options import KEY
 from eadaprune_vllm.seams.window import SUPPORTED, find, version
 
 logger = logging.getLogger("vllm." + __name__)
@@ -65,7 +66,7 @@ def check_overrides(module: ModuleType) -> None:
         vllms = [base for base in cls.__mro__ if base.__module__.startswith("vllm.")]
         for base in cls.__mro__:
             for name, method in vars(base).items() if base not in vllms else ():
-                if getattr(method, "__override__", False):
+                if getattr(method, "__override__", False) and not name.startswith(KEY):
                     original = next((vars(other)[name] for other in vllms if name in vars(other)), None)
                     if not (original and fits(method, original)):
                         _unknown(f"{vllms[0].__module__}:{vllms[0].__name__}.{name}", None)

@@ -2,23 +2,23 @@
 
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.budget import clamped, needed
+from eadaprune_vllm.errors import EAdaPruneError
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import clamped
-from eadaprune_vllm.spectrum import budget
-from eadaprune_vllm.tools import is_url
-from eadaprune_vllm.tools.offline import OfflineModel, load_image
+from eadaprune_vllm.tools.examiner import Examiner
+from eadaprune_vllm.tools.images import is_url, read
 
 # The mean budget is a step function of the threshold; finer than this no step is looked for.
 _RESOLUTION = 6  # decimal places
@@ -34,13 +34,13 @@ class Curve:
     """
 
     image: str
-    needed_above: torch.Tensor
+    needed_above: NDArray[np.float64]
 
     def budget(self, options: PruneOptions) -> int:
         """What ``prune`` would decide."""
         if not options.enabled:
             return len(self.needed_above)
-        return clamped(budget(self.needed_above, options.energy), len(self.needed_above), options)
+        return clamped(needed(self.needed_above, options.energy), len(self.needed_above), options)
 
 
 def find_images(sources: Iterable[str]) -> list[str]:
@@ -79,51 +79,45 @@ def _images_of(source: str) -> Iterator[str]:
             yield str(path)
 
 
-def encode(
-    load: Callable[[], OfflineModel], images: Sequence[str], store: Path, about: dict[str, Any], options: PruneOptions
-) -> tuple[list[Curve], dict[str, str]]:
-    """The spectra of all images that can be read; those in ``store`` are taken from there, the others are added.
+def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -> tuple[list[Curve], dict[str, str]]:
+    """The spectra of all images that can be encoded; those in ``store`` are taken from there, the others are added.
 
     Args:
-        load: the model that encodes, if there is anything to encode.
+        examiner: the model that encodes, if there is anything to encode.
         images: where they are.
         store: a JSONL file; what it holds after an interruption is not lost.
-        about: what spectra depend on.
-        options: have the scope.
+        scope: the option of that name.
 
     Returns:
         The spectra, and why which images were skipped.
 
     Raises:
-        ValueError: if the store is about something else, or no image can be read.
+        ValueError: if the store is about something else, or no image can be encoded.
+        EAdaPruneError: if the model can say nothing of any image.
     """
-    known = _stored(store, about)
+    known = _stored(store, examiner.about | {"scope": scope})
+    # Which tokens stay does not matter here, and these are found at once.
+    given = {"scope": scope, "selector": "uniform"}
     found = {where: identity for where in images if (identity := _identity(where))}
     skipped = dict.fromkeys(set(images) - found.keys(), "there is no such file")
     missing = [where for where, identity in found.items() if identity not in known]
-    model = None
     with store.open("a") as file:
         for where in track(missing, "Encoding", console=Console(stderr=True)):
             try:
-                image = load_image(where)
-                model = model or load()
-                needed_above = model.examine(image, options).spectrum.needed_above
-            except StartupError:
+                spectrum = examiner.examine(read(where), given, spectrum=True).spectrum
+            except EAdaPruneError:
                 raise
             except Exception as error:  # whatever is wrong with one image, the others count
                 skipped[where] = str(error).partition("\n")[0] or type(error).__name__
                 continue
-            known[found[where]] = [round(value, 9) for value in needed_above.tolist()]
-            line = {"image": where, "identity": found[where], "needed_above": known[found[where]]}
+            assert spectrum, "it was asked for"
+            known[found[where]] = spectrum
+            line = {"image": where, "identity": found[where], "needed_above": spectrum}
             file.write(json.dumps(line) + "\n")
             file.flush()
-    curves = [
-        Curve(where, torch.tensor(known[identity], dtype=torch.float64))
-        for where, identity in found.items()
-        if identity in known
-    ]
+    curves = [Curve(where, np.array(known[identity])) for where, identity in found.items() if identity in known]
     if not curves:
-        raise ValueError(f"none of {len(images)} images can be read; the first: {next(iter(skipped.items()))}")
+        raise ValueError(f"none of {len(images)} images could be encoded; the first: {next(iter(skipped.items()))}")
     return curves, skipped
 
 

@@ -1,10 +1,8 @@
 """Whether answers stay right: asks a running server questions under several settings, and counts."""
 
 import asyncio
-import base64
 import itertools
 import json
-import mimetypes
 import os
 import re
 from collections import Counter, defaultdict
@@ -22,7 +20,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from eadaprune_vllm.options import KEY
-from eadaprune_vllm.tools import is_url
+from eadaprune_vllm.tools.images import data_url, is_url
 
 BOOTSTRAP = 2000  # resamples
 _INTERVAL = (2.5, 97.5)  # percentiles
@@ -169,10 +167,7 @@ def read_questions(path: Path) -> list[Question]:
 @lru_cache(64)
 def _url(image: str) -> str:
     """Files are sent as they are: the server need not be able to read them."""
-    if is_url(image):
-        return image
-    kind = mimetypes.guess_type(image)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+    return image if is_url(image) else data_url(Path(image).read_bytes(), image)
 
 
 def normalized(text: str) -> str:

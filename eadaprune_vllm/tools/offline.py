@@ -1,52 +1,61 @@
-"""A model's front end without a server: what ``vllm serve`` would do with images, up to the engine."""
+"""A model without a server: an engine of its own, asked as a server would ask it."""
 
-from pathlib import Path
+import os
+from functools import cached_property
+from typing import Any
 
-from PIL import Image
-from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.media import MediaConnector
+from rich.console import Console
+from vllm import LLM
+from vllm.exceptions import VLLMServerError
+from vllm.multimodal.media import ImageMediaIO
 
-from eadaprune_vllm import startup
+from eadaprune_vllm import options
+from eadaprune_vllm.models.base import PruningProcessor
 from eadaprune_vllm.naming import NAME, name_plugins
-from eadaprune_vllm.options import KEY, PruneOptions
-from eadaprune_vllm.preview import Examined, examine
-from eadaprune_vllm.tools import is_url
+from eadaprune_vllm.preview import look_at
+from eadaprune_vllm.report import ItemPreview
+from eadaprune_vllm.request import Choices
 
 
 class OfflineModel:
-    """The vision encoder of a model that vLLM can serve with this plugin.
+    """A model that vLLM can serve with this plugin. Its engine starts with the first image, and lives as long as this.
 
     Args:
         model: folder or hub id.
-        device: ``auto``, ``cpu`` or ``cuda[:n]``.
         dtype: vLLM's ``--dtype``; ``auto`` is the checkpoint's. Budgets may depend on it.
         revision: of the hub's model.
-
-    Raises:
-        StartupError: if the server would not start either.
     """
 
-    def __init__(self, model: str, device: str = "cpu", dtype: str = "auto", revision: str | None = None) -> None:
-        name_plugins([NAME])
-        given = EngineArgs(model=model, dtype=dtype, revision=revision, mm_processor_kwargs={KEY: {"device": device}})
-        config = given.create_engine_config()
-        self._processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
-        self._processor.front_end = startup.front_end(config)
+    defaults = options.PruneOptions()
 
-    def examine(self, image: Image.Image, options: PruneOptions) -> Examined:
+    def __init__(self, model: str, dtype: str = "auto", revision: str | None = None) -> None:
+        self.name = model
+        self.about = {"model": model, "revision": revision, "dtype": dtype}
+
+    def close(self) -> None:
+        """Nothing is open but the engine."""
+
+    @cached_property
+    def _engine(self) -> LLM:
+        with Console(stderr=True).status("Starting an engine"):
+            name_plugins([NAME])
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; nothing is generated
+            return LLM(**self.about, enforce_eager=True, max_model_len=-1, max_num_seqs=1)
+
+    def examine(
+        self, image: bytes, given: dict[str, Any], *, spectrum: bool = False, overlay: bool = False
+    ) -> ItemPreview:
         """Raises:
-        VLLMServerError: if its features are not finite.
+        StartupError: if a server would not start either.
+        ValueError: if the image cannot be read, or its features are not finite.
         """
-        return examine(self._processor, self._processor.info.parse_mm_data({"image": [image]}), "image", 0, options)
-
-
-def load_image(where: str) -> Image.Image:
-    """The image at a path or URL, in RGB, as a server would fetch it.
-
-    Raises:
-        Exception: of many kinds, if there is none.
-    """
-    url = where if is_url(where) else Path(where).resolve().as_uri()
-    image: Image.Image = MediaConnector(allowed_local_media_path="/").fetch_image(url)
-    return image
+        chosen = options.overlay(self.defaults, given, "options")
+        picture = ImageMediaIO().load_bytes(image).media
+        processor: PruningProcessor = self._engine.llm_engine.renderer.mm_processor
+        assert processor.front_end
+        (looked_at,) = look_at(processor, {"image": [picture]}, Choices(image=(options.Choice(chosen),), video=()))
+        processor.front_end.ask_and_wait([looked_at.new])
+        try:
+            return looked_at.preview(overlay, spectrum)
+        except VLLMServerError as error:
+            raise ValueError(str(error)) from None

@@ -63,10 +63,6 @@ class Server(PlainServer):
         """Tokens of a prompt with one image besides the image's own: what a request costs beyond its kept tokens."""
         return self.prompt_tokens(Image.new("RGB", (336, 336)), *parts, options={"energy": 1}) - 576
 
-    def tower_loads(self) -> list[str]:
-        """Lines of the log that say that some process loaded a vision tower."""
-        return [line for line in self.log.read_text().splitlines() if "Vision tower loaded" in line]
-
     def post(self, path: str, body: dict[str, Any] | str, **headers: str) -> httpx.Response:
         text = body if isinstance(body, str) else json.dumps(body)
         headers = {"content-type": "application/json"} | headers

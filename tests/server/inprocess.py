@@ -10,7 +10,7 @@ from typing import Any
 
 from families import WITHOUT_VIDEO
 from PIL import Image
-from shared import module_classes, noise, photo
+from shared import noise, photo
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -95,7 +95,7 @@ if __name__ == "__main__":
             block_size=32,
             limit_mm_per_prompt={"image": 5, "video": 0 if Path(folder).name in WITHOUT_VIDEO else 2},
         )
-        result[folder] = [answers(llm, batch) for batch in batches], llm.apply_model(module_classes)[0]
+        result[folder] = [answers(llm, batch) for batch in batches]
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()

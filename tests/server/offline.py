@@ -2,15 +2,18 @@
 
 import json
 import math
+import random
 import sys
 from typing import Any
 
 from harness import DTYPE
 from PIL import Image
-from shared import module_classes, noise, photo, towers
+from shared import noise, photo
 from vllm import LLM, SamplingParams
 
 from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.engine import decide
+from eadaprune_vllm.prune import prune
 
 PROMPT = "<s>USER: <image>\nWhat is it? ASSISTANT:"
 
@@ -60,13 +63,39 @@ def blocks(llm: LLM) -> dict[str, Any]:
     return {"differences": differences, "free": pool.get_num_free_blocks() - free}
 
 
+def whims(llm: LLM) -> dict[str, Any]:
+    """One image, about which the engine decides otherwise each time it is asked: what it answers by the tokens of the
+    prompt, and what it answers where so many are asked for."""
+    image, draw, budgets = noise(5, blocks=20), random.Random(0), (20, 40, 60)
+    engine: Any = llm.llm_engine
+    found: list[tuple[int, list[int]]] = []
+
+    def fixed(k: int) -> dict[str, Any]:
+        return {"energy": 0.5, "min_tokens": k, "max_tokens": k}
+
+    def ask(*requests: Any) -> list[tuple[int, list[int]]]:
+        outputs = llm.generate([*requests], SamplingParams(max_tokens=6, temperature=0), use_tqdm=False)
+        return [(len(out.prompt_token_ids or []), list(out.outputs[0].token_ids)) for out in outputs]
+
+    def whim(encoding: Any, options: Any) -> Any:
+        return prune(encoding, options.model_copy(update=fixed(draw.choice(budgets))))
+
+    decide.prune = whim  # type: ignore[attr-defined]
+    for number in range(30):
+        engine.reset_mm_cache()
+        first, second, _, last = ask(prompt(image), prompt(image), prompt(noise(number)), prompt(image))
+        found += [first, second, last]
+    decide.prune = prune  # type: ignore[attr-defined]
+    engine.reset_mm_cache()
+    llm.reset_prefix_cache()
+    return {"whims": found, "fixed": [*ask(*(prompt(image, **fixed(k)) for k in budgets))]}
+
+
 if __name__ == "__main__":
     what, model = sys.argv[1:]
     settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "dtype": DTYPE, "block_size": 32}
     llm = LLM(model, mm_processor_kwargs={"eadaprune": {"energy": 0.9}}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":
-        result |= blocks(llm) | {"modules": llm.apply_model(module_classes)}
-    else:
-        result["towers"] = llm.apply_model(towers)
+        result |= blocks(llm) | whims(llm)
     print("RESULT", json.dumps(result))

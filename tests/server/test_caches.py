@@ -79,12 +79,6 @@ def test_requests_are_clamped_and_reports_are_off(two_front_ends: Server, model:
     assert not [name for name in raw.headers if "eadaprune" in name]
 
 
-def test_each_front_end_has_one_tower_and_the_engine_none(two_front_ends: Server) -> None:
-    loads = two_front_ends.tower_loads()
-    assert len(loads) == 2
-    assert all("ApiServer" in line or "APIServer" in line for line in loads)
-
-
 def test_thresholds_that_keep_the_same_tokens_share_the_prefix_cache(pruning: Server) -> None:
     image, count = noise(77, blocks=30), {"min_tokens": 64, "max_tokens": 64}
 
@@ -97,6 +91,21 @@ def test_thresholds_that_keep_the_same_tokens_share_the_prefix_cache(pruning: Se
     assert first == second
     assert none == other == 0
     assert shared >= 64  # every block that is full
+
+
+def test_decisions_of_old_weights_are_forgotten(pruning: Server) -> None:
+    image = noise(78, blocks=30)
+
+    def cached() -> bool:
+        answer = pruning.ask(image)
+        assert answer.model_extra
+        (found,) = answer.model_extra["eadaprune"]["images"]
+        return bool(found["cached"])
+
+    assert [cached(), cached()] == [False, True]
+    response = pruning.post("/collective_rpc", {"method": "reload_weights"})
+    assert response.status_code == 200, response.text
+    assert [cached(), cached()] == [False, True]
 
 
 @pytest.mark.slow

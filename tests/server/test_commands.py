@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from harness import DTYPE, Server, content, environment
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
+from eadaprune_vllm.budget import TIE_TOLERANCE
 from eadaprune_vllm.cli import app
 from eadaprune_vllm.naming import named_plugins
 
@@ -30,11 +31,17 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def refusal(*arguments: object) -> str:
-    """What a command says that ends with status 2 before it loads a model: that activates the plugin for good."""
+def without_engine(*arguments: object) -> Result:
+    """A command in this process that starts no engine: that activates the plugin for good."""
     env = WIDE | {"VLLM_LOGGING_LEVEL": "INFO"}  # commands silence a vLLM that does not say it
     result = CliRunner().invoke(app, [*map(str, arguments)], env=env)
     assert "eadaprune" not in (named_plugins() or ())
+    return result
+
+
+def refusal(*arguments: object) -> str:
+    """What a command says that ends with status 2."""
+    result = without_engine(*arguments)
     assert result.exit_code == 2, result.output
     return result.stderr
 
@@ -61,15 +68,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
 
 
 def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
-    pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path
+    pruning: Server, folder: Path, images: Images, tmp_path: Path
 ) -> None:
     files = ["--store", tmp_path / "spectra.jsonl", "--histogram", tmp_path / "budgets.png"]
-    arguments = ["calibrate", folder, "--model", model, "--dtype", DTYPE, "--min-tokens", 4, *files]
+    arguments = ["calibrate", folder, "--url", pruning.url, "--min-tokens", 4, *files]
     first = run(*arguments, "--target-tokens", 100, "--table")
     assert f"skipped {folder / 'broken.png'}: " in first.stderr
     assert "threshold" in first.stdout
-    own = re.escape(f"vllm serve {model} --dtype {DTYPE} --plugin eadaprune")
-    flags = re.search(rf"^{own} --eadaprune-energy (\S+) --eadaprune-min-tokens 4$", first.stdout, re.MULTILINE)
+    assert "server of demo" in first.stdout
+    flags = re.search(r"^--eadaprune-energy (\S+) --eadaprune-min-tokens 4$", first.stdout, re.MULTILINE)
     assert flags
     energy = float(flags[1])
     budgets = [kept(pruning, image, energy=energy, min_tokens=4) for image in images.values()]
@@ -78,8 +85,10 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
     assert sum(budgets) / len(budgets) == pytest.approx(100, abs=1)
     assert size(tmp_path / "budgets.png") > (400, 200)
 
-    # Another target encodes nothing again, and loads no model.
-    again = run(*arguments, "--target-tokens", 50, "--device", "cpu")
+    # Another target encodes nothing again.
+    encoded = pruning.metric("eadaprune_stage_seconds_count", stage="encode")
+    again = run(*arguments, "--target-tokens", 50)
+    assert pruning.metric("eadaprune_stage_seconds_count", stage="encode") == encoded
     assert len((tmp_path / "spectra.jsonl").read_text().splitlines()) == 1 + len(images)
     assert energy > float(re.findall(r"--eadaprune-energy (\S+)", again.stdout)[0])
 
@@ -87,12 +96,33 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
     text = (tmp_path / "spectra.jsonl").read_text()
     (tmp_path / "spectra.jsonl").write_text(text[:-100])
     assert run(*arguments, "--target-tokens", 50).stdout == again.stdout
+    assert pruning.metric("eadaprune_stage_seconds_count", stage="encode") == encoded + 1
     assert sorted((tmp_path / "spectra.jsonl").read_text().splitlines()) == sorted(text.splitlines())
 
 
-def test_calibrate_refuses_what_it_cannot_do(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_calibrate_with_an_engine_of_its_own(
+    pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path
+) -> None:
+    files = ["--store", tmp_path / "spectra.jsonl", "--histogram", tmp_path / "budgets.png"]
+    arguments = ["calibrate", folder, "--model", model, "--dtype", DTYPE, "--min-tokens", 4, *files]
+    first = run(*arguments, "--target-tokens", 100)
+    assert f"skipped {folder / 'broken.png'}: " in first.stderr
+    own = re.escape(f"vllm serve {model} --dtype {DTYPE} --plugin eadaprune")
+    flags = re.search(rf"^{own} --eadaprune-energy (\S+) --eadaprune-min-tokens 4$", first.stdout, re.MULTILINE)
+    assert flags
+    budgets = [kept(pruning, image, energy=float(flags[1]), min_tokens=4) for image in images.values()]
+    assert f"{sum(budgets) / len(budgets):.1f}" in first.stdout
+    assert sum(budgets) / len(budgets) == pytest.approx(100, abs=1)
+
+    # Another target starts no engine: the spectra are in the store, and a file that is no image needs none.
+    again = without_engine(*arguments, "--target-tokens", 50)
+    assert again.exit_code == 0, again.output
+    assert float(flags[1]) > float(re.findall(r"--eadaprune-energy (\S+)", again.stdout)[0])
+
+
+def test_calibrate_refuses_what_it_cannot_do(pruning: Server, folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "spectra.jsonl"
-    arguments = ["calibrate", folder / "flat.png", "--model", model, "--store", store]
+    arguments = ["calibrate", folder / "flat.png", "--url", pruning.url, "--store", store]
     run(*arguments, "--target-tokens", 100, "--histogram", tmp_path / "budgets.png")  # the others find its spectrum
     few = refusal(*arguments, "--target-tokens", 600)
     assert "these images can have 16.0 to 576.0 tokens in the mean, not 600" in few
@@ -105,16 +135,18 @@ def test_calibrate_refuses_what_it_cannot_do(model: Path, folder: Path, tmp_path
     assert notes.read_text() == "not to be lost"
     bad = refusal(*arguments, "--target-tokens", 20, "--min-tokens", 0)
     assert "options.min_tokens=0 is not allowed; it must be an integer at least 1" in bad
-    nowhere = refusal("calibrate", tmp_path / "none", "--model", model, "--target-tokens", 9)
+    nowhere = refusal("calibrate", tmp_path / "none", "--url", pruning.url, "--target-tokens", 9)
     assert "no images there" in nowhere
 
 
+@pytest.mark.parametrize("with_server", [True, False])
 def test_explain_draws_and_says_what_the_server_decides(
-    pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path
+    pruning: Server, model: Path, folder: Path, images: Images, tmp_path: Path, with_server: bool
 ) -> None:
-    picture = tmp_path / "why.png"
+    picture = tmp_path / "explanation.png"
+    whom = ["--url", pruning.url] if with_server else ["--model", model, "--dtype", DTYPE]
     thresholds = ["--energy", 0.9, "--energy", 0.99, "--selector", "attention"]
-    arguments = ["explain", folder / "coffee.png", "--model", model, "--dtype", DTYPE, "--output", picture, *thresholds]
+    arguments = ["explain", folder / "coffee.png", *whom, "--output", picture, *thresholds]
     found: list[dict[str, Any]] = json.loads(run(*arguments, "--json").stdout)
     assert [report["energy_threshold"] for report in found] == [0.9, 0.99]
     for report in found:
@@ -122,10 +154,31 @@ def test_explain_draws_and_says_what_the_server_decides(
         assert report["kept_tokens"] == kept(pruning, images["coffee"], **options)
         assert report["selector"] == "attention"
     assert size(picture) > (800, 500)
-    missing = refusal("explain", folder / "none.png", "--model", model)
+
+
+def test_explain_refuses_what_it_cannot_do(pruning: Server, stock: Server, folder: Path) -> None:
+    missing = refusal("explain", folder / "none.png", "--url", pruning.url)
     assert "none.png" in missing
-    bad = refusal("explain", folder / "flat.png", "--model", model, "--energy", 1.5)
+    assert "Failed to load image" in refusal("explain", folder / "broken.png", "--url", pruning.url)
+    bad = refusal("explain", folder / "flat.png", "--url", pruning.url, "--energy", 1.5)
     assert "options.energy=1.5 is not allowed; it must be a number greater than 0 and at most 1" in bad
+    assert "is it running with --plugin eadaprune?" in refusal("explain", folder / "flat.png", "--url", stock.url)
+
+
+def test_the_spectrum_of_a_preview_tells_every_budget(pruning: Server, images: Images) -> None:
+    body = {"messages": [{"role": "user", "content": content(images["coffee"])}]}
+    (without,) = pruning.post("/v1/eadaprune/preview", body).json()["images"]
+    assert without["spectrum"] is None
+    (found,) = pruning.post("/v1/eadaprune/preview", body | {"spectrum": True}).json()["images"]
+    spectrum = found["spectrum"]
+    assert len(spectrum) == found["visual_tokens"]
+    assert spectrum == sorted(spectrum)
+    # An image of one part: what k tokens hold is the threshold above which one more is needed.
+    for k, energy in found["curve"][:-1]:
+        assert spectrum[k] == pytest.approx(energy, abs=1e-8)
+    for threshold in (0.7, 0.9, 0.99):
+        needed = sum(above < threshold + TIE_TOLERANCE for above in spectrum)
+        assert kept(pruning, images["coffee"], energy=threshold, min_tokens=1) == needed
 
 
 def test_evaluate_asks_under_every_setting(pruning: Server, folder: Path, images: Images, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def chats(name: str) -> list[str]:
     return [*CHATS, *(() if name in WITHOUT_VIDEO else VIDEO_CHATS)]
 
 
-def run(work: dict[str, list[Any]], **env: str) -> dict[str, tuple[list[Answers], list[str]]]:
-    """Answers to the batches of each model, and the classes of its modules."""
+def run(work: dict[str, list[Any]], **env: str) -> dict[str, list[Answers]]:
+    """Answers to the batches of each model."""
     path = os.pathsep.join(str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
     output = subprocess.run(
         [sys.executable, str(SCRIPT)],
@@ -57,7 +57,7 @@ def run(work: dict[str, list[Any]], **env: str) -> dict[str, tuple[list[Answers]
     )
     results = [line.removeprefix("RESULT ") for line in output.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, output.stdout[-3000:] + output.stderr[-3000:]
-    found: dict[str, tuple[list[Answers], list[str]]] = json.loads(results[0])
+    found: dict[str, list[Answers]] = json.loads(results[0])
     return found
 
 
@@ -66,7 +66,7 @@ class Family:
 
     def __init__(self, name: str, folder: Path, stock: Any, pruning: Any) -> None:
         self.chats = chats(name)
-        ((answers,), self.stock_modules), (batches, self.modules) = stock, pruning
+        (answers,), batches = stock, pruning
         self.stock = dict(zip(self.chats, answers, strict=True))
         self.null, self.some, self.again = (dict(zip(self.chats, batch, strict=True)) for batch in batches[:3])
         self.various = batches[3]
@@ -83,8 +83,7 @@ class Family:
             return self.reference.kept(SCENES[word], **json.loads(options))
         frames = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in CLIPS[word]])
         inputs = self.processor.video_processor(frames, do_sample_frames=False, return_tensors="pt")
-        with self.reference.encoder.threads():
-            return prune(self.reference.encoder.encode(inputs), PruneOptions(**json.loads(options)))
+        return prune(self.reference.encode(inputs), PruneOptions(**json.loads(options)))
 
     def inputs(self, scene: str) -> dict[str, Any]:
         """What transformers makes of a chat with one image."""
@@ -214,13 +213,8 @@ def test_a_fixed_budget_is_met_over_all_tiles_or_frames(found: Family) -> None:
         assert len(found.kept(word, json.dumps(VARIOUS[-1]))) == 11
 
 
-def test_the_engine_has_no_tower(found: Family) -> None:
-    assert [name for name in found.stock_modules if "Vision" in name]
-    assert not [name for name in found.modules if "Vision" in name or "CLIP" in name or "Siglip" in name]
-
-
 @pytest.mark.skipif(not FOUR_BIT, reason="vLLM has no product of 4-bit weights for a CPU without AVX-512")
 def test_a_quantized_language_model_beside_a_tower_in_16_bit(answered: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    (((stock,),), _), (((full, pruned),), _) = (of_each["awq"] for of_each in answered)
+    ((stock,),), ((full, pruned),) = (of_each["awq"] for of_each in answered)
     assert full["prompt"] == stock["prompt"] > pruned["prompt"]
     assert difference(full, stock) < 0.15

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ from PIL import Image
 from shared import Reference, noise
 from vllm import envs
 from vllm.multimodal.image import convert_image_mode
-
-from eadaprune_vllm.tools.offline import load_image
 
 ENERGY = {"energy": 0.9}
 
@@ -26,7 +23,7 @@ def chat(url: str) -> dict[str, Any]:
     }
 
 
-def test_transparency_by_colour(pruning: Server, reference: Reference, tmp_path: Path) -> None:
+def test_transparency_by_colour(pruning: Server, reference: Reference) -> None:
     """Newer releases of vLLM put the background in the place of that colour, older ones do not."""
     picture = noise(5, blocks=12)
     buffer = io.BytesIO()
@@ -37,8 +34,6 @@ def test_transparency_by_colour(pruning: Server, reference: Reference, tmp_path:
     for path in ("/v1/chat/completions", "/v1/eadaprune/preview"):
         report = pruning.post(path, body)
         assert (report.json().get("eadaprune") or report.json())["kept_tokens"] == kept
-    (tmp_path / "picture.png").write_bytes(buffer.getvalue())
-    assert load_image(str(tmp_path / "picture.png")).tobytes() == seen.tobytes()
 
 
 @pytest.mark.skipif(not hasattr(envs, "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES"), reason="vLLM 0.33 introduced this limit")

@@ -45,8 +45,8 @@ def prometheus(
 
 def test_the_server_is_scraped(prometheus: Prometheus) -> None:
     def is_up() -> bool:
-        (target,) = prometheus.get("targets")["activeTargets"]
-        return (target["health"], target["lastError"]) == ("up", "")
+        targets = prometheus.get("targets")["activeTargets"]
+        return [(target["health"], target["lastError"]) for target in targets] == [("up", "")]
 
     assert prometheus.waits_for(is_up)
 

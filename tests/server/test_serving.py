@@ -297,9 +297,3 @@ def test_thousands_of_aborted_requests_leave_no_memory_behind(pruning: Server, i
     client.close()
     assert last - first < 20 * 1024
     assert pruning.metric("vllm:kv_cache_usage_perc") == 0
-
-
-def test_only_the_front_end_loads_a_tower(pruning: Server) -> None:
-    loads = pruning.tower_loads()
-    assert len(loads) == 1
-    assert "APIServer" in loads[0]

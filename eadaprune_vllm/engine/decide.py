@@ -1,0 +1,108 @@
+"""Encoding images and videos with vLLM's own model, in batches, and the decision about each."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+from vllm.utils.torch_utils import PIN_MEMORY
+
+from eadaprune_vllm.engine.attention import observing
+from eadaprune_vllm.errors import NonFiniteFeaturesError
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Encoding, finite, prune
+from eadaprune_vllm.selectors import BY_ATTENTION, VisualTokens
+from eadaprune_vllm.wire import Answer, Decided, Failed, Grounds, Question
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image or video, as the model encodes it.
+
+    Attributes:
+        rows: ``[placeholders, W]`` on the model's device, what the language model is fed with unpruned.
+        features: ``[N, D]`` there too, what budget and selection go by; None if these are the rows.
+        attention: ``[N]`` on the CPU, if it was observed.
+        seconds: its share of the time.
+    """
+
+    rows: torch.Tensor
+    features: torch.Tensor | None
+    attention: torch.Tensor | None
+    seconds: float
+
+
+@torch.inference_mode()
+def decide(runner: Any, questions: Sequence[Question]) -> list[Answer]:
+    """Args:
+        runner: vLLM's model runner, whose model is one of ours.
+        questions: what to encode; together no more than the encoder's memory was measured with.
+
+    Returns:
+        An answer each. What fails alone says so.
+    """
+    model = runner.get_model()
+    options = [PruneOptions.model_validate_json(question.options) for question in questions]
+    # Where ranks share items out, not all of them see one.
+    seen = runner.vllm_config.model_config.multimodal_config.mm_encoder_tp_mode != "data"
+    observed = [seen and each.selector in BY_ATTENTION for each in options]
+    answers: dict[int, Answer] = {}
+    for index, encoded in _encoded(model, runner.device, questions, observed):
+        try:
+            answers[index] = _answer(model, questions[index], options[index], encoded)
+        except NonFiniteFeaturesError as error:
+            answers[index] = Failed(str(error), "features")
+        except torch.OutOfMemoryError:
+            answers[index] = Failed("there is too little memory to decide about this image")
+    return [answers[index] for index in range(len(questions))]
+
+
+def _encoded(
+    model: Any, device: torch.device, questions: Sequence[Question], observed: Sequence[bool]
+) -> Iterator[tuple[int, Encoded]]:
+    """What the model makes of each, after its index. What vLLM would batch is a batch; where attention is observed,
+    each is one by itself."""
+    order = sorted(range(len(questions)), key=lambda index: (observed[index], questions[index].modality))
+    together = [index for index in order if not observed[index]]
+    batches = [together, *([index] for index in order if observed[index])]
+    for indices in batches:
+        items = [(questions[index].modality, questions[index].item) for index in indices]
+        waiting = iter(indices)
+        for modality, count, kwargs in group_and_batch_mm_kwargs(items, device=device, pin_memory=PIN_MEMORY):
+            start = time.perf_counter()
+            with observing(model, observed[indices[0]]) as attention:
+                rows, features = model.eadaprune_encode(modality, **kwargs)
+            drawn = attention()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = (time.perf_counter() - start) / count
+            for number, index in zip(range(count), waiting, strict=False):
+                own = None if drawn is None else model.eadaprune_arrange(modality, _data(questions[index]), drawn.cpu())
+                yield index, Encoded(rows[number], None if features is None else features[number], own, seconds)
+
+
+def _answer(model: Any, question: Question, options: PruneOptions, encoded: Encoded) -> Decided:
+    layout = model.eadaprune_layout(model.config, question.modality, _data(question), question.num_placeholders)
+    rows, features = encoded.rows, encoded.features
+    if len(rows) != question.num_placeholders:
+        raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {question.num_placeholders}")
+    if features is None:
+        features = model.eadaprune_features(rows[~layout.is_newline])
+    encoding = Encoding(VisualTokens(features, encoded.attention), layout)
+    kept = prune(encoding, options)
+    seconds = {"encode": encoded.seconds, "spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
+    if question.explain:
+        spectrum = encoding.spectrum(options.scope)
+        grounds = Grounds(spectrum.curve(), spectrum.needed_above, list(layout.grids))
+        return Decided(kept, rows[:0].cpu(), seconds, grounds)
+    rows = rows[kept.placeholders].cpu()
+    if not finite(rows):
+        raise NonFiniteFeaturesError(f"features of this image are too large for {rows.dtype}")
+    return Decided(kept, rows, seconds)
+
+
+def _data(question: Question) -> Mapping[str, Any]:
+    data: Mapping[str, Any] = question.item.get_data()
+    return data

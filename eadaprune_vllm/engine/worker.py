@@ -1,0 +1,38 @@
+"""The worker extension: vLLM's worker answers questions about images and videos."""
+
+import logging
+
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+from eadaprune_vllm.engine.decide import decide
+from eadaprune_vllm.wire import Answer, Failed, pack, questions
+
+logger = logging.getLogger("vllm." + __name__)
+
+
+class DecidingWorker:
+    """Mixin that vLLM adds to its worker class (``worker_extension_cls``)."""
+
+    def eadaprune_decide(self, payload: bytes) -> bytes:
+        """Encode and decide; every rank of the first pipeline stage must be asked the same.
+
+        Never raises: what a worker raises in a collective call leaves replies of other ranks behind, which later calls
+        would read as theirs.
+
+        Args:
+            payload: packed questions.
+
+        Returns:
+            Packed answers, from rank 0; nothing from others.
+        """
+        if not get_pp_group().is_first_rank:
+            return b""
+        asked = questions(payload)
+        try:
+            if getattr(self, "_weight_update_active", False):
+                raise RuntimeError("the model's weights are being updated")
+            answers: list[Answer] = decide(self.model_runner, asked)  # type: ignore[attr-defined]
+        except Exception as error:
+            logger.exception("Images could not be encoded")
+            answers = [Failed(f"this image could not be encoded: {error}") for _ in asked]
+        return pack(answers) if get_tensor_model_parallel_rank() == 0 else b""

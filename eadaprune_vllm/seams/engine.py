@@ -1,0 +1,123 @@
+"""The engine: front ends ask it about images and videos, and it answers between its steps, at most one question after
+each, so that requests in progress go on."""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from eadaprune_vllm.seams.wrap import wrap
+
+_ASK = "eadaprune_ask"
+_WAITING = "_eadaprune_waiting"
+_CORE = "vllm.v1.engine.core"
+_WATCH_SECONDS = 1.0
+REFUSED = b""
+
+
+def install() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, _ASK, _ask)
+
+    @wrap(f"{_CORE}:EngineCore.post_step")
+    def post_step(original: Any, core: Any, model_executed: bool) -> None:
+        original(core, model_executed)
+        _answer_next(core)
+
+    @wrap(f"{_CORE}:EngineCoreProc._notify_idle_state_callbacks")
+    def notify_idle_state_callbacks(original: Any, core: Any) -> None:
+        original(core)
+        while _answer_next(core):
+            pass
+
+    for path in ("async_llm:AsyncLLM", "llm_engine:LLMEngine"):
+
+        @wrap(f"vllm.v1.engine.{path}.__init__")
+        def init(original: Any, llm: Any, *args: Any, **kwargs: Any) -> None:
+            original(llm, *args, **kwargs)
+            llm.renderer.mm_processor.front_end.asker.connect(llm.engine_core)
+
+
+def _ask(core: Any, payload: bytes) -> Any:
+    """Utility of the engine core: what rank 0 answers. Unless there is no loop that would come to it later, a promise
+    of it, which is kept once the engine is neither paused nor asleep."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    if not isinstance(core, EngineCoreProc):
+        return _decide(core, payload)
+    if _refuses(core):
+        return REFUSED
+    promise: Future[bytes] = Future()
+    vars(core).setdefault(_WAITING, deque()).append((payload, promise))
+    return promise
+
+
+def _answer_next(core: Any) -> bool:
+    """Whether a question was answered."""
+    waiting = vars(core).get(_WAITING)
+    if not waiting or (not _refuses(core) and (core.is_scheduler_paused() or core.model_executor.is_sleeping)):
+        return False
+    payload, promise = waiting.popleft()
+    try:
+        promise.set_result(REFUSED if _refuses(core) else _decide(core, payload))
+    except Exception as error:
+        promise.set_exception(error)
+    return True
+
+
+def _refuses(core: Any) -> bool:
+    """Whether it refuses requests while it is paused, and with them questions, as releases from 0.33 do in some modes;
+    or else both wait."""
+    return bool(getattr(core, "reject_new_requests", False))
+
+
+def _decide(core: Any, payload: bytes) -> bytes:
+    answer: bytes = core.model_executor.collective_rpc("eadaprune_decide", args=(payload,))[0]
+    return answer
+
+
+def blocking(client: Any) -> Callable[[bytes], bytes] | None:
+    """How to ask by an engine client of vLLM's that blocks; None if it does not."""
+    if core := getattr(client, "engine_core", None):  # in this process
+        return lambda payload: getattr(core, _ASK)(payload)
+    if call := getattr(client, "call_utility", None):
+        return lambda payload: call(_ASK, payload)
+    return None
+
+
+class AsyncEngines:
+    """Asks by an engine client that does not block; of several engines one after the other.
+
+    Args:
+        client: of vLLM's.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._number = itertools.count()
+
+    async def __call__(self, payload: bytes) -> bytes:
+        """Raises:
+        EngineDeadError: if the engine dies meanwhile, which vLLM would not tell who waits for a utility.
+        RetryableRequestError: if the engine is paused, and refuses requests meanwhile.
+        """
+        from vllm.exceptions import RetryableRequestError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        engines = self._client.core_engines
+        engine = engines[next(self._number) % len(engines)]
+        call = asyncio.ensure_future(self._client._call_utility_async(_ASK, payload, engine=engine))
+        try:
+            while not call.done():
+                await asyncio.wait({call}, timeout=_WATCH_SECONDS)
+                if self._client.resources.engine_dead and not call.done():
+                    raise EngineDeadError
+            answer: bytes = call.result()
+            if answer == REFUSED:
+                raise RetryableRequestError("Generation is paused. Please retry after it resumes.")
+            return answer
+        finally:
+            call.cancel()

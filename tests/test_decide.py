@@ -1,0 +1,205 @@
+"""The engine's decisions: what is encoded together, and what fails alone. Of a model that is its own input."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from samples import item
+
+from eadaprune_vllm.engine import decide as module
+from eadaprune_vllm.engine.decide import decide
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
+from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.wire import Answer, Decided, Failed, Question
+
+
+class Model(torch.nn.Module):
+    """Rows are the item's own. ``batches`` notes what was encoded together, ``arranged`` what attention was given."""
+
+    config = "of the model"
+    apart = False  # whether features are others than rows
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[tuple[str, list[int]]] = []
+
+    def eadaprune_encode(self, modality: str, rows: Any, **_: Any) -> tuple[list[torch.Tensor], Any]:
+        self.batches.append((modality, [len(each) for each in rows]))
+        return list(rows), [each * 2 for each in rows] if self.apart else None
+
+    def eadaprune_features(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, :4]
+
+    def eadaprune_layout(self, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
+        assert config == self.config
+        assert len(data["rows"]) == num_placeholders
+        if modality == "image":
+            return Layout.whole(1, num_placeholders)
+        mask = torch.arange(num_placeholders) == num_placeholders - 1
+        tokens = num_placeholders - 1
+        return Layout(torch.zeros(tokens).long(), ((1, tokens),), Newlines(mask, torch.zeros(tokens).long()))
+
+    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+        return attention.flip(0)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def asked(rows: torch.Tensor, modality: str = "image", explain: bool = False, **options: Any) -> Question:
+    chosen = PruneOptions.model_validate({"energy": 0.9, "min_tokens": 1} | options)
+    return Question(modality, item(modality, rows=rows), chosen.key, len(rows), explain)
+
+
+def answered(model: Model, *questions: Question, tp_mode: str = "weights") -> list[Answer]:
+    multimodal = SimpleNamespace(mm_encoder_tp_mode=tp_mode)
+    config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
+    return decide(SimpleNamespace(get_model=lambda: model, device=torch.device("cpu"), vllm_config=config), questions)
+
+
+def as_decided(answer: Answer) -> Decided:
+    assert isinstance(answer, Decided)
+    return answer
+
+
+def rows(count: int, width: int = 8) -> torch.Tensor:
+    return torch.randn(count, width) * torch.arange(1, width + 1.0) ** -1
+
+
+def alone(features: torch.Tensor) -> Kept:
+    """The decision about an image by such features."""
+    encoding = Encoding(VisualTokens(features, None), Layout.whole(1, len(features)))
+    return prune(encoding, PruneOptions(energy=0.9, min_tokens=1))
+
+
+def test_the_decision_is_that_of_prune(model: Model) -> None:
+    given = rows(30)
+    (found,) = map(as_decided, answered(model, asked(given)))
+    expected = alone(given[:, :4])
+    assert found.kept.indices.tolist() == expected.indices.tolist()
+    assert 1 < len(found.kept) < 4
+    assert torch.equal(found.rows, given[found.kept.placeholders])
+    assert found.seconds.keys() == {"encode", "spectrum", "select"}
+    assert found.grounds is None
+
+
+def test_newlines_are_no_features_but_go_along(model: Model) -> None:
+    given = rows(31)
+    given[-1] = 1e6
+    (found,) = map(as_decided, answered(model, asked(given, "video")))
+    assert found.kept.newlines == 1
+    assert torch.equal(found.rows, given[found.kept.placeholders])
+    assert torch.equal(found.rows[-1], given[-1])
+    assert found.kept.indices.max() < 30
+
+
+def test_features_that_are_others_than_rows_decide(model: Model) -> None:
+    model.apart = True
+    given = rows(30)
+    (found,) = map(as_decided, answered(model, asked(given)))
+    expected = alone(given * 2)
+    assert found.kept.indices.tolist() == expected.indices.tolist()
+    assert torch.equal(found.rows, given[found.kept.placeholders])
+
+
+def test_what_vllm_would_batch_is_a_batch_and_answers_keep_their_order(model: Model) -> None:
+    lengths = [20, 21, 22, 23, 24]
+    modalities = ["image", "video", "image", "video", "image"]
+    questions = [asked(rows(length), modality) for length, modality in zip(lengths, modalities, strict=True)]
+    found = list(map(as_decided, answered(model, *questions)))
+    assert model.batches == [("image", [20, 22, 24]), ("video", [21, 23])]
+    assert [answer.kept.unpruned for answer in found] == lengths
+
+
+def test_attention_is_observed_of_one_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Observing:
+        """Yields attention ``0, 1, 2, ...`` where it is wanted."""
+
+        def __init__(self, _: Any, wanted: bool) -> None:
+            self.wanted = wanted
+
+        def __enter__(self) -> Any:
+            return lambda: torch.arange(20.0) if self.wanted else None
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(module, "observing", Observing)
+    selectors = ["attention", "span", "hybrid", "attention", "uniform"]
+    questions = [asked(rows(20), selector=name, min_tokens=4, max_tokens=4) for name in selectors]
+    found = list(map(as_decided, answered(model, *questions)))
+    assert model.batches == [("image", [20, 20]), ("image", [20]), ("image", [20]), ("image", [20])]
+    assert [answer.kept.selector for answer in found] == selectors
+    # Arranged, the first draw most.
+    assert found[0].kept.indices.tolist() == found[3].kept.indices.tolist() == [0, 1, 2, 3]
+    # Where ranks share images out, nobody sees all of it.
+    model.batches.clear()
+    shared = list(map(as_decided, answered(model, *questions, tp_mode="data")))
+    assert model.batches == [("image", [20] * 5)]
+    assert [answer.kept.selector for answer in shared] == ["span", "span", "span", "span", "uniform"]
+
+
+@pytest.mark.parametrize("energy", [0.9, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_fail_alone(model: Model, energy: float, bad: float) -> None:
+    given = rows(20)
+    given[3, 1] = bad
+    good, failed, last = answered(model, *(asked(each, energy=energy) for each in (rows(20), given, rows(20))))
+    assert isinstance(failed, Failed)
+    assert failed.reason == "features"
+    assert "NaN or infinite" in failed.error
+    assert isinstance(good, Decided)
+    assert isinstance(last, Decided)
+
+
+def test_rows_that_overflow_their_dtype_are_refused(model: Model) -> None:
+    """Though the features, which are others, do not."""
+    given = rows(20).half()
+    given[:, 7] = torch.inf
+    (failed,) = answered(model, asked(given))
+    assert failed == Failed("features of this image are too large for torch.float16", "features")
+
+
+def test_memory_that_runs_out_over_one_leaves_the_others(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(encoding: Encoding, options: PruneOptions) -> Any:
+        if encoding.tokens.num_tokens == 21:
+            raise torch.OutOfMemoryError
+        return prune(encoding, options)
+
+    monkeypatch.setattr(module, "prune", greedy)
+    found = answered(model, asked(rows(20)), asked(rows(21)), asked(rows(22)))
+    assert [type(answer) for answer in found] == [Decided, Failed, Decided]
+    assert isinstance(found[1], Failed)
+    assert found[1].reason == "engine"
+
+
+def test_rows_that_vllm_does_not_expect_are_an_error(model: Model) -> None:
+    question = asked(rows(20))
+    question.num_placeholders = 19
+    model.eadaprune_layout = lambda *_: Layout.whole(1, 19)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="20 rows were encoded where vLLM expects 19"):
+        answered(model, question)
+
+
+def test_what_a_decision_rests_on_comes_in_the_place_of_rows(model: Model) -> None:
+    given = rows(30)
+    (found,) = map(as_decided, answered(model, asked(given, explain=True)))
+    (decision,) = map(as_decided, answered(model, asked(given)))
+    assert found.kept.indices.tolist() == decision.kept.indices.tolist()
+    assert found.rows.shape == (0, 8)
+    assert found.grounds
+    assert found.grounds.grids == [(1, 30)]
+    assert found.grounds.curve[-1] == (30, 1.0)
+    needed = found.grounds.needed_above
+    assert needed.shape == (30,)
+    # The first that the threshold is not above.
+    assert len(found.kept) == int((needed <= 0.9).sum())
+
+
+def test_nothing_is_answered_to_nothing(model: Model) -> None:
+    assert answered(model) == []
+    assert not model.batches

@@ -1,0 +1,104 @@
+"""The front end asks first: what is counted of answers, and how a renderer comes by them."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from samples import decided, question
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
+
+from eadaprune_vllm.asking import Asker
+from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.models.items import Items, New, PrunedDetails
+from eadaprune_vllm.seams.asking import ask_first
+from eadaprune_vllm.wire import Answer, Failed, Question
+
+
+class Prepared(Asker):
+    """Answers that are known before."""
+
+    def __init__(self, *answers: Answer) -> None:
+        super().__init__(most=100)
+        self.answers = list(answers)
+
+    async def ask(self, questions: Any) -> list[Answer]:
+        return self.ask_and_wait(questions)
+
+    def ask_and_wait(self, questions: Any) -> list[Answer]:
+        assert all(isinstance(question, Question) for question in questions)
+        return [self.answers.pop(0) for _ in questions]
+
+
+def new() -> New:
+    content = PrunedDetails([7] * 4)
+    return New(question(), ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [7], content), asks=True, own=False)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_stages_are_timed_and_failures_counted(waits: bool) -> None:
+    registry = CollectorRegistry()
+    asker = Prepared(decided(1), Failed("NaN", "features"), decided(3), Failed("no memory"))
+    front_end = FrontEnd(asker, Metrics(registry), "m", 1)
+    asked = [new() for _ in range(4)]
+    if waits:
+        front_end.ask_and_wait(asked)
+    else:
+        asyncio.run(front_end.ask(asked))
+    assert [bool(each.answer) for each in asked] == [True] * 4
+    assert [each.timing.stages if each.timing else None for each in asked] == [{"encode": 0.25}, None] * 2
+    assert len(asked[2].decided().kept) == 3
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "m", **labels})
+
+    assert value("eadaprune_stage_seconds_count", stage="encode") == 2
+    for reason in ("features", "engine"):
+        assert value("eadaprune_rejected_requests_total", reason=reason) == 1
+
+
+class Renderer:
+    """As vLLM's: it applies its processor, which says in two rounds what is to be asked."""
+
+    def __init__(self, front_end: Any) -> None:
+        self.mm_processor = SimpleNamespace(front_end=front_end)
+        self.seen: list[Any] = []
+
+    def _process_multimodal(self, prompt: str, *, mm_processor_kwargs: dict[str, Any] | None) -> Any:
+        assert mm_processor_kwargs is not None
+        given = mm_processor_kwargs["eadaprune"]
+        self.seen.append((mm_processor_kwargs.get("other"), given if isinstance(given, dict) else "items"))
+        if given == {} or given == {"energy": 0.5}:
+            return Items({}, {"first": new()})
+        if len(given.new) == 1:
+            given.new["second"] = new()
+            return given
+        assert not given.undecided()
+        return f"input of {prompt}"
+
+    async def _process_multimodal_async(self, prompt: str, *, mm_processor_kwargs: dict[str, Any] | None) -> Any:
+        return self._process_multimodal(prompt, mm_processor_kwargs=mm_processor_kwargs)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("kwargs", [None, {}, {"other": 1}, {"other": 1, "eadaprune": {"energy": 0.5}}])
+def test_a_renderer_goes_on_once_all_is_answered(waits: bool, kwargs: dict[str, Any] | None) -> None:
+    renderer = Renderer(FrontEnd(Prepared(decided(), decided()), Metrics(CollectorRegistry()), "m", 1))
+    ask_first(renderer)
+    before = dict(kwargs) if kwargs else kwargs
+    if waits:
+        found = renderer._process_multimodal("a prompt", mm_processor_kwargs=kwargs)
+    else:
+        found = asyncio.run(renderer._process_multimodal_async("a prompt", mm_processor_kwargs=kwargs))
+    assert found == "input of a prompt"
+    other, own = (kwargs or {}).get("other"), (kwargs or {}).get("eadaprune", {})
+    assert renderer.seen == [(other, own), (other, "items"), (other, "items")]
+    assert kwargs == before  # they are the client's, and may be those of more prompts
+
+
+def test_a_renderer_of_another_kind_stops_the_start() -> None:
+    with pytest.raises(StartupError, match="renderer is not of the kind known"):
+        ask_first(SimpleNamespace(mm_processor=SimpleNamespace(front_end=None)))

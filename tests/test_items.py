@@ -1,0 +1,203 @@
+"""Items of a request: their placeholders, their reports, and their names in caches."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from samples import decided, item, kept
+from vllm.exceptions import VLLMServerError, VLLMValidationError
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
+
+from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Kept
+from eadaprune_vllm.report import Timing
+from eadaprune_vllm.wire import Answer, Failed, Question
+
+IMAGE, TIME = 7, 60
+
+
+def placeholders(*full: int) -> PrunedDetails:
+    """Of which the tokens ``IMAGE`` are embeddings."""
+    return PrunedDetails([*full], lambda given: torch.tensor(given) == IMAGE)
+
+
+def one(**options: Any) -> Item:
+    chosen = PruneOptions.model_validate(options)
+    return Item("image", "image-options", chosen, chosen.threshold)
+
+
+def new(*, asks: bool = True, own: bool = False) -> New:
+    """Of an image of four placeholders between two tokens of text."""
+    data = item("image", ("image_grid_thw",), pixel_values=torch.zeros(9), image_grid_thw=torch.tensor([1, 4, 4]))
+    content = placeholders(TIME, *[IMAGE] * 4, TIME)
+    update = ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [IMAGE], content)
+    return New(Question("image", data, "{}", 4), update, asks, own)
+
+
+def test_tokens_are_placeholders_unless_it_says_which() -> None:
+    assert PrunedDetails([1, 2, 3]).embeds.tolist() == [True] * 3
+    assert placeholders(TIME, IMAGE, IMAGE).embeds.tolist() == [False, True, True]
+
+
+def test_placeholders_that_do_not_stay_are_taken_out_from_between_text() -> None:
+    frames = placeholders(60, IMAGE, IMAGE, 61, 62, IMAGE, IMAGE, 63)
+    for stays, left in (
+        ([0, 1, 2, 3], [60, IMAGE, IMAGE, 61, 62, IMAGE, IMAGE, 63]),
+        ([1, 2], [60, IMAGE, 61, 62, IMAGE, 63]),
+        ([3], [60, 61, 62, IMAGE, 63]),
+    ):
+        decision = replace(kept(1), placeholders=torch.tensor(stays))
+        found = frames.pruned(decision)
+        assert found.full == left
+        assert int(found.embeds.sum()) == len(stays)
+        assert found.kept is decision
+    assert len(frames.full) == 8  # it is the cached one of others
+
+
+def test_newlines_are_counted() -> None:
+    assert PrunedDetails([IMAGE] * 6, num_newlines=2).pruned(kept(2, newlines=True)).num_newlines == 1
+
+
+def test_names_tell_what_is_kept_and_nothing_else() -> None:
+    def digest(decision: Kept | None) -> str:
+        return PrunedDetails([IMAGE], kept=decision).digest
+
+    assert digest(None) == ""
+    same = replace(kept(2), energy=0.1, selector="random", bound=None)
+    assert digest(kept(2)) == digest(same) != ""
+    others = [torch.tensor(stays) for stays in ([0], [1], [0, 1], [0, 2], [1, 2], [0, 1, 2, 3])]
+    assert len({digest(replace(kept(2), placeholders=stays)) for stays in others}) == len(others)
+
+
+def test_the_report_of_a_decision() -> None:
+    about = replace(one(energy=0.5, min_tokens=2, max_tokens=2, selector="attention"), requested=0.75, cached=True)
+    found = PrunedDetails([IMAGE] * 6, num_newlines=2).pruned(kept(2, newlines=True)).report(about)
+    assert (found.visual_tokens, found.kept_tokens, found.newline_tokens) == (6, 3, 1)
+    assert (found.energy_threshold, found.energy_requested) == (0.5, 0.75)
+    assert found.energy_kept == pytest.approx(0.5)
+    assert (found.selector, found.cached) == ("span", True)  # nothing is known about attention
+
+
+def test_the_report_of_what_nothing_was_asked_about() -> None:
+    found = replace(placeholders(TIME, IMAGE, IMAGE), num_newlines=1).report(one(energy=1.0, selector="hybrid"))
+    assert (found.visual_tokens, found.kept_tokens, found.newline_tokens) == (2, 2, 1)
+    assert (found.energy_threshold, found.energy_kept, found.bound) == (1.0, 1.0, None)
+    assert (found.selector, found.cached) == ("hybrid", False)
+
+
+def test_rows_go_to_the_engine_in_the_place_of_pixels() -> None:
+    """With what vLLM leaves on the CPU: positions are computed by it."""
+    found, answer = new(), decided(2)
+    found.take(answer)
+    sent, update = found.result()
+    assert {name: element.field.keep_on_cpu for name, element in sent.items()} == {
+        "image_grid_thw": True,
+        "image_rows": False,
+        "image_kept": True,
+    }
+    assert torch.equal(sent.get_data()["image_rows"], answer.rows)
+    assert torch.equal(sent.get_data()["image_kept"], answer.kept.placeholders)
+    assert update.content.full == [TIME, IMAGE, IMAGE, TIME]
+    assert update.content.embeds.sum() == len(answer.rows)
+    assert new().update.content.full == found.update.content.full  # another request may share it
+
+
+def test_pixels_are_let_go_once_there_is_an_answer() -> None:
+    found = new()
+    found.take(decided())
+    assert list(found.question.item) == ["image_grid_thw"]
+
+
+def test_what_may_lose_nothing_goes_as_vllm_sends_it() -> None:
+    found = new(asks=False)
+    assert found.result() == (found.question.item, found.update)
+    assert "pixel_values" in found.result()[0]
+    assert found.fewest(PruneOptions(min_tokens=2)) == 4
+
+
+@pytest.mark.parametrize(("min_tokens", "fewest"), [(1, 1), (3, 3), (16, 4)])
+def test_at_least_so_many_stay(min_tokens: int, fewest: int) -> None:
+    assert new().fewest(PruneOptions(min_tokens=min_tokens)) == fewest
+
+
+@pytest.mark.parametrize(("own", "error"), [(True, VLLMValidationError), (False, VLLMServerError)])
+def test_what_cannot_be_decided_is_the_fault_of_who_computed_it(own: bool, error: type[Exception]) -> None:
+    found = new(own=own)
+    found.take(Failed("NaN in this image"))
+    for ask in (found.decided, found.result):
+        with pytest.raises(error, match="NaN in this image"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("options", "may"),
+    [
+        ({}, True),
+        ({"energy": 0.5}, True),
+        ({"energy": 1.0}, False),
+        ({"energy": 1.0, "max_tokens": 20}, True),
+        ({"enabled": False, "energy": 0.5, "max_tokens": 20}, False),
+    ],
+)
+def test_what_may_lose_tokens(options: dict[str, Any], may: bool) -> None:
+    assert may_prune(PruneOptions.model_validate(options)) is may
+
+
+def items(*names: str, energy: float = 0.5) -> Items:
+    """One image of each name."""
+    options = PruneOptions(energy=energy)
+    return Items({"image": [Item(name, f"{name}-options", options, energy) for name in names]})
+
+
+def test_those_that_are_missing_share_what_is_known_of_all() -> None:
+    found = items("a", "b", "c")
+    missing = found.missing({"image": [True, False, True]})
+    assert [each.image_hash for each in missing.of["image"]] == ["b"]
+    assert [each.cached for each in found.of["image"]] == [True, False, True]
+    assert missing.new is found.new
+    assert missing.reports is found.reports
+    assert missing.identifiers is found.identifiers
+
+
+def test_those_that_are_missing_are_read_as_all_are() -> None:
+    """Even if the one that may lose tokens is not among them."""
+    found = items("a", "b")
+    found.of["image"][1] = replace(found.of["image"][1], options=PruneOptions(energy=1.0))
+    assert found.are_read_first
+    assert found.missing({"image": [True, False]}).are_read_first
+    assert not items("a", energy=1.0).are_read_first
+
+
+def test_only_what_has_no_answer_yet_is_asked() -> None:
+    found = items("a")
+    answered = new()
+    answered.take(decided())
+    found.new = {"answered": answered, "whole": new(asks=False), "open": new()}
+    assert found.undecided() == [found.new["open"]]
+
+
+def test_what_became_of_a_request() -> None:
+    found, decisions = items("a", "b"), (kept(1), kept(2))
+    answers: list[Answer] = [decided(1), decided(2)]
+    for name, answer in zip("ab", answers, strict=True):
+        found.new[f"{name}-options"] = made = new()
+        made.take(answer)
+        made.timing = Timing("image", 0, {"encode": 0.5, "select": 0.25})
+    for each, decision in zip(found.of["image"], decisions, strict=True):
+        found.done("image", each, PrunedDetails([IMAGE] * 4).pruned(decision))
+    pruning = found.pruning(kv_bytes_per_token=10)
+    assert [report.kept_tokens for report in pruning.of("image")] == [1, 2]
+    assert (pruning.seconds, len(pruning.timings), pruning.kv_bytes_per_token) == (1.5, 2, 10)
+    assert found.skipped == (3 - 1) + (3 - 2)
+    first, second = pruning.identifiers["a-options"], pruning.identifiers["b-options"]
+    assert first.startswith("a-")
+    assert second.startswith("b-")
+    assert first[1:] != second[1:]
+
+
+def test_vllm_never_sees_our_items() -> None:
+    found = items("a")
+    assert split({"eadaprune": found, "do_resize": False}) == (found, {"do_resize": False})
+    assert split({"do_resize": False}) == (None, {"do_resize": False})

@@ -1,0 +1,169 @@
+"""vLLM's own models, as an engine has them: what they encode and decide is what transformers' say. Random weights."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, WITHOUT_VIDEO
+from inprocess import SCENES
+from reference import Reference
+from transformers import AutoProcessor
+from vllm import ModelRegistry
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from eadaprune_vllm.engine.decide import decide
+from eadaprune_vllm.models import ARCHITECTURES
+from eadaprune_vllm.models.items import New
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.prune import Kept, prune
+from eadaprune_vllm.wire import Decided, answers, pack, questions
+
+# The experts of the other one want a group of ranks of their own; its tower is that of qwen3_vl.
+NAMES = [name for name in FAMILIES if name != "qwen3_vl_moe"]
+IMAGES = {name: SCENES[name] for name in ("square", "wide", "tall", "small", "noise")}
+CLIP = np.stack([np.asarray(SCENES["large"].crop((40 * n, 0, 40 * n + 160, 120))) for n in range(6)])
+OPTIONS: list[dict[str, Any]] = [
+    {"energy": 0.9, "min_tokens": 4},
+    {"energy": 0.97, "min_tokens": 4, "selector": "attention"},
+    {"energy": 0.9, "scope": "image", "selector": "hybrid"},
+]
+
+
+@pytest.fixture(scope="module")
+def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The process is a worker's, in which our models are in the place of vLLM's."""
+    known = dict(ModelRegistry.models)
+    for architecture, path in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, path)
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        initialize_model_parallel()
+        yield
+        cleanup_dist_env_and_memory()
+    ModelRegistry.models.clear()
+    ModelRegistry.models.update(known)
+
+
+class Loaded:
+    """A small model on both sides.
+
+    Attributes:
+        model: vLLM's, ours in its place.
+        reference: transformers'.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        args = EngineArgs(str(folder), max_model_len=4096, dtype="float32", enforce_eager=True)
+        self.config = args.create_engine_config()
+        with set_current_vllm_config(self.config):
+            self.model = get_model(vllm_config=self.config)
+        self.reference = Reference(folder, torch.float32)
+        self.video = name not in WITHOUT_VIDEO
+        self._folder = folder
+        self._processor = MULTIMODAL_REGISTRY.create_processor(self.config.model_config)
+
+    def read(self, items: dict[str, Any], **options: Any) -> list[New]:
+        """What a front end makes of images and videos."""
+        chosen = PruneOptions.model_validate(options)
+        inputs = ProcessorInputs([], self._processor.info.parse_mm_data(items))
+        return [
+            self._processor.read(inputs, modality, index, chosen)
+            for modality, of_each in items.items()
+            for index in range(len(of_each))
+        ]
+
+    def decided(self, items: dict[str, Any], **options: Any) -> list[Decided]:
+        """What an engine answers about them."""
+        runner = SimpleNamespace(get_model=lambda: self.model, vllm_config=self.config, device=torch.device("cpu"))
+        asked = questions(pack([new.question for new in self.read(items, **options)]))
+        found = answers(pack(decide(runner, asked)))
+        decided = [answer for answer in found if isinstance(answer, Decided)]
+        assert len(decided) == len(found)
+        return decided
+
+    @property
+    def clip(self) -> Any:
+        """The clip as transformers' processor has it."""
+        processor = AutoProcessor.from_pretrained(self._folder).video_processor
+        return processor(CLIP, do_sample_frames=False, return_tensors="pt")
+
+    def expected(self, **options: Any) -> list[Kept]:
+        """The reference's decisions about all images and, if it takes any, the clip."""
+        found = [self.reference.kept(image, **options) for image in IMAGES.values()]
+        if self.video:
+            found.append(prune(self.reference.encode(self.clip), PruneOptions.model_validate(options)))
+        return found
+
+    @property
+    def items(self) -> dict[str, Any]:
+        """All images and, if it takes any, the clip."""
+        metadata = {"fps": 2.0, "frames_indices": [*range(6)], "total_num_frames": 6, "do_sample_frames": False}
+        return {"image": [*IMAGES.values()]} | ({"video": [(CLIP, metadata)]} if self.video else {})
+
+
+@pytest.fixture(scope="module")
+def load(_engine: None, family: Callable[[str], Path]) -> Callable[[str], Loaded]:
+    return cache(lambda name: Loaded(name, family(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decisions_are_those_of_the_reference(load: Callable[[str], Loaded], name: str) -> None:
+    """Of several tiles, windows, frames and selectors, in batches."""
+    found = load(name)
+    for options in OPTIONS:
+        for decided, kept in zip(found.decided(found.items, **options), found.expected(**options), strict=True):
+            assert decided.kept.unpruned == kept.unpruned
+            assert decided.kept.placeholders.tolist() == kept.placeholders.tolist()
+            assert decided.kept.selector == kept.selector == options.get("selector", "span")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_what_transformers_feeds_its_language_model_with(load: Callable[[str], Loaded], name: str) -> None:
+    """In the order of its prompt, newlines included, and with what DeepStack levels add."""
+    found = load(name)
+    for image, decided in zip(IMAGES.values(), found.decided({"image": [*IMAGES.values()]}, energy=1.0), strict=True):
+        inputs = found.reference.image_processor(image, return_tensors="pt")
+        with torch.inference_mode():
+            made = found.reference.model.get_image_features(**inputs)
+        levels = [torch.cat(tuple(level)) for level in (made.pooler_output, *(made.get("deepstack_features") or ()))]
+        torch.testing.assert_close(decided.rows, torch.cat(levels, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_encoded_beside_an_image_does_not_matter(load: Callable[[str], Loaded], name: str) -> None:
+    found = load(name)
+    together = found.decided(found.items, **OPTIONS[0])
+    alone = [
+        found.decided({modality: [each]}, **OPTIONS[0])[0] for modality, items in found.items.items() for each in items
+    ]
+    for one, other in zip(together, alone, strict=True):
+        assert one.kept.placeholders.tolist() == other.kept.placeholders.tolist()
+        torch.testing.assert_close(one.rows, other.rows, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:
+    """And pixels as vLLM does."""
+    found = load("llava")
+    given = [torch.randn(3, 128), torch.randn(5, 128)]
+    embedded = found.model.embed_multimodal(image_rows=given, image_kept=[torch.arange(3), torch.arange(5)])
+    assert all(torch.equal(*pair) for pair in zip(embedded, given, strict=True))
+    (new,) = found.read({"image": [SCENES["square"]]}, energy=1.0)
+    (decided,) = found.decided({"image": [SCENES["square"]]}, energy=1.0)
+    pixels = new.question.item.get_data()["pixel_values"][None]
+    torch.testing.assert_close(found.model.embed_multimodal(pixel_values=pixels)[0], decided.rows)

@@ -10,11 +10,6 @@ def front_ends(vllm_config: Any) -> int:
     return int(vllm_config.parallel_config._api_process_count)
 
 
-def speaks_for_server(vllm_config: Any) -> bool:
-    """Whether this process is the one that should say what concerns all front ends."""
-    return front_ends(vllm_config) == 1 or vllm_config.parallel_config._api_process_rank < 0
-
-
 async def on_render_thread(renderer: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """Run ``function`` where vLLM processes images: on the one thread that may set torch's number of threads."""
+    """Run ``function`` where vLLM processes images: on its one thread."""
     return await asyncio.get_running_loop().run_in_executor(renderer._mm_executor, function, *args)

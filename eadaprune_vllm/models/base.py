@@ -69,7 +69,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         counts = {modality: inputs.mm_data_items.get_count(modality, strict=False) for modality in MODALITIES}
         if not isinstance(given, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
             with refusals(self.front_end):
-                layers = request_layers(RequestContext(), {KEY: given} if isinstance(given, dict) else {})
+                layers = request_layers(RequestContext(), {KEY: given})
                 chosen = self.server_options.choose(*layers)
             given = Choices({modality: (chosen,) * count for modality, count in counts.items()})
         if counts != {modality: len(of_each) for modality, of_each in given.items()}:

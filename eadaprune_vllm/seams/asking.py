@@ -21,17 +21,23 @@ def ask_first(renderer: Any) -> None:
         raise StartupError(f"this vLLM's renderer is not of the kind known: {error}") from None
 
     def and_wait(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
-        given = {KEY: {}, **(mm_processor_kwargs or {})}
+        given = _as_request(mm_processor_kwargs)
         while isinstance(result := process(*args, mm_processor_kwargs=given, **kwargs), Items):
             front_end.ask_and_wait(result.undecided())
             given[KEY] = result
         return result
 
     async def in_turn(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
-        given = {KEY: {}, **(mm_processor_kwargs or {})}
+        given = _as_request(mm_processor_kwargs)
         while isinstance(result := await process_async(*args, mm_processor_kwargs=given, **kwargs), Items):
             await front_end.ask(result.undecided())
             given[KEY] = result
         return result
 
     renderer._process_multimodal, renderer._process_multimodal_async = and_wait, in_turn
+
+
+def _as_request(mm_processor_kwargs: Any) -> dict[str, Any]:
+    """The processor's options of a request, with ours, without which it is warm-up to the processor."""
+    given = dict(mm_processor_kwargs or {})
+    return given | {KEY: {} if given.get(KEY) is None else given[KEY]}

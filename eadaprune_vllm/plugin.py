@@ -28,9 +28,19 @@ def activate() -> None:
 
     check_version()  # before anything that may fail to import from another one
     from eadaprune_vllm.models import ARCHITECTURES
-    from eadaprune_vllm.seams import admission, anthropic, configuration, engine, rendering, run_batch, sent, weights
+    from eadaprune_vllm.seams import (
+        admission,
+        anthropic,
+        configuration,
+        engine,
+        graphs,
+        rendering,
+        run_batch,
+        sent,
+        weights,
+    )
 
     for architecture, model in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, model)
-    for seam in (configuration, engine, rendering, run_batch, admission, sent, weights, anthropic):
+    for seam in (configuration, engine, graphs, rendering, run_batch, admission, sent, weights, anthropic):
         seam.install()

@@ -63,10 +63,6 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "--ec-transfer-config is not supported: other instances do not know what is kept of an image",
     ),
     (
-        lambda mm, c: c.compilation_config.cudagraph_mm_encoder,
-        "cudagraph_mm_encoder is not supported: its graphs take pixels only",
-    ),
-    (
         lambda mm, c: c.lora_config and c.lora_config.enable_tower_connector_lora,
         "--enable-tower-connector-lora is not supported: images are encoded before it is known for which adapter",
     ),

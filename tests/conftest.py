@@ -17,6 +17,11 @@ SERVER_TESTS = Path(__file__).parent / "server"
 Start = Callable[..., Server]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:  # nothing was asked for
+        config.option.markexpr = "not server and not slow"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVER_TESTS in item.path.parents:

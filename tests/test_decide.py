@@ -59,7 +59,10 @@ def asked(rows: torch.Tensor, modality: str = "image", explain: bool = False, **
 def answered(model: Model, *questions: Question, tp_mode: str = "weights") -> list[Answer]:
     multimodal = SimpleNamespace(mm_encoder_tp_mode=tp_mode)
     config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
-    return decide(SimpleNamespace(get_model=lambda: model, device=torch.device("cpu"), vllm_config=config), questions)
+    runner = SimpleNamespace(
+        get_model=lambda: model, device=torch.device("cpu"), vllm_config=config, encoder_cudagraph_manager=None
+    )
+    return decide(runner, questions)
 
 
 def as_decided(answer: Answer) -> Decided:

@@ -70,8 +70,8 @@ class Renderer:
     def _process_multimodal(self, prompt: str, *, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         assert mm_processor_kwargs is not None
         given = mm_processor_kwargs["eadaprune"]
-        self.seen.append((mm_processor_kwargs.get("other"), given if isinstance(given, dict) else "items"))
-        if given == {} or given == {"energy": 0.5}:
+        self.seen.append((mm_processor_kwargs.get("other"), "items" if isinstance(given, Items) else given))
+        if not isinstance(given, Items):
             return Items({}, {"first": new()})
         if len(given.new) == 1:
             given.new["second"] = new()
@@ -84,7 +84,10 @@ class Renderer:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-@pytest.mark.parametrize("kwargs", [None, {}, {"other": 1}, {"other": 1, "eadaprune": {"energy": 0.5}}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [None, {}, {"other": 1}, {"other": 1, "eadaprune": {"energy": 0.5}}, {"eadaprune": None}, {"eadaprune": [0.5]}],
+)
 def test_a_renderer_goes_on_once_all_is_answered(waits: bool, kwargs: dict[str, Any] | None) -> None:
     renderer = Renderer(FrontEnd(Prepared(decided(), decided()), Metrics(CollectorRegistry()), "m", 1))
     ask_first(renderer)
@@ -94,7 +97,8 @@ def test_a_renderer_goes_on_once_all_is_answered(waits: bool, kwargs: dict[str, 
     else:
         found = asyncio.run(renderer._process_multimodal_async("a prompt", mm_processor_kwargs=kwargs))
     assert found == "input of a prompt"
-    other, own = (kwargs or {}).get("other"), (kwargs or {}).get("eadaprune", {})
+    other, own = (kwargs or {}).get("other"), (kwargs or {}).get("eadaprune")
+    own = {} if own is None else own  # what is no object is for the processor to refuse
     assert renderer.seen == [(other, own), (other, "items"), (other, "items")]
     assert kwargs == before  # they are the client's, and may be those of more prompts
 

@@ -90,7 +90,12 @@ class Loaded:
 
     def decided(self, items: dict[str, Any], **options: Any) -> list[Decided]:
         """What an engine answers about them."""
-        runner = SimpleNamespace(get_model=lambda: self.model, vllm_config=self.config, device=torch.device("cpu"))
+        runner = SimpleNamespace(
+            get_model=lambda: self.model,
+            vllm_config=self.config,
+            device=torch.device("cpu"),
+            encoder_cudagraph_manager=None,
+        )
         asked = questions(pack([new.question for new in self.read(items, **options)]))
         found = answers(pack(decide(runner, asked)))
         decided = [answer for answer in found if isinstance(answer, Decided)]

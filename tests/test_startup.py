@@ -31,7 +31,6 @@ from eadaprune_vllm.options import ServerOptions
         ({"model_impl": "transformers"}, "the architecture TransformersMultiModalForCausalLM is not supported"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
         ({"mm_encoder_only": True}, "--mm-encoder-only is not supported"),
-        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder is not supported"),
         (
             {"enable_lora": True, "enable_tower_connector_lora": True, "max_lora_rank": 8},
             "--enable-tower-connector-lora is not supported",

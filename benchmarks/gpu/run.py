@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent.parent
 # Both servers are up at the same time, so each gets less than half of the GPU.
-SHARED_GPU = "--gpu-memory-utilization 0.42 --max-num-seqs 64"
+SHARED_GPU = "--dtype bfloat16 --gpu-memory-utilization 0.42 --max-num-seqs 64"
 SERVING = ["serving.py", "--language-model", "7b", "--images", "1", "--rounds", "2", "--requests", "16"]
 SERVING += ["--concurrency", "1", "--concurrency", "16", "--concurrency", "64", "--flags", SHARED_GPU]
 BATCHES = [part for batch in (1, 4, 16, 32) for part in ("--batch", str(batch))]

@@ -13,6 +13,7 @@ from eadaprune_vllm.engine.attention import observing
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, finite, prune
+from eadaprune_vllm.seams.graphs import encode
 from eadaprune_vllm.selectors import BY_ATTENTION, VisualTokens
 from eadaprune_vllm.wire import Answer, Decided, Failed, Grounds, Question
 
@@ -49,7 +50,7 @@ def decide(runner: Any, questions: Sequence[Question]) -> list[Answer]:
     seen = runner.vllm_config.model_config.multimodal_config.mm_encoder_tp_mode != "data"
     observed = [seen and each.selector in BY_ATTENTION for each in options]
     answers: dict[int, Answer] = {}
-    for index, encoded in _encoded(model, runner.device, questions, observed):
+    for index, encoded in _encoded(runner, questions, observed):
         try:
             answers[index] = _answer(model, questions[index], options[index], encoded)
         except NonFiniteFeaturesError as error:
@@ -59,11 +60,10 @@ def decide(runner: Any, questions: Sequence[Question]) -> list[Answer]:
     return [answers[index] for index in range(len(questions))]
 
 
-def _encoded(
-    model: Any, device: torch.device, questions: Sequence[Question], observed: Sequence[bool]
-) -> Iterator[tuple[int, Encoded]]:
+def _encoded(runner: Any, questions: Sequence[Question], observed: Sequence[bool]) -> Iterator[tuple[int, Encoded]]:
     """What the model makes of each, after its index. What vLLM would batch is a batch; where attention is observed,
     each is one by itself."""
+    model, device = runner.get_model(), runner.device
     order = sorted(range(len(questions)), key=lambda index: (observed[index], questions[index].modality))
     together = [index for index in order if not observed[index]]
     batches = [together, *([index] for index in order if observed[index])]
@@ -73,7 +73,7 @@ def _encoded(
         for modality, count, kwargs in group_and_batch_mm_kwargs(items, device=device, pin_memory=PIN_MEMORY):
             start = time.perf_counter()
             with observing(model, observed[indices[0]]) as attention:
-                rows, features = model.eadaprune_encode(modality, **kwargs)
+                rows, features = encode(runner, modality, kwargs, eager=observed[indices[0]])
             drawn = attention()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

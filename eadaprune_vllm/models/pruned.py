@@ -17,6 +17,11 @@ ROWS = "_rows"  # [p, W], the model's dtype, what the language model is fed with
 KEPT = "_kept"  # [p] int64, on the CPU, which of the unpruned placeholders these are
 
 
+def ready_rows(kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+    """The rows of a batch of pruned items; None if it is not one. vLLM batches one modality at a time."""
+    return next((list(value) for name, value in kwargs.items() if name.endswith(ROWS)), None)
+
+
 class Pruned(SupportsMultiModal):
     """Mixin in front of a model.
 
@@ -35,10 +40,8 @@ class Pruned(SupportsMultiModal):
 
     @override
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        for name, value in kwargs.items():  # vLLM calls with one modality at a time
-            if name.endswith(ROWS):
-                return list(value)
-        return super().embed_multimodal(**kwargs)
+        rows = ready_rows(kwargs)
+        return super().embed_multimodal(**kwargs) if rows is None else rows
 
     def eadaprune_encode(self, modality: str, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """Encode a batch.

@@ -1,0 +1,36 @@
+"""CUDA graphs of vLLM's encoder (``cudagraph_mm_encoder``): what the engine is asked about is encoded by them too, and
+rows that are ready pass them by."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from eadaprune_vllm.models.pruned import Pruned, ready_rows
+from eadaprune_vllm.seams.wrap import wrap
+
+
+def install() -> None:
+    @wrap("vllm.v1.worker.encoder_cudagraph:EncoderCudaGraphManager.execute")
+    def execute(original: Any, manager: Any, mm_kwargs: Any) -> Any:
+        # Whoever gets None has the model embed them.
+        return original(manager, mm_kwargs) if ready_rows(mm_kwargs) is None else None
+
+
+def encode(runner: Any, modality: str, kwargs: Mapping[str, Any], eager: bool) -> tuple[list[torch.Tensor], Any]:
+    """What ``eadaprune_encode`` of the runner's model says about a batch; replayed from graphs where there are any for
+    it, and the model does not encode in a way of its own.
+
+    Args:
+        runner: vLLM's first or second model runner.
+        modality: of the batch.
+        kwargs: what ``embed_multimodal`` takes.
+        eager: whether its modules must be called, as graphs do not.
+    """
+    model, state = runner.get_model(), getattr(runner, "model_state", None)  # which the second one has
+    manager = state.encoder_runner.cudagraph_manager if state else runner.encoder_cudagraph_manager
+    own = type(model).eadaprune_encode is not Pruned.eadaprune_encode
+    if eager or own or manager is None or not manager.is_captured() or not manager.supports_modality(modality):
+        encoded: tuple[list[torch.Tensor], Any] = model.eadaprune_encode(modality, **kwargs)
+        return encoded
+    return list(manager.execute(kwargs)), None

@@ -4,8 +4,8 @@ Two real servers on one machine, of a LLaVA-1.5 with its real tower and a langua
 weights: stock vLLM, and vLLM with this plugin. ``vllm bench serve`` sends every contender images of its own, in turns:
 
 - ``stock``, and ``energy 1``, which keeps all tokens and asks the engine nothing: what the plugin costs
-- ``adaptive``, at thresholds whose mean budget is about a half, 22 % and 11 % of the tokens
-- ``fixed``, with ``min_tokens = max_tokens`` of the mean that ``adaptive`` had just before: what adapting costs
+- shares of the tokens, by ``min_tokens = max_tokens``: features of random weights have no spectrum worth a threshold,
+  but it is computed all the same
 
 The limit is counted, not measured: how much less there is to compute for a prompt. Each turn also notes what the engine
 spent on every new image: on encoding, spectrum and selection. Writes ``serving.json`` after each turn, and
@@ -26,11 +26,9 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import matplotlib
 
 matplotlib.use("Agg")
-import numpy as np
 import typer
 from common import RESULTS, about, scene
 from geometry import LANGUAGE_MODELS, make_geometry
@@ -43,12 +41,9 @@ from vllm.benchmarks.serve import main as bench_serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from eadaprune_vllm.demo.server import Server
-from eadaprune_vllm.draw import data_url
 from eadaprune_vllm.tools.evaluate import exactly
 
 TOKENS = 576
-SHARES = (0.5, 0.22, 0.11)
-SAMPLE = 24  # images from which thresholds are chosen; no others are sent twice
 PROMPT = "What is in the picture, and where?"
 FLAGS = ["--load-format", "dummy", "--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 4}']
 FLAGS += ["--dtype", "float32"]  # not every CPU has instructions for bfloat16; --flags may say otherwise
@@ -86,7 +81,7 @@ class Bench:
 
     def __init__(self, folder: Path, model: Path, output_tokens: int) -> None:
         self.folder, self.model, self.output_tokens = folder, model, output_tokens
-        self.seeds = itertools.count(SAMPLE)
+        self.seeds = itertools.count()
 
     def run(self, server: Server, cell: Cell, options: dict[str, Any] | None) -> dict[str, float]:
         data = self.folder / "requests.jsonl"
@@ -113,19 +108,6 @@ class Bench:
         if pruned := spent.pop("pruned"):
             found |= {f"{stage}_ms": 1000 * seconds / pruned for stage, seconds in spent.items()}
         return found | {"prompt_tokens": (server.metric("vllm:prompt_tokens_total") - before) / cell.requests}
-
-
-def thresholds(server: Server) -> dict[float, float]:
-    """For each of ``SHARES`` the energy at which images keep about that share of their tokens in the mean."""
-    curves = []
-    for seed in range(SAMPLE):
-        part = {"type": "image_url", "image_url": {"url": data_url(scene(seed))}}
-        body = {"messages": [{"role": "user", "content": [part]}]}
-        answer = httpx.post(f"{server.url}/v1/eadaprune/preview", json=body, timeout=600).raise_for_status()
-        curves.append(np.array(answer.json()["images"][0]["curve"]))
-    energies = np.linspace(0.01, 1, 5000)
-    means = np.mean([np.interp(energies, curve[:, 1], curve[:, 0]) for curve in curves], axis=0)
-    return {share: round(float(energies[means.searchsorted(share * TOKENS)]), 4) for share in SHARES}
 
 
 def flops(config: LlavaConfig, images: int, prompt_tokens: float) -> float:
@@ -162,6 +144,7 @@ def main(
     images: Annotated[list[int], typer.Option(help="Images per request.")] = [1, 4],  # noqa: B006
     concurrency: Annotated[list[int], typer.Option(help="Requests under way.")] = [1, 4, 16],  # noqa: B006
     requests: Annotated[int, typer.Option(help="Least that a turn sends; as many as are under way, if more.")] = 4,
+    share: Annotated[list[float], typer.Option(help="Of the tokens that are kept.")] = [0.5, 0.22, 0.11],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="How often each contender has its turn.")] = 3,
     output_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 16,
     language_model: Annotated[str, typer.Option(help=f"One of {', '.join(LANGUAGE_MODELS)}.")] = "1b",
@@ -172,66 +155,47 @@ def main(
     cells = [Cell(each, under_way, max(requests, under_way)) for each in images for under_way in concurrency]
     settings: dict[str, Any] = {"output_tokens": output_tokens, "flags": [*FLAGS, *flags.split()]}
     settings |= {"language_model": language_model, "environment": ENVIRONMENT}
-    energies, runs = stored(output / "serving.json", settings)
+    runs = stored(output / "serving.json", settings)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = make_geometry(folder / "model", language_model)
         bench = Bench(folder, folder / "model", output_tokens)
         with servers(folder, folder / "model", flags.split()) as (stock, pruned):
-            energies = energies or thresholds(pruned)
             for server in (stock, pruned):
                 bench.run(server, Cell(1, 2, 4), None)  # set up once, for nothing
 
-            def run(name: str, server: Server, options: dict[str, Any] | None) -> None:
-                with console.status(f"round {turn + 1} of {rounds}: {cell}, {name}"):
-                    found = bench.run(server, cell, options)
-                runs.append({"contender": name, "round": turn, **asdict(cell), **found})
-
-            def kept() -> float:
-                return pruned.metric("eadaprune_visual_tokens_total", stage="kept")
-
-            whole: dict[str, tuple[Server, dict[str, Any] | None]] = {
+            contenders: dict[str, tuple[Server, dict[str, Any] | None]] = {
                 "stock": (stock, None),
                 "energy 1": (pruned, {"energy": 1.0}),
-            }
-            turns: list[str | float] = [*whole, *SHARES]
+            } | {f"{each:.0%}": (pruned, exactly(round(each * TOKENS))) for each in share}
             for turn, cell in itertools.product(range(rounds), cells):
-                for contender in random.Random(turn).sample(turns, len(turns)):
-                    last = contender if isinstance(contender, str) else f"fixed {contender:.0%}"
-                    if any({"contender": last, "round": turn, **asdict(cell)}.items() <= run.items() for run in runs):
+                for name in random.Random(turn).sample([*contenders], len(contenders)):
+                    key = {"contender": name, "round": turn, **asdict(cell)}
+                    if any(key.items() <= run.items() for run in runs):
                         continue
-                    if isinstance(contender, str):
-                        run(contender, *whole[contender])
-                    else:
-                        before = kept()
-                        run(f"adaptive {contender:.0%}", pruned, {"energy": energies[contender], "min_tokens": 1})
-                        mean = round((kept() - before) / (cell.requests * cell.images))
-                        run(f"fixed {contender:.0%}", pruned, exactly(mean))
-                    rows = summarize(config, runs)
+                    with console.status(f"round {turn + 1} of {rounds}: {cell}, {name}"):
+                        runs.append(key | bench.run(contenders[name][0], cell, contenders[name][1]))
                     output.mkdir(exist_ok=True)
-                    found = {"about": about() | settings | {"energies": energies}, "summary": rows, "runs": runs}
+                    found = {"about": about() | settings, "summary": summarize(config, runs), "runs": runs}
                     (output / "serving.json").write_text(json.dumps(found, indent=1) + "\n")
     rows = summarize(config, runs)
     report(console, rows)
     draw(rows, output / "serving.png")
 
 
-def stored(path: Path, settings: dict[str, Any]) -> tuple[dict[float, float], list[dict[str, Any]]]:
-    """The thresholds and runs of an earlier call with the same settings on the same machine, if there was one."""
+def stored(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of an earlier call with the same settings on the same machine, if there was one."""
     found = json.loads(path.read_text()) if path.exists() else {"about": {}}
     here = {key: value for key, value in about().items() if key not in ("commit", "command")} | settings
-    if not here.items() <= found["about"].items():
-        return {}, []
-    return {float(share): energy for share, energy in found["about"]["energies"].items()}, found["runs"]
+    return found["runs"] if here.items() <= found["about"].items() else []
 
 
 def summarize(config: LlavaConfig, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians of each contender under each load, as ratios to stock vLLM's in the same round; above 1 is faster. Rounds
     in which one is missing do not count."""
-    contenders = ["stock", "energy 1"]
-    contenders += [f"{kind} {share:.0%}" for share in SHARES for kind in ("adaptive", "fixed")]
+    contenders = [*dict.fromkeys(["stock", "energy 1", *(run["contender"] for run in runs)])]
     turns = Counter((run["images"], run["concurrency"], run["round"]) for run in runs)
-    runs = [run for run in runs if turns[run["images"], run["concurrency"], run["round"]] == 2 + 2 * len(SHARES)]
+    runs = [run for run in runs if turns[run["images"], run["concurrency"], run["round"]] == len(contenders)]
     cells = sorted({Cell(run["images"], run["concurrency"], run["requests"]) for run in runs}, key=astuple)
     rows = []
     for cell, contender in itertools.product(cells, contenders):

@@ -1,15 +1,17 @@
 """Asking the engine what to keep: questions of all requests that wait travel together, one call at a time."""
 
 import asyncio
+import concurrent.futures
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from eadaprune_vllm.seams.engine import AsyncEngines, blocking
 from eadaprune_vllm.wire import Answer, Question, answers, pack
 
-_Waiting = deque[tuple[Question, asyncio.Future[Answer]]]
+Promise = asyncio.Future[Answer] | concurrent.futures.Future[Answer]
+_Waiting = deque[tuple[Question, Promise]]
 
 
 class Asker:
@@ -56,11 +58,15 @@ class Asker:
         if self._loop:
             return asyncio.run_coroutine_threadsafe(self.ask(questions), self._loop).result()
         assert self._ask, "images and videos come after the engine"
-        return [answer for some in _batches(questions, self.most) for answer in answers(self._ask(pack(some)))]
+        found: list[Answer] = []
+        waiting: _Waiting = deque((question, concurrent.futures.Future()) for question in questions)
+        while batch := _next(deque([waiting]), self.most):
+            found += answers(self._ask(pack([question for question, _ in batch])))
+        return found
 
     async def _run(self) -> None:
         assert self._ask_async, "images and videos come after the engine"
-        while batch := self._next():
+        while batch := _next(self._requests, self.most):
             questions, promises = zip(*batch, strict=True)
             try:
                 payload = await asyncio.to_thread(pack, questions)
@@ -74,32 +80,20 @@ class Asker:
                 if not promise.done():
                     promise.set_result(answer)
 
-    def _next(self) -> list[tuple[Question, asyncio.Future[Answer]]]:
-        """What the next call asks: one question of each request in turn, while there is room."""
-        batch: list[tuple[Question, asyncio.Future[Answer]]] = []
-        room = self.most
-        while self._requests:
-            waiting = self._requests[0]
-            while waiting and waiting[0][1].done():  # cancelled
-                waiting.popleft()
-            if not waiting:
-                self._requests.popleft()
-                continue
-            room -= waiting[0][0].num_placeholders
-            if batch and room < 0:
-                break
-            batch.append(waiting.popleft())
-            self._requests.rotate(-1)
-        return batch
 
-
-def _batches(questions: Sequence[Question], most: int) -> Iterator[list[Question]]:
-    """The questions in order, so many placeholders at a time."""
-    batch: list[Question] = []
-    for question in questions:
-        if batch and sum(other.num_placeholders for other in [*batch, question]) > most:
-            yield batch
-            batch = []
-        batch.append(question)
-    if batch:
-        yield batch
+def _next(requests: deque[_Waiting], room: int) -> list[tuple[Question, Promise]]:
+    """Take what the next call asks: one question of each request in turn, while there is room for its placeholders."""
+    batch: list[tuple[Question, Promise]] = []
+    while requests:
+        waiting = requests[0]
+        while waiting and waiting[0][1].done():  # cancelled
+            waiting.popleft()
+        if not waiting:
+            requests.popleft()
+            continue
+        room -= waiting[0][0].num_placeholders
+        if batch and room < 0:
+            break
+        batch.append(waiting.popleft())
+        requests.rotate(-1)
+    return batch

@@ -213,7 +213,7 @@ def test_one_range_everywhere() -> None:
     (required,) = (line for line in project["dependencies"] if re.match(r"vllm\b", line))
     assert required == f"vllm>={bounds['>=']},<{bounds['<']}"
     short = [release.removesuffix(".0") for release in window.RELEASES]
-    for document in ("README.md", "deploy/README.md"):
+    for document in ("README.md", "docs/serve.md", "docs/limits.md", "deploy/README.md"):
         text = (ROOT / document).read_text()
         assert f"vLLM {' or '.join(short)}" in text, document
         assert {*re.findall(r"vLLM (\d+\.\d+)", text)} <= {*short}, document

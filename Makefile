@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything is installed into .venv unless EADAPRUNE_PYTHON names the Python of an
 # environment that has vLLM already (a CUDA machine's): then only this project is added to it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-unit test-slow test-versions check format clean
+.PHONY: help setup demo serve test test-unit test-slow test-versions check docs format clean
 
 ifdef EADAPRUNE_PYTHON
 PY := $(EADAPRUNE_PYTHON)
@@ -54,9 +54,12 @@ check: $(STAMP) ## Lint, formatting and types
 	$(BIN)ruff format --check .
 	$(BIN)mypy
 
+docs: $(STAMP) ## Build the documents as a site in build/docs; warnings are errors
+	$(PY) -m sphinx -q -W --keep-going -c docs . build/docs
+
 format: $(STAMP) ## Let ruff mend what it can
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
 
 clean: ## Remove what was installed and made here
-	rm -rf .venv demo-output dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build demo-output dist .mypy_cache .ruff_cache .pytest_cache

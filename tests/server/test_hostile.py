@@ -34,14 +34,13 @@ OPTIONS: list[Any] = [
     {"energy": 0.9, "selector": "attention"},
     {"energy": 1.0, "max_tokens": 33},
     {"energy": 1.0},
-    {"min_tokens": 16383, "selector": "diversity"},
+    {"min_tokens": 2**70, "selector": "diversity"},
     {"energy": 1e-9, "min_tokens": 1},
 ]
 BAD_OPTIONS: list[Any] = [
     {"energy": 0},
     {"energy": "0.5"},
     {"energy": True},
-    {"min_tokens": 2**70},
     {"min_tokens": -1},
     {"selector": "x" * 10_000},
     {"unknown": {"deep": [[[]]]}},

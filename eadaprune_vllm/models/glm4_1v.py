@@ -10,7 +10,7 @@ from eadaprune_vllm.models.pruned import UnprunedPositions
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 
 
-class Glm(QwenTower, UnprunedPositions):
+class Glm(QwenTower):
     """Mixin for GLM-V models."""
 
     eadaprune_takes_embeddings = False  # they come without a grid
@@ -24,12 +24,12 @@ class PrunedGlm4vProcessor(PruningProcessor, glm4_1v.Glm4vMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(
     PrunedGlm4vProcessor, info=glm4_1v.Glm4vProcessingInfo, dummy_inputs=glm4_1v.Glm4vDummyInputsBuilder
 )
-class PrunedGlm4vForConditionalGeneration(Glm, glm4_1v.Glm4vForConditionalGeneration):
+class PrunedGlm4vForConditionalGeneration(Glm, UnprunedPositions, glm4_1v.Glm4vForConditionalGeneration):
     """GLM-4.1V and GLM-4.6V-Flash, pruned."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     PrunedGlm4vProcessor, info=glm4_1v.Glm4vProcessingInfo, dummy_inputs=glm4_1v.Glm4vDummyInputsBuilder
 )
-class PrunedGlm4vMoeForConditionalGeneration(Glm, glm4_1v.Glm4vMoeForConditionalGeneration):
+class PrunedGlm4vMoeForConditionalGeneration(Glm, UnprunedPositions, glm4_1v.Glm4vMoeForConditionalGeneration):
     """The same of a mixture of experts, GLM-4.5V and GLM-4.6V."""

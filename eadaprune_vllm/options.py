@@ -31,7 +31,8 @@ class PruneOptions(BaseModel):
         gt=0,
         le=1,
         description="Share of the spectral energy of an image that its tokens must hold; 1.0 keeps every token. "
-        "The default is not verified against the paper: its own threshold is not known to us.",
+        "The default is not verified against the paper: its own threshold is not known to us. For models that read "
+        "pages of text it is 1.0.",
     )
     min_tokens: int = Field(default=16, ge=1, description="Fewest tokens an image is cut down to.")
     max_tokens: int | None = Field(

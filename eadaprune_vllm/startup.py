@@ -126,16 +126,29 @@ def check_load_aware(serving: bool, engine_args: Any) -> None:
         raise StartupError(f"{flag} is not supported with --enable-elastic-ep: it replaces the statistics")
 
 
-def server_options(given: object) -> ServerOptions:
+def server_options(given: object, energy: float | None = None) -> ServerOptions:
     """What the operator set, by flags and ``--mm-processor-kwargs``.
+
+    Args:
+        given: that.
+        energy: the default of this option, if the model has one of its own.
 
     Raises:
         StartupError: naming option, value and allowed range.
     """
+    defaults = ServerOptions() if energy is None else ServerOptions(energy=energy)
     try:
-        return overlay(ServerOptions(), given, where=KEY)
+        options = overlay(defaults, given, where=KEY)
     except InvalidOptionsError as error:
         raise StartupError(str(error)) from None
+    if energy is not None and not (isinstance(given, dict) and "energy" in given):
+        logger.info(
+            "eadaprune: energy is %g by default for this model, as pages of text would lose most; --%s-energy or a "
+            "request may set another",
+            energy,
+            KEY,
+        )
+    return options
 
 
 def front_end(vllm_config: Any) -> FrontEnd:
@@ -174,8 +187,8 @@ def _metrics() -> Metrics:
 
 
 def kv_bytes_per_token(vllm_config: Any) -> int:
-    """KV cache of one token: a key and a value per KV head and layer, in the cache's dtype; 0 if vLLM does not say how
-    large that is."""
+    """KV cache of one token: a key and a value per KV head and layer that has any, in the cache's dtype; 0 if vLLM does
+    not say how large that is."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     model = vllm_config.model_config
@@ -186,4 +199,5 @@ def kv_bytes_per_token(vllm_config: Any) -> int:
         logger.warning("The size of the KV cache's dtype %s is not known, so kv_cache_bytes_saved will be 0", name)
         return 0
     heads, layers = model.get_total_num_kv_heads(), model.get_total_num_hidden_layers()
+    layers -= (getattr(model.hf_text_config, "layer_types", None) or []).count("linear_attention")
     return int(2 * layers * heads * model.get_head_size() * dtype.itemsize)

@@ -13,6 +13,18 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vImageProcessor,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
+    Glm46VImageProcessor,
+    Glm46VProcessor,
+    Glm46VVideoProcessor,
+    GlmOcrConfig,
+    GlmOcrForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -27,6 +39,10 @@ from transformers import (
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     MistralConfig,
+    PaddleOCRVLConfig,
+    PaddleOCRVLForConditionalGeneration,
+    PaddleOCRVLImageProcessor,
+    PaddleOCRVLProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -37,6 +53,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -68,6 +88,15 @@ _TEMPLATE = (
 )
 LLAVA = byte_tokenizer("<image>", "<video>")
 QWEN = byte_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+GLM = byte_tokenizer(
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+)
+PADDLE = byte_tokenizer("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>")
 
 
 def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -229,6 +258,104 @@ def _qwen3(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, Any
     return _qwen(model, config, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, text, 16)
 
 
+def _qwen3_5(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, Any]:
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 256,
+    }
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.25,
+    }
+    text = {
+        "rope_parameters": rope,
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    } | text
+    return _qwen(model, config, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, text, 16)
+
+
+def _glm(
+    model: Any, config: Any, processors: tuple[Any, Any, Any], text: dict[str, Any], vision: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    ids = {
+        f"{name}_token_id": GLM.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image"),
+            ("video", "video"),
+            ("image_start", "begin_of_image"),
+            ("image_end", "end_of_image"),
+            ("video_start", "begin_of_video"),
+            ("video_end", "end_of_video"),
+        )
+    }
+    tower = {"depth": 3, "hidden_size": 64, "num_heads": 4, "out_hidden_size": 128, "image_size": SIDE}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    pixels = {"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 336 * 336}  # of two frames
+    pad = "<|begin_of_{0}|><|{0}|><|end_of_{0}|>"
+    processor, image, video = processors
+    return (
+        model,
+        config(
+            vision_config=tower | {"patch_size": PATCH} | vision,
+            text_config=_text(GLM) | {"rope_parameters": rope} | text,
+            **ids,
+        ),
+        processor(
+            image(size=pixels, patch_size=PATCH, **norm),
+            GLM,
+            video(size=pixels | {"longest_edge": 8 * 112 * 112}, patch_size=PATCH, **norm),
+            chat_template=_TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
+        ),
+    )
+
+
+def _glm_ocr() -> tuple[Any, Any, Any]:
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}
+    return _glm(
+        GlmOcrForConditionalGeneration,
+        GlmOcrConfig,
+        (Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor),
+        {"rope_parameters": rope, "intermediate_size": 3 * 128},  # vLLM takes it for the merger's
+        {"intermediate_size": 128},
+    )
+
+
+def _paddleocr() -> tuple[Any, Any, Any]:
+    start, end, pad = "<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=PADDLE.backend_tokenizer,
+        extra_special_tokens={"image_token": pad},
+        **PADDLE.special_tokens_map,
+    )
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6]}
+    config = PaddleOCRVLConfig(
+        vision_config=_tower(dict),
+        text_config=_text(PADDLE) | {"rope_parameters": rope, "head_dim": 32, "tie_word_embeddings": False},
+        image_token_id=tokenizer.convert_tokens_to_ids(pad),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids(start),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids(end),
+        tie_word_embeddings=False,
+    )
+    processor = PaddleOCRVLProcessor(
+        PaddleOCRVLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 336 * 336}, patch_size=PATCH),
+        tokenizer,
+        chat_template=_TEMPLATE.format(image=start + pad + end, video=""),
+    )
+    return PaddleOCRVLForConditionalGeneration, config, processor
+
+
 _MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -236,6 +363,8 @@ _MOE = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+_GLM4V = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
+_GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64}
 FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava": lambda: _llava(CLIPVisionConfig),
     "llava_siglip": lambda: _llava(SiglipVisionConfig),
@@ -246,16 +375,28 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),
     "qwen3_vl_moe": lambda: _qwen3(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, _MOE),
+    "qwen3_5": lambda: _qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config, {}),
+    "qwen3_5_moe": lambda: _qwen3_5(
+        Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, _MOE | {"shared_expert_intermediate_size": 64}
+    ),
+    "glm4v": lambda: _glm(Glm4vForConditionalGeneration, Glm4vConfig, _GLM4V, {}, {"intermediate_size": 96}),
+    "glm4v_moe": lambda: _glm(
+        Glm4vMoeForConditionalGeneration, Glm4vMoeConfig, _GLM4V, _GLM_MOE, {"intermediate_size": 96}
+    ),
+    "glm_ocr": _glm_ocr,
+    "paddleocr_vl": _paddleocr,
 }
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
-WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral")
+WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl")
+HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
+ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
 
 
 def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
     """A weight that transformers saves as the hub has it."""
-    if ".experts." in name:
+    if ".experts." in name and weight.ndim == 3:
         weight = weight.transpose(1, 2).contiguous()
     return name.replace("vision_tower.", "vision_tower.vision_model."), weight
 

@@ -71,7 +71,8 @@ class Reference:
         grid = inputs.get("video_grid_thw" if modality == "videos" else "image_grid_thw")
         with _watched() as weights:
             if grid is not None:
-                return self._of_grid(pixels, grid, weights)
+                encode = self.model.get_video_features if modality == "videos" else self.model.get_image_features
+                return self._of_grid(torch.cat(encode(pixels, grid).pooler_output), grid, weights)
             if modality == "videos":
                 return self._of_frames(pixels[0], weights)
             if "image_sizes" in inputs:
@@ -124,12 +125,14 @@ class Reference:
         layout = Layout(part, grids, Newlines(mask, torch.zeros_like(part)))
         return Encoding(VisualTokens(features.flatten(0, 1), attention.flatten()), layout)
 
-    def _of_grid(self, pixels: torch.Tensor, grid: torch.Tensor, weights: Weights) -> Encoding:
-        features, vision = self._tower(pixels, grid_thw=grid).pooler_output, self.model.config.vision_config
+    def _of_grid(self, features: torch.Tensor, grid: torch.Tensor, weights: Weights) -> Encoding:
+        vision = self.model.config.vision_config
         of_layer = list(weights.values())[-1]
         over_patches = torch.cat([of_one.mean((0, 1, 2)) for of_one in of_layer])
         attention = over_patches.view(len(features), -1).mean(1)
         merged = vision.spatial_merge_size
+        if self.model.config.model_type == "paddleocr_vl":  # whose tower sees patches line by line
+            attention = torch.nn.functional.avg_pool2d(over_patches.view(1, *grid[0, 1:].tolist()), merged).flatten()
         if hasattr(vision, "window_size"):  # which the tower orders tokens by
             order, _ = get_vision_window_index(
                 grid, spatial_merge_size=merged, window_size=vision.window_size, patch_size=vision.patch_size

@@ -32,8 +32,8 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
 from eadaprune_vllm.wire import Decided, answers, pack, questions
 
-# The experts of the other one want a group of ranks of their own; its tower is that of qwen3_vl.
-NAMES = [name for name in FAMILIES if name != "qwen3_vl_moe"]
+# The experts of the others want a group of ranks of their own; their towers are those of dense models.
+NAMES = [name for name in FAMILIES if not name.endswith("_moe")]
 IMAGES = {name: SCENES[name] for name in ("square", "wide", "tall", "small", "noise")}
 CLIP = np.stack([np.asarray(SCENES["large"].crop((40 * n, 0, 40 * n + 160, 120))) for n in range(6)])
 OPTIONS: list[dict[str, Any]] = [

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from families import WITHOUT_VIDEO
+from families import HYBRID, ONE_VIDEO, WITHOUT_VIDEO
 from PIL import Image
 from shared import noise, photo
 from vllm import LLM, SamplingParams
@@ -44,7 +44,11 @@ CHATS = {name: [name, TEXT] for name in SCENES} | {
     "several": ["wide", "and", "square", "flat", "then", "tall", TEXT],
     "twice": ["square", "or", "square", TEXT],
 }
-VIDEO_CHATS = {"clip": ["clip", TEXT], "both": ["small", "before", "clip", "and", "short", "after", "wide", TEXT]}
+VIDEO_CHATS = {
+    "clip": ["clip", TEXT],
+    "between": ["small", "before", "clip", "after", "wide", TEXT],
+    "both": ["small", "before", "clip", "and", "short", "after", "wide", TEXT],
+}
 
 
 def video_url(frames: list[bytes]) -> str:
@@ -86,14 +90,16 @@ if __name__ == "__main__":
     work: dict[str, list[Any]] = json.load(sys.stdin)  # model's folder -> batches
     result = {}
     for folder, batches in work.items():
+        name = Path(folder).name
+        videos = 0 if name in WITHOUT_VIDEO else 1 if name in ONE_VIDEO else 2
         llm = LLM(
             folder,
-            dtype="bfloat16" if "awq" in folder else "float32",  # AWQ knows no float32
+            dtype="bfloat16" if name in ("awq", *HYBRID) else "float32",  # AWQ knows no float32
             enforce_eager=True,
             max_model_len=4096,
             max_num_batched_tokens=64,  # images are cut over several steps
             block_size=32,
-            limit_mm_per_prompt={"image": 5, "video": 0 if Path(folder).name in WITHOUT_VIDEO else 2},
+            limit_mm_per_prompt={"image": 5, "video": videos},
         )
         result[folder] = [answers(llm, batch) for batch in batches]
         llm.llm_engine.engine_core.shutdown()

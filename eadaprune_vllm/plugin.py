@@ -22,15 +22,22 @@ def activate() -> None:
     Raises:
         StartupError: if vLLM is of no supported version, or lacks what pruning depends on.
     """
-    from vllm import ModelRegistry
-
     from eadaprune_vllm.seams.window import check_version
 
     check_version()  # before anything that may fail to import from another one
-    from eadaprune_vllm.models import ARCHITECTURES
-    from eadaprune_vllm.seams import admission, anthropic, configuration, engine, rendering, run_batch, sent, weights
+    from eadaprune_vllm import models
+    from eadaprune_vllm.seams import (
+        admission,
+        anthropic,
+        configuration,
+        engine,
+        rendering,
+        run_batch,
+        sent,
+        trial,
+        weights,
+    )
 
-    for architecture, model in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, model)
-    for seam in (configuration, engine, rendering, run_batch, admission, sent, weights, anthropic):
+    models.register()
+    for seam in (configuration, engine, trial, rendering, run_batch, admission, sent, weights, anthropic):
         seam.install()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
+from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
@@ -27,7 +29,6 @@ from transformers import (
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -48,53 +49,15 @@ from transformers import (
 
 from eadaprune_vllm.demo.model import byte_tokenizer, random_model
 
-SIDE, PATCH = 112, 14  # of a tile: 64 tokens
-TILES = [[112, 224], [224, 112], [224, 224], [112, 336], [336, 112]]
-_TEXT = {
-    "vocab_size": 320,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-_TEMPLATE = (
-    "{{% for message in messages %}}{{{{ message['role'].upper() }}}}: "
-    "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
-    "{{% for part in message['content'] %}}{{% if part['type'] in ('image', 'image_url') %}}{image}"
-    "{{% elif part['type'] in ('video', 'video_url') %}}{video}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
-    "{{% endfor %}}{{% endif %}} {{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}"
-)
-LLAVA = byte_tokenizer("<image>", "<video>")
 QWEN = byte_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-
-
-def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    return _TEXT | {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _tower(config: Any) -> Any:
-    return config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
 
 
 def _llava(tower: Any) -> tuple[Any, Any, Any]:
     has_cls = tower is CLIPVisionConfig
     strategy = "default" if has_cls else "full"
     config = LlavaConfig(
-        vision_config=_tower(tower),
-        text_config=LlamaConfig(**_text(LLAVA)),
+        vision_config=tower_config(tower),
+        text_config=LlamaConfig(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy=strategy,
@@ -104,7 +67,7 @@ def _llava(tower: Any) -> tuple[Any, Any, Any]:
         LLAVA,
         patch_size=PATCH,
         vision_feature_select_strategy=strategy,
-        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        chat_template=TEMPLATE.format(image="<image>\n", video=""),
         num_additional_image_tokens=int(has_cls),
     )
     return LlavaForConditionalGeneration, config, processor
@@ -112,8 +75,8 @@ def _llava(tower: Any) -> tuple[Any, Any, Any]:
 
 def _llava_next(text: Any) -> tuple[Any, Any, Any]:
     config = LlavaNextConfig(
-        vision_config=_tower(CLIPVisionConfig),
-        text_config=text(**_text(LLAVA)),
+        vision_config=tower_config(CLIPVisionConfig),
+        text_config=text(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=TILES,
         vision_feature_layer=-2,
@@ -125,7 +88,7 @@ def _llava_next(text: Any) -> tuple[Any, Any, Any]:
         LLAVA,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        chat_template=TEMPLATE.format(image="<image>\n", video=""),
         num_additional_image_tokens=1,
     )
     return LlavaNextForConditionalGeneration, config, processor
@@ -134,8 +97,8 @@ def _llava_next(text: Any) -> tuple[Any, Any, Any]:
 def _llava_onevision() -> tuple[Any, Any, Any]:
     tiles = [[SIDE * rows, SIDE * columns] for rows in range(1, 5) for columns in range(1, 5)]
     config = LlavaOnevisionConfig(
-        vision_config=_tower(SiglipVisionConfig),
-        text_config=Qwen2Config(**_text(LLAVA)),
+        vision_config=tower_config(SiglipVisionConfig),
+        text_config=Qwen2Config(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         video_token_index=LLAVA.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=tiles,
@@ -150,7 +113,7 @@ def _llava_onevision() -> tuple[Any, Any, Any]:
         LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
-        chat_template=_TEMPLATE.format(image="<image>\n", video="<video>\n"),
+        chat_template=TEMPLATE.format(image="<image>\n", video="<video>\n"),
         vision_aspect_ratio="anyres_max_9",
     )
     return LlavaOnevisionForConditionalGeneration, config, processor
@@ -173,12 +136,12 @@ def _qwen(
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 336 * 336}
     return (
         model,
-        config(vision_config=vision | {"patch_size": patch}, text_config=_text(QWEN) | text, **ids),
+        config(vision_config=vision | {"patch_size": patch}, text_config=text_settings(QWEN) | text, **ids),
         processor(
             Qwen2VLImageProcessor(size=pixels, patch_size=patch, **norm),
             QWEN,
             video(size=pixels | {"longest_edge": 8 * 112 * 112}, patch_size=patch, **norm),
-            chat_template=_TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
+            chat_template=TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
         ),
     )
 
@@ -242,6 +205,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava_next": lambda: _llava_next(LlamaConfig),
     "llava_next_mistral": lambda: _llava_next(MistralConfig),
     "llava_onevision": _llava_onevision,
+    **GENERIC,
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),
@@ -250,14 +214,17 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
-WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral")
+WITHOUT_IMAGE = ("llava_next_video",)
+WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "gemma3", "mistral3")
 
 
-def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+def _hub(name: str, weight: torch.Tensor, tower: str) -> tuple[str, torch.Tensor]:
     """A weight that transformers saves as the hub has it."""
     if ".experts." in name:
         weight = weight.transpose(1, 2).contiguous()
-    return name.replace("vision_tower.", "vision_tower.vision_model."), weight
+    if tower in ("clip_vision_model", "siglip_vision_model"):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.")
+    return name, weight
 
 
 def later_name(name: str) -> str:
@@ -271,12 +238,13 @@ def later_name(name: str) -> str:
 
 def make_family(name: str, folder: Path) -> Path:
     """Write a checkpoint, its weights named as on the hub, which is what vLLM's loaders know."""
-    model_class, config, processor = FAMILIES[name]()
+    model_class, config, processor = (FAMILIES | UNLISTED)[name]()
     config.dtype = torch.bfloat16
     config.architectures = [model_class.__name__]
     random_model(model_class, config).to(torch.bfloat16).save_pretrained(folder)
     single = folder / "model.safetensors"
-    weights = dict(map(_hub, *zip(*load_file(single).items(), strict=True)))
+    tower = config.vision_config.model_type
+    weights = dict(_hub(stored, weight, tower) for stored, weight in load_file(single).items())
     single.unlink()
     if name in LATER:
         weights = {later_name(stored): weight for stored, weight in weights.items()}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eadaprune_vllm import startup
+from eadaprune_vllm import models, startup
 from eadaprune_vllm.options import KEY
 from eadaprune_vllm.seams.asking import ask_first
 from eadaprune_vllm.seams.wrap import wrap
@@ -21,6 +21,8 @@ def install() -> None:
         if options.load_aware:
             serving = usage_context is UsageContext.OPENAI_API_SERVER
             startup.check_load_aware(serving=serving, engine_args=engine_args)
+        if options.any_model:
+            models.register_any()
         engine_args.mm_processor_kwargs = {k: v for k, v in (given or {}).items() if k != KEY} or None
         try:
             vllm_config = original(engine_args, usage_context, headless, **kwargs)

@@ -11,6 +11,7 @@ from eadaprune_vllm.load import LoadPolicy
 
 # The options' name wherever they travel: request field, attribute of vLLM's multimodal config, cache key.
 KEY = "eadaprune"
+MODALITIES = ("image", "video")  # what can be pruned, as vLLM calls it
 # The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
 SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
 
@@ -133,6 +134,11 @@ class ServerOptions(PruneOptions):
         default=False,
         description="Whether they also say which images and videos were cached and how long the others took, by which "
         "a client can find out what others sent.",
+    )
+    any_model: bool = Field(
+        default=False,
+        description="Whether to try models that are not in the list of supported ones, on the grounds that one image "
+        "fits when the server starts.",
     )
     load_aware: LoadPolicy | None = Field(
         default=None,

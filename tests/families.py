@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
+from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
@@ -68,25 +70,6 @@ from transformers import (
 
 from eadaprune_vllm.demo.model import byte_tokenizer, random_model
 
-SIDE, PATCH = 112, 14  # of a tile: 64 tokens
-TILES = [[112, 224], [224, 112], [224, 224], [112, 336], [336, 112]]
-_TEXT = {
-    "vocab_size": 320,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-_TEMPLATE = (
-    "{{% for message in messages %}}{{{{ message['role'].upper() }}}}: "
-    "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
-    "{{% for part in message['content'] %}}{{% if part['type'] in ('image', 'image_url') %}}{image}"
-    "{{% elif part['type'] in ('video', 'video_url') %}}{video}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
-    "{{% endfor %}}{{% endif %}} {{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}"
-)
-LLAVA = byte_tokenizer("<image>", "<video>")
 QWEN = byte_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 GLM = byte_tokenizer(
     "<|begin_of_image|>",
@@ -99,31 +82,12 @@ GLM = byte_tokenizer(
 PADDLE = byte_tokenizer("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>")
 
 
-def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    return _TEXT | {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _tower(config: Any) -> Any:
-    return config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
-
-
 def _llava(tower: Any) -> tuple[Any, Any, Any]:
     has_cls = tower is CLIPVisionConfig
     strategy = "default" if has_cls else "full"
     config = LlavaConfig(
-        vision_config=_tower(tower),
-        text_config=LlamaConfig(**_text(LLAVA)),
+        vision_config=tower_config(tower),
+        text_config=LlamaConfig(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy=strategy,
@@ -133,7 +97,7 @@ def _llava(tower: Any) -> tuple[Any, Any, Any]:
         LLAVA,
         patch_size=PATCH,
         vision_feature_select_strategy=strategy,
-        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        chat_template=TEMPLATE.format(image="<image>\n", video=""),
         num_additional_image_tokens=int(has_cls),
     )
     return LlavaForConditionalGeneration, config, processor
@@ -141,8 +105,8 @@ def _llava(tower: Any) -> tuple[Any, Any, Any]:
 
 def _llava_next(text: Any) -> tuple[Any, Any, Any]:
     config = LlavaNextConfig(
-        vision_config=_tower(CLIPVisionConfig),
-        text_config=text(**_text(LLAVA)),
+        vision_config=tower_config(CLIPVisionConfig),
+        text_config=text(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=TILES,
         vision_feature_layer=-2,
@@ -154,7 +118,7 @@ def _llava_next(text: Any) -> tuple[Any, Any, Any]:
         LLAVA,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        chat_template=TEMPLATE.format(image="<image>\n", video=""),
         num_additional_image_tokens=1,
     )
     return LlavaNextForConditionalGeneration, config, processor
@@ -163,8 +127,8 @@ def _llava_next(text: Any) -> tuple[Any, Any, Any]:
 def _llava_onevision() -> tuple[Any, Any, Any]:
     tiles = [[SIDE * rows, SIDE * columns] for rows in range(1, 5) for columns in range(1, 5)]
     config = LlavaOnevisionConfig(
-        vision_config=_tower(SiglipVisionConfig),
-        text_config=Qwen2Config(**_text(LLAVA)),
+        vision_config=tower_config(SiglipVisionConfig),
+        text_config=Qwen2Config(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         video_token_index=LLAVA.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=tiles,
@@ -179,7 +143,7 @@ def _llava_onevision() -> tuple[Any, Any, Any]:
         LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
-        chat_template=_TEMPLATE.format(image="<image>\n", video="<video>\n"),
+        chat_template=TEMPLATE.format(image="<image>\n", video="<video>\n"),
         vision_aspect_ratio="anyres_max_9",
     )
     return LlavaOnevisionForConditionalGeneration, config, processor
@@ -202,12 +166,12 @@ def _qwen(
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 336 * 336}
     return (
         model,
-        config(vision_config=vision | {"patch_size": patch}, text_config=_text(QWEN) | text, **ids),
+        config(vision_config=vision | {"patch_size": patch}, text_config=text_settings(QWEN) | text, **ids),
         processor(
             Qwen2VLImageProcessor(size=pixels, patch_size=patch, **norm),
             QWEN,
             video(size=pixels | {"longest_edge": 8 * 112 * 112}, patch_size=patch, **norm),
-            chat_template=_TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
+            chat_template=TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
         ),
     )
 
@@ -309,14 +273,14 @@ def _glm(
         model,
         config(
             vision_config=tower | {"patch_size": PATCH} | vision,
-            text_config=_text(GLM) | {"rope_parameters": rope} | text,
+            text_config=text_settings(GLM) | {"rope_parameters": rope} | text,
             **ids,
         ),
         processor(
             image(size=pixels, patch_size=PATCH, **norm),
             GLM,
             video(size=pixels | {"longest_edge": 8 * 112 * 112}, patch_size=PATCH, **norm),
-            chat_template=_TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
+            chat_template=TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
         ),
     )
 
@@ -341,8 +305,8 @@ def _paddleocr() -> tuple[Any, Any, Any]:
     )
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6]}
     config = PaddleOCRVLConfig(
-        vision_config=_tower(dict),
-        text_config=_text(PADDLE) | {"rope_parameters": rope, "head_dim": 32, "tie_word_embeddings": False},
+        vision_config=tower_config(dict),
+        text_config=text_settings(PADDLE) | {"rope_parameters": rope, "head_dim": 32, "tie_word_embeddings": False},
         image_token_id=tokenizer.convert_tokens_to_ids(pad),
         vision_start_token_id=tokenizer.convert_tokens_to_ids(start),
         vision_end_token_id=tokenizer.convert_tokens_to_ids(end),
@@ -351,7 +315,7 @@ def _paddleocr() -> tuple[Any, Any, Any]:
     processor = PaddleOCRVLProcessor(
         PaddleOCRVLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 336 * 336}, patch_size=PATCH),
         tokenizer,
-        chat_template=_TEMPLATE.format(image=start + pad + end, video=""),
+        chat_template=TEMPLATE.format(image=start + pad + end, video=""),
     )
     return PaddleOCRVLForConditionalGeneration, config, processor
 
@@ -371,6 +335,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava_next": lambda: _llava_next(LlamaConfig),
     "llava_next_mistral": lambda: _llava_next(MistralConfig),
     "llava_onevision": _llava_onevision,
+    **GENERIC,
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),
@@ -389,16 +354,19 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
-WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl")
+WITHOUT_IMAGE = ("llava_next_video",)
+WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl", "gemma3", "mistral3")
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
 ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
 
 
-def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+def _hub(name: str, weight: torch.Tensor, tower: str) -> tuple[str, torch.Tensor]:
     """A weight that transformers saves as the hub has it."""
     if ".experts." in name and weight.ndim == 3:
         weight = weight.transpose(1, 2).contiguous()
-    return name.replace("vision_tower.", "vision_tower.vision_model."), weight
+    if tower in ("clip_vision_model", "siglip_vision_model"):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.")
+    return name, weight
 
 
 def later_name(name: str) -> str:
@@ -412,12 +380,13 @@ def later_name(name: str) -> str:
 
 def make_family(name: str, folder: Path) -> Path:
     """Write a checkpoint, its weights named as on the hub, which is what vLLM's loaders know."""
-    model_class, config, processor = FAMILIES[name]()
+    model_class, config, processor = (FAMILIES | UNLISTED)[name]()
     config.dtype = torch.bfloat16
     config.architectures = [model_class.__name__]
     random_model(model_class, config).to(torch.bfloat16).save_pretrained(folder)
     single = folder / "model.safetensors"
-    weights = dict(map(_hub, *zip(*load_file(single).items(), strict=True)))
+    tower = config.vision_config.model_type
+    weights = dict(_hub(stored, weight, tower) for stored, weight in load_file(single).items())
     single.unlink()
     if name in LATER:
         weights = {later_name(stored): weight for stored, weight in weights.items()}

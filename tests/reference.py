@@ -17,6 +17,8 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
 
+# Models of which nothing is known but the rows.
+_GENERIC = ("gemma3", "gemma4", "internvl", "llava_next_video", "mistral3")
 # Attention weights [batch, heads, n, n] of each layer, in the order of its calls.
 Weights = dict[torch.nn.Module, list[torch.Tensor]]
 _noted: list[Weights] = []
@@ -69,6 +71,8 @@ class Reference:
         (modality,) = (name.rpartition("_")[2] for name in inputs if name.startswith("pixel_values"))
         pixels = inputs[f"pixel_values{'_videos' if modality == 'videos' else ''}"].to(self._dtype)
         grid = inputs.get("video_grid_thw" if modality == "videos" else "image_grid_thw")
+        if self.model.config.model_type in _GENERIC:
+            return self._of_rows(pixels[0] if pixels.ndim == 5 else pixels, inputs)
         with _watched() as weights:
             if grid is not None:
                 encode = self.model.get_video_features if modality == "videos" else self.model.get_image_features
@@ -79,6 +83,25 @@ class Reference:
                 return self._of_tiles(pixels[0], inputs["image_sizes"], weights)
             (features,), (attention,) = self._patches(pixels), self._drawn(weights)
         return Encoding(VisualTokens(features, attention), Layout.whole(self._side, self._side))
+
+    def inputs(self, image: Image.Image) -> dict[str, Any]:
+        """What ``get_image_features`` takes of an image."""
+        made = self.image_processor(image, return_tensors="pt")
+        unused = ("num_crops", "num_patches", "num_soft_tokens_per_image")
+        return {name: value for name, value in made.items() if name not in unused}
+
+    def _of_rows(self, pixels: torch.Tensor, inputs: Mapping[str, Any]) -> Encoding:
+        """Of a model of which only the rows are known. Frames are images, but in one model."""
+        if self.model.config.model_type == "llava_next_video":
+            (made,) = self.model.get_video_features(pixels[None]).pooler_output
+        else:
+            places = inputs.get("image_position_ids", inputs.get("video_position_ids"))
+            given = {"image_sizes": inputs.get("image_sizes"), "image_position_ids": places}
+            given = {name: value for name, value in given.items() if value is not None}
+            made = self.model.get_image_features(pixels, **given).pooler_output
+        of_tiles = [*made]
+        part = torch.arange(len(of_tiles)).repeat_interleave(len(of_tiles[0]))
+        return Encoding(VisualTokens(torch.cat(of_tiles), None), Layout(part, ((1, len(part)),)))
 
     @property
     def _side(self) -> int:

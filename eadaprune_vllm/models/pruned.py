@@ -33,12 +33,14 @@ class Pruned(SupportsMultiModal):
         eadaprune_has_cls: whether its tower has a CLS token.
         eadaprune_takes_embeddings: whether its layout can tell what embeddings of a client mean.
         eadaprune_energy: the default of that option, if it is another for this model.
+        eadaprune_observes: whether it can tell which token attention in its tower is given to.
     """
 
     eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     eadaprune_has_cls: bool = False
     eadaprune_takes_embeddings: ClassVar[bool] = True
     eadaprune_energy: ClassVar[float | None] = None
+    eadaprune_observes: ClassVar[bool] = True
 
     @override
     def embed_multimodal(self, **kwargs: Any) -> Any:

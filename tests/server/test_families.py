@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, HYBRID, ONE_VIDEO, WITHOUT_VIDEO, quantize
+from families import FAMILIES, HYBRID, ONE_VIDEO, WITHOUT_IMAGE, WITHOUT_VIDEO, quantize
 from harness import environment
 from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
 from PIL import Image
@@ -45,8 +45,15 @@ Answers = list[dict[str, Any]]
 
 
 def chats(name: str) -> list[str]:
+    if name in WITHOUT_IMAGE:
+        return ["clip"]
     videos = () if name in WITHOUT_VIDEO else VIDEO_CHATS
     return [*CHATS, *(chat for chat in videos if chat != "both" or name not in ONE_VIDEO)]
+
+
+def words(name: str) -> list[str]:
+    """Images that different options are tried on, or else a video."""
+    return ["clip"] if name in WITHOUT_IMAGE else [*SCENES]
 
 
 def run(work: dict[str, list[Any]], **env: str) -> dict[str, list[Answers]]:
@@ -66,11 +73,16 @@ def run(work: dict[str, list[Any]], **env: str) -> dict[str, list[Answers]]:
     return found
 
 
+def frames(word: str) -> Any:
+    """The frames of a clip."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in CLIPS[word]])
+
+
 class Family:
     """One model: what stock vLLM answers, what vLLM answers with pruning, and what the counts should be."""
 
     def __init__(self, name: str, folder: Path, stock: Any, pruning: Any) -> None:
-        self.chats = chats(name)
+        self.chats, self.words = chats(name), words(name)
         (answers,), batches = stock, pruning
         self.stock = dict(zip(self.chats, answers, strict=True))
         self.null, self.some, self.again = (dict(zip(self.chats, batch, strict=True)) for batch in batches[:3])
@@ -87,15 +99,17 @@ class Family:
         """The reference's decision about a scene or a clip."""
         if word in SCENES:
             return self.reference.kept(SCENES[word], **json.loads(options))
-        frames = np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in CLIPS[word]])
-        inputs = self.processor.video_processor(frames, do_sample_frames=False, return_tensors="pt")
+        inputs = self.processor.video_processor(frames(word), do_sample_frames=False, return_tensors="pt")
         return prune(self.reference.encode(inputs), PruneOptions(**json.loads(options)))
 
-    def inputs(self, scene: str) -> dict[str, Any]:
-        """What transformers makes of a chat with one image."""
-        content = [{"type": "image"}, {"type": "text", "text": TEXT}]
+    def inputs(self, word: str) -> dict[str, Any]:
+        """What transformers makes of a chat with one image or video."""
+        content = [{"type": "image" if word in SCENES else "video"}, {"type": "text", "text": TEXT}]
         chat = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(self.processor(text=chat, images=[SCENES[scene]], return_tensors="pt"))
+        item = {"images": [SCENES[word]]} if word in SCENES else {"videos": [frames(word)]}
+        inputs = dict(self.processor(text=chat, **item, return_tensors="pt"))
+        inputs.pop("token_type_ids", None)  # by which images attend to what follows, which vLLM does not do on a CPU
+        return inputs
 
     def prompt(self, chat: str, options: dict[str, Any]) -> int:
         """How many tokens the prompt of a chat should have."""
@@ -120,7 +134,7 @@ def answered(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
             [(chat, NULL) for chat in chats(name)],
             [(chat, SOME) for chat in chats(name)],
             [(chat, SOME) for chat in chats(name)],
-            [(scene, options) for scene in SCENES for options in VARIOUS],
+            [(word, options) for word in words(name) for options in VARIOUS],
         ]
         for name in EXACT
     }
@@ -178,15 +192,17 @@ def test_prompts_shrink_by_what_the_reference_prunes(found: Family) -> None:
 def test_the_answer_is_that_of_transformers_attending_to_kept_tokens_only(found: Family, scene: str) -> None:
     """Rows, newlines, order and positions at once: a token that nothing attends to might as well not be there. With
     M-RoPE all tokens keep the positions they have unpruned; without, they are numbered anew."""
-    for options, answer in ((NULL, found.null[scene]), (SOME, found.some[scene])):
-        inputs = found.inputs(scene)
+    word = scene if scene in found.words else found.words[0]
+    kind, config = "image" if word in SCENES else "video", found.transformers.config
+    for options, answer in ((NULL, found.null[word]), (SOME, found.some[word])):
+        inputs = found.inputs(word)
         ids = inputs["input_ids"]
-        config = found.transformers.config
-        image = (ids[0] == (getattr(config, "image_token_id", None) or config.image_token_index)).nonzero()[:, 0]
+        placeholder = getattr(config, f"{kind}_token_id", None) or getattr(config, f"{kind}_token_index")
+        image = (ids[0] == placeholder).nonzero()[:, 0]
         mask = torch.ones_like(ids)
         mask[0, image] = 0
-        mask[0, image[found.kept(scene, json.dumps(options)).placeholders]] = 1
-        if "mm_token_type_ids" in inputs:
+        mask[0, image[found.kept(word, json.dumps(options)).placeholders]] = 1
+        if "image_grid_thw" in inputs:
             grid = inputs["image_grid_thw"]
             positions, _ = found.transformers.model.get_rope_index(ids, inputs["mm_token_type_ids"], grid)
         else:
@@ -208,16 +224,16 @@ def test_a_second_time_the_prompts_are_found_in_the_caches(found: Family) -> Non
 
 
 def test_different_options_at_once(found: Family) -> None:
-    cases = [(scene, options) for scene in SCENES for options in VARIOUS]
-    for (scene, options), answer in zip(cases, found.various, strict=True):
-        assert answer["prompt"] == found.prompt(scene, options)
+    cases = [(word, options) for word in found.words for options in VARIOUS]
+    for (word, options), answer in zip(cases, found.various, strict=True):
+        assert answer["prompt"] == found.prompt(word, options)
         if options in (NULL, SOME):
-            alone = (found.null if options == NULL else found.some)[scene]
+            alone = (found.null if options == NULL else found.some)[word]
             assert difference(answer, alone) < 1e-5
 
 
 def test_a_fixed_budget_is_met_over_all_tiles_or_frames(found: Family) -> None:
-    for word in ("noise", "large"):
+    for word in {"noise", "large", "clip"} & {*found.words}:
         assert len(found.kept(word, json.dumps(FIXED))) == 11
 
 

@@ -96,7 +96,7 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
 
 def _has_prompts_of_its_own(model: Any) -> bool:
     """Whether vLLM's processor of it does itself what ours goes between."""
-    _, stock = model._processor_factory.processor.__bases__
+    stock = next(base for base in model._processor_factory.processor.__mro__ if base.__module__.startswith("vllm."))
     names = ("_cached_apply_hf_processor", "_maybe_apply_prompt_updates")
     return any(getattr(stock, name) is not getattr(BaseMultiModalProcessor, name) for name in names)
 

@@ -18,7 +18,7 @@ from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
 
 # Models of which nothing is known but the rows.
-_GENERIC = ("gemma3", "gemma4", "internvl", "llava_next_video", "mistral3")
+_GENERIC = ("gemma3", "internvl", "llava_next_video", "mistral3")
 # Attention weights [batch, heads, n, n] of each layer, in the order of its calls.
 Weights = dict[torch.nn.Module, list[torch.Tensor]]
 _noted: list[Weights] = []
@@ -45,6 +45,14 @@ def _watched() -> Iterator[Weights]:
         _noted.pop()
 
 
+def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """What transformers makes of a checkpoint, where vLLM computes the same otherwise in vLLM's way."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    if model.config.model_type == "paddleocr_vl":
+        model.model.visual.vision_model.embeddings.interpolation_align_corners = False
+    return model
+
+
 class Reference:
     """What the engine of a server with ``--dtype dtype`` should decide.
 
@@ -54,7 +62,7 @@ class Reference:
     """
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval().model
+        self.model = transformers_model(model, dtype).model
         self.image_processor = AutoImageProcessor.from_pretrained(model)
         self._tower = self.model.visual if hasattr(self.model, "visual") else self.model.vision_tower
         self._tower.set_attn_implementation("watched")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from generic_families import GENERIC
 from transformers import AutoConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -16,7 +17,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.models.base import PruningProcessor
 
-NAMES = [name for name in FAMILIES if not name.startswith("llava")]
+NAMES = [name for name in FAMILIES if name not in GENERIC and not name.startswith("llava")]
 
 
 class Prompt:

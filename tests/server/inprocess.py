@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +89,26 @@ def answers(llm: LLM, batch: list[tuple[str, dict[str, Any] | None]]) -> list[di
 
 if __name__ == "__main__":
     work: dict[str, list[Any]] = json.load(sys.stdin)  # model's folder -> batches
-    result = {}
+    result: dict[str, Any] = {}
     for folder, batches in work.items():
         name = Path(folder).name
         videos = 0 if name in WITHOUT_VIDEO else 1 if name in ONE_VIDEO else 2
-        llm = LLM(
-            folder,
-            dtype="bfloat16" if name in ("awq", *HYBRID) else "float32",  # AWQ knows no float32
-            enforce_eager=True,
-            max_model_len=4096,
-            max_num_batched_tokens=64,  # images are cut over several steps
-            block_size=32,
-            limit_mm_per_prompt={"image": 5, "video": videos},
-        )
-        result[folder] = [answers(llm, batch) for batch in batches]
-        llm.llm_engine.engine_core.shutdown()
+        llm = None
+        try:
+            llm = LLM(
+                folder,
+                dtype="bfloat16" if name in ("awq", *HYBRID) else "float32",  # AWQ knows no float32
+                enforce_eager=True,
+                max_model_len=4096,
+                max_num_batched_tokens=64,  # images are cut over several steps
+                block_size=32,
+                limit_mm_per_prompt={"image": 5, "video": videos},
+            )
+            result[folder] = [answers(llm, batch) for batch in batches]
+        except Exception:  # of one model; the others go on
+            result[folder] = traceback.format_exc()
+        if llm:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
     print("RESULT", json.dumps(result))

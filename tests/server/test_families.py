@@ -19,8 +19,8 @@ from families import FAMILIES, HYBRID, ONE_VIDEO, WITHOUT_IMAGE, WITHOUT_VIDEO, 
 from harness import environment
 from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
 from PIL import Image
-from shared import Reference
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from reference import Reference, transformers_model
+from transformers import AutoProcessor
 
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
@@ -41,7 +41,6 @@ EXACT = [name for name in FAMILIES if name not in HYBRID]
 OF_PAGES = ("glm_ocr", "paddleocr_vl")  # which keep everything by default
 # On other CPUs stock vLLM, too, starts and then fails at the first product of 4-bit weights.
 FOUR_BIT = torch.cpu._is_avx512_supported()
-Answers = list[dict[str, Any]]
 
 
 def chats(name: str) -> list[str]:
@@ -56,8 +55,8 @@ def words(name: str) -> list[str]:
     return ["clip"] if name in WITHOUT_IMAGE else [*SCENES]
 
 
-def run(work: dict[str, list[Any]], **env: str) -> dict[str, list[Answers]]:
-    """Answers to the batches of each model."""
+def run(work: dict[str, list[Any]], **env: str) -> dict[str, Any]:
+    """Answers to the batches of each model, or why it did not run."""
     path = os.pathsep.join(str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
     output = subprocess.run(
         [sys.executable, str(SCRIPT)],
@@ -69,7 +68,7 @@ def run(work: dict[str, list[Any]], **env: str) -> dict[str, list[Answers]]:
     )
     results = [line.removeprefix("RESULT ") for line in output.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, output.stdout[-3000:] + output.stderr[-3000:]
-    found: dict[str, list[Answers]] = json.loads(results[0])
+    found: dict[str, Any] = json.loads(results[0])
     return found
 
 
@@ -90,7 +89,7 @@ class Family:
         self.default = {"energy": 1.0} if name in OF_PAGES else {}
         self.reference = Reference(folder, torch.float32)
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.transformers = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.transformers = transformers_model(folder, torch.float32)
         # vLLM's experts on a CPU are not as exact as the rest of it, stock or pruned.
         self.noise = 3e-3 if "moe" in name else 1e-5
 
@@ -154,14 +153,19 @@ def answered(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def families(folders: dict[str, Path], answered: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Family]:
-    stock, pruning = answered
-    return {name: Family(name, folders[name], stock[name], pruning[name]) for name in EXACT}
+def families(folders: dict[str, Path], answered: tuple[dict[str, Any], dict[str, Any]]) -> Callable[[str], Family]:
+    def of(name: str) -> Family:
+        stock, pruning = (of_each[name] for of_each in answered)
+        for each in (stock, pruning):
+            assert not isinstance(each, str), each  # why it did not run
+        return Family(name, folders[name], stock, pruning)
+
+    return cache(of)
 
 
 @pytest.fixture(params=EXACT)
-def found(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
-    return families[request.param]
+def found(request: pytest.FixtureRequest, families: Callable[[str], Family]) -> Family:
+    return families(request.param)
 
 
 def difference(first: dict[str, Any], second: dict[str, Any]) -> float:

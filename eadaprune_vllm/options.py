@@ -11,6 +11,7 @@ from eadaprune_vllm.load import LoadPolicy
 
 # The options' name wherever they travel: request field, attribute of vLLM's multimodal config, cache key.
 KEY = "eadaprune"
+MODALITIES = ("image", "video")  # what can be pruned, as vLLM calls it
 # The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
 SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
 
@@ -31,7 +32,8 @@ class PruneOptions(BaseModel):
         gt=0,
         le=1,
         description="Share of the spectral energy of an image that its tokens must hold; 1.0 keeps every token. "
-        "The default is not verified against the paper: its own threshold is not known to us.",
+        "The default is not verified against the paper: its own threshold is not known to us. For models that read "
+        "pages of text it is 1.0.",
     )
     min_tokens: int = Field(default=16, ge=1, description="Fewest tokens an image is cut down to.")
     max_tokens: int | None = Field(
@@ -132,6 +134,11 @@ class ServerOptions(PruneOptions):
         default=False,
         description="Whether they also say which images and videos were cached and how long the others took, by which "
         "a client can find out what others sent.",
+    )
+    any_model: bool = Field(
+        default=False,
+        description="Whether to try models that are not in the list of supported ones, on the grounds that one image "
+        "fits when the server starts.",
     )
     load_aware: LoadPolicy | None = Field(
         default=None,

@@ -22,12 +22,10 @@ def activate() -> None:
     Raises:
         StartupError: if vLLM is of no supported version, or lacks what pruning depends on.
     """
-    from vllm import ModelRegistry
-
     from eadaprune_vllm.seams.window import check_version
 
     check_version()  # before anything that may fail to import from another one
-    from eadaprune_vllm.models import ARCHITECTURES
+    from eadaprune_vllm import models
     from eadaprune_vllm.seams import (
         admission,
         anthropic,
@@ -37,10 +35,10 @@ def activate() -> None:
         rendering,
         run_batch,
         sent,
+        trial,
         weights,
     )
 
-    for architecture, model in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, model)
-    for seam in (configuration, engine, graphs, rendering, run_batch, admission, sent, weights, anthropic):
+    models.register()
+    for seam in (configuration, engine, trial, graphs, rendering, run_batch, admission, sent, weights, anthropic):
         seam.install()

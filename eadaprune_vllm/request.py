@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.options import KEY, Choice, Layer, ServerOptions
+from eadaprune_vllm.options import KEY, MODALITIES, Choice, Layer, ServerOptions
 from eadaprune_vllm.report import Pruning, Report
 
 HEADER = "X-EAdaPrune-Energy"
@@ -31,7 +31,6 @@ DOORS = {
     "/tokenize": True,
     "/invocations": True,
 }
-MODALITIES = ("image", "video")
 # vLLM's content parts that are of a modality: by type, or by key where the type is missing or a uuid is given.
 _TYPES = {
     "image_url": "image",

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from vllm import envs
+from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from eadaprune_vllm.asking import Asker
 from eadaprune_vllm.engine.extended import extended
@@ -19,6 +20,7 @@ from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES, adapter
+from eadaprune_vllm.models.generic import RowPerPlaceholder
 from eadaprune_vllm.options import KEY, ServerOptions, overlay
 from eadaprune_vllm.seams.processes import front_ends
 from eadaprune_vllm.seams.wrap import check_overrides
@@ -33,13 +35,32 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "the Rust front end (VLLM_USE_RUST_FRONTEND) is not supported: it runs no Python plugin",
     ),
     (
+        lambda mm, c: c.model_config.is_encoder_decoder,
+        "this model is an encoder-decoder, whose prompt has no place for images",
+    ),
+    (
+        lambda mm, c: issubclass(_adapter(c), RowPerPlaceholder) and c.model_config.uses_mrope,
+        "this model has M-RoPE positions, and how to keep those of the tokens that stay is not known for it",
+    ),
+    (
+        lambda mm, c: _has_prompts_of_its_own(_adapter(c)),
+        "the processor of this model fills placeholders into prompts in a way of its own",
+    ),
+    (
+        lambda mm, c: (
+            c.model_config.architecture == "LlavaForConditionalGeneration"
+            and c.model_config.hf_config.vision_config.model_type == "pixtral"
+        ),
+        "the vision tower of this model is of type 'pixtral', whose layout is not known",
+    ),
+    (
         lambda mm, c: not any(mm.get_limit_per_prompt(modality) for modality in _adapter(c).eadaprune_modalities),
         "images and videos are switched off (--language-model-only or --limit-mm-per-prompt), so there is nothing to "
         "prune",
     ),
     (
         lambda mm, c: mm.enable_mm_embeds and not _adapter(c).eadaprune_takes_embeddings,
-        "--enable-mm-embeds is not supported for this model: its embeddings do not say where lines of the picture end",
+        "--enable-mm-embeds is not supported for this model: its embeddings do not say where in the picture they are",
     ),
     (
         lambda mm, c: mm.video_pruning_rate,
@@ -73,6 +94,13 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
 ]
 
 
+def _has_prompts_of_its_own(model: Any) -> bool:
+    """Whether vLLM's processor of it does itself what ours goes between."""
+    stock = next(base for base in model._processor_factory.processor.__mro__ if base.__module__.startswith("vllm."))
+    names = ("_cached_apply_hf_processor", "_maybe_apply_prompt_updates")
+    return any(getattr(stock, name) is not getattr(BaseMultiModalProcessor, name) for name in names)
+
+
 def _decodes_on_gpu(video: dict[str, Any]) -> bool:
     backends = {envs.VLLM_VIDEO_LOADER_BACKEND, video.get("backend"), video.get("video_backend")}
     return "cuda" in str(video.get("device")) or bool(backends & {"pynvvideocodec", "deepstream"})
@@ -84,18 +112,16 @@ def _adapter(vllm_config: Any) -> Any:
 
 def check(vllm_config: Any) -> None:
     """Raises:
-    StartupError: if the model is not one of ours, vLLM's class of it is not as we know it, its tower is of an
-        unsupported kind, or vLLM was told something that pruning cannot honour.
+    StartupError: if the model is not one of ours or of an unsupported kind, vLLM's class of it is not as we know it, or
+        vLLM was told something that pruning cannot honour.
     """
     model_config = vllm_config.model_config
     if model_config.architecture not in ARCHITECTURES:
         raise StartupError(
-            f"the architecture {model_config.architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"the architecture {model_config.architecture} is not supported; supported are {', '.join(ARCHITECTURES)}, "
+            "and --eadaprune-any-model tries others that vLLM ships"
         )
     check_overrides(sys.modules[_adapter(vllm_config).__module__])
-    tower = getattr(model_config.hf_config.vision_config, "model_type", None)
-    if tower == "pixtral":  # in a model of LLaVA's class
-        raise StartupError(f"the vision tower of this model is of type {tower!r}, whose layout is not known")
     for applies, reason in _REFUSED:
         if applies(model_config.multimodal_config, vllm_config):
             raise StartupError(reason)
@@ -126,16 +152,29 @@ def check_load_aware(serving: bool, engine_args: Any) -> None:
         raise StartupError(f"{flag} is not supported with --enable-elastic-ep: it replaces the statistics")
 
 
-def server_options(given: object) -> ServerOptions:
+def server_options(given: object, energy: float | None = None) -> ServerOptions:
     """What the operator set, by flags and ``--mm-processor-kwargs``.
+
+    Args:
+        given: that.
+        energy: the default of this option, if the model has one of its own.
 
     Raises:
         StartupError: naming option, value and allowed range.
     """
+    defaults = ServerOptions() if energy is None else ServerOptions(energy=energy)
     try:
-        return overlay(ServerOptions(), given, where=KEY)
+        options = overlay(defaults, given, where=KEY)
     except InvalidOptionsError as error:
         raise StartupError(str(error)) from None
+    if energy is not None and not (isinstance(given, dict) and "energy" in given):
+        logger.info(
+            "eadaprune: energy is %g by default for this model, as pages of text would lose most; --%s-energy or a "
+            "request may set another",
+            energy,
+            KEY,
+        )
+    return options
 
 
 def front_end(vllm_config: Any) -> FrontEnd:
@@ -174,8 +213,8 @@ def _metrics() -> Metrics:
 
 
 def kv_bytes_per_token(vllm_config: Any) -> int:
-    """KV cache of one token: a key and a value per KV head and layer, in the cache's dtype; 0 if vLLM does not say how
-    large that is."""
+    """KV cache of one token: a key and a value per KV head and layer that has any, in the cache's dtype; 0 if vLLM does
+    not say how large that is."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     model = vllm_config.model_config
@@ -186,4 +225,5 @@ def kv_bytes_per_token(vllm_config: Any) -> int:
         logger.warning("The size of the KV cache's dtype %s is not known, so kv_cache_bytes_saved will be 0", name)
         return 0
     heads, layers = model.get_total_num_kv_heads(), model.get_total_num_hidden_layers()
+    layers -= (getattr(model.hf_text_config, "layer_types", None) or []).count("linear_attention")
     return int(2 * layers * heads * model.get_head_size() * dtype.itemsize)

@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
+from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vImageProcessor,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
+    Glm46VImageProcessor,
+    Glm46VProcessor,
+    Glm46VVideoProcessor,
+    GlmOcrConfig,
+    GlmOcrForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -27,6 +41,10 @@ from transformers import (
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     MistralConfig,
+    PaddleOCRVLConfig,
+    PaddleOCRVLForConditionalGeneration,
+    PaddleOCRVLImageProcessor,
+    PaddleOCRVLProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -37,6 +55,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -48,53 +70,24 @@ from transformers import (
 
 from eadaprune_vllm.demo.model import byte_tokenizer, random_model
 
-SIDE, PATCH = 112, 14  # of a tile: 64 tokens
-TILES = [[112, 224], [224, 112], [224, 224], [112, 336], [336, 112]]
-_TEXT = {
-    "vocab_size": 320,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-_TEMPLATE = (
-    "{{% for message in messages %}}{{{{ message['role'].upper() }}}}: "
-    "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
-    "{{% for part in message['content'] %}}{{% if part['type'] in ('image', 'image_url') %}}{image}"
-    "{{% elif part['type'] in ('video', 'video_url') %}}{video}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
-    "{{% endfor %}}{{% endif %}} {{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}"
-)
-LLAVA = byte_tokenizer("<image>", "<video>")
 QWEN = byte_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-
-
-def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    return _TEXT | {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _tower(config: Any) -> Any:
-    return config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
+GLM = byte_tokenizer(
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+)
+PADDLE = byte_tokenizer("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>")
 
 
 def _llava(tower: Any) -> tuple[Any, Any, Any]:
     has_cls = tower is CLIPVisionConfig
     strategy = "default" if has_cls else "full"
     config = LlavaConfig(
-        vision_config=_tower(tower),
-        text_config=LlamaConfig(**_text(LLAVA)),
+        vision_config=tower_config(tower),
+        text_config=LlamaConfig(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy=strategy,
@@ -104,7 +97,7 @@ def _llava(tower: Any) -> tuple[Any, Any, Any]:
         LLAVA,
         patch_size=PATCH,
         vision_feature_select_strategy=strategy,
-        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        chat_template=TEMPLATE.format(image="<image>\n", video=""),
         num_additional_image_tokens=int(has_cls),
     )
     return LlavaForConditionalGeneration, config, processor
@@ -112,8 +105,8 @@ def _llava(tower: Any) -> tuple[Any, Any, Any]:
 
 def _llava_next(text: Any) -> tuple[Any, Any, Any]:
     config = LlavaNextConfig(
-        vision_config=_tower(CLIPVisionConfig),
-        text_config=text(**_text(LLAVA)),
+        vision_config=tower_config(CLIPVisionConfig),
+        text_config=text(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=TILES,
         vision_feature_layer=-2,
@@ -125,7 +118,7 @@ def _llava_next(text: Any) -> tuple[Any, Any, Any]:
         LLAVA,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=_TEMPLATE.format(image="<image>\n", video=""),
+        chat_template=TEMPLATE.format(image="<image>\n", video=""),
         num_additional_image_tokens=1,
     )
     return LlavaNextForConditionalGeneration, config, processor
@@ -134,8 +127,8 @@ def _llava_next(text: Any) -> tuple[Any, Any, Any]:
 def _llava_onevision() -> tuple[Any, Any, Any]:
     tiles = [[SIDE * rows, SIDE * columns] for rows in range(1, 5) for columns in range(1, 5)]
     config = LlavaOnevisionConfig(
-        vision_config=_tower(SiglipVisionConfig),
-        text_config=Qwen2Config(**_text(LLAVA)),
+        vision_config=tower_config(SiglipVisionConfig),
+        text_config=Qwen2Config(**text_settings(LLAVA)),
         image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
         video_token_index=LLAVA.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=tiles,
@@ -150,7 +143,7 @@ def _llava_onevision() -> tuple[Any, Any, Any]:
         LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
-        chat_template=_TEMPLATE.format(image="<image>\n", video="<video>\n"),
+        chat_template=TEMPLATE.format(image="<image>\n", video="<video>\n"),
         vision_aspect_ratio="anyres_max_9",
     )
     return LlavaOnevisionForConditionalGeneration, config, processor
@@ -173,12 +166,12 @@ def _qwen(
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 336 * 336}
     return (
         model,
-        config(vision_config=vision | {"patch_size": patch}, text_config=_text(QWEN) | text, **ids),
+        config(vision_config=vision | {"patch_size": patch}, text_config=text_settings(QWEN) | text, **ids),
         processor(
             Qwen2VLImageProcessor(size=pixels, patch_size=patch, **norm),
             QWEN,
             video(size=pixels | {"longest_edge": 8 * 112 * 112}, patch_size=patch, **norm),
-            chat_template=_TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
+            chat_template=TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
         ),
     )
 
@@ -229,6 +222,104 @@ def _qwen3(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, Any
     return _qwen(model, config, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, text, 16)
 
 
+def _qwen3_5(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, Any]:
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 256,
+    }
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.25,
+    }
+    text = {
+        "rope_parameters": rope,
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    } | text
+    return _qwen(model, config, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, text, 16)
+
+
+def _glm(
+    model: Any, config: Any, processors: tuple[Any, Any, Any], text: dict[str, Any], vision: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    ids = {
+        f"{name}_token_id": GLM.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image"),
+            ("video", "video"),
+            ("image_start", "begin_of_image"),
+            ("image_end", "end_of_image"),
+            ("video_start", "begin_of_video"),
+            ("video_end", "end_of_video"),
+        )
+    }
+    tower = {"depth": 3, "hidden_size": 64, "num_heads": 4, "out_hidden_size": 128, "image_size": SIDE}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    pixels = {"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 336 * 336}  # of two frames
+    pad = "<|begin_of_{0}|><|{0}|><|end_of_{0}|>"
+    processor, image, video = processors
+    return (
+        model,
+        config(
+            vision_config=tower | {"patch_size": PATCH} | vision,
+            text_config=text_settings(GLM) | {"rope_parameters": rope} | text,
+            **ids,
+        ),
+        processor(
+            image(size=pixels, patch_size=PATCH, **norm),
+            GLM,
+            video(size=pixels | {"longest_edge": 8 * 112 * 112}, patch_size=PATCH, **norm),
+            chat_template=TEMPLATE.format(image=pad.format("image"), video=pad.format("video")),
+        ),
+    )
+
+
+def _glm_ocr() -> tuple[Any, Any, Any]:
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}
+    return _glm(
+        GlmOcrForConditionalGeneration,
+        GlmOcrConfig,
+        (Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor),
+        {"rope_parameters": rope, "intermediate_size": 3 * 128},  # vLLM takes it for the merger's
+        {"intermediate_size": 128},
+    )
+
+
+def _paddleocr() -> tuple[Any, Any, Any]:
+    start, end, pad = "<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=PADDLE.backend_tokenizer,
+        extra_special_tokens={"image_token": pad},
+        **PADDLE.special_tokens_map,
+    )
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6]}
+    config = PaddleOCRVLConfig(
+        vision_config=tower_config(dict),
+        text_config=text_settings(PADDLE) | {"rope_parameters": rope, "head_dim": 32, "tie_word_embeddings": False},
+        image_token_id=tokenizer.convert_tokens_to_ids(pad),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids(start),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids(end),
+        tie_word_embeddings=False,
+    )
+    processor = PaddleOCRVLProcessor(
+        PaddleOCRVLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 336 * 336}, patch_size=PATCH),
+        tokenizer,
+        chat_template=TEMPLATE.format(image=start + pad + end, video=""),
+    )
+    return PaddleOCRVLForConditionalGeneration, config, processor
+
+
 _MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -236,28 +327,46 @@ _MOE = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+_GLM4V = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
+_GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64}
 FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava": lambda: _llava(CLIPVisionConfig),
     "llava_siglip": lambda: _llava(SiglipVisionConfig),
     "llava_next": lambda: _llava_next(LlamaConfig),
     "llava_next_mistral": lambda: _llava_next(MistralConfig),
     "llava_onevision": _llava_onevision,
+    **GENERIC,
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),
     "qwen3_vl_moe": lambda: _qwen3(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, _MOE),
+    "qwen3_5": lambda: _qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config, {}),
+    "qwen3_5_moe": lambda: _qwen3_5(
+        Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, _MOE | {"shared_expert_intermediate_size": 64}
+    ),
+    "glm4v": lambda: _glm(Glm4vForConditionalGeneration, Glm4vConfig, _GLM4V, {}, {"intermediate_size": 96}),
+    "glm4v_moe": lambda: _glm(
+        Glm4vMoeForConditionalGeneration, Glm4vMoeConfig, _GLM4V, _GLM_MOE, {"intermediate_size": 96}
+    ),
+    "glm_ocr": _glm_ocr,
+    "paddleocr_vl": _paddleocr,
 }
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
-WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral")
+WITHOUT_IMAGE = ("llava_next_video",)
+WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl", "gemma3", "mistral3")
+HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
+ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
 
 
-def _hub(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+def _hub(name: str, weight: torch.Tensor, tower: str) -> tuple[str, torch.Tensor]:
     """A weight that transformers saves as the hub has it."""
-    if ".experts." in name:
+    if ".experts." in name and weight.ndim == 3:
         weight = weight.transpose(1, 2).contiguous()
-    return name.replace("vision_tower.", "vision_tower.vision_model."), weight
+    if tower in ("clip_vision_model", "siglip_vision_model"):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.")
+    return name, weight
 
 
 def later_name(name: str) -> str:
@@ -271,12 +380,13 @@ def later_name(name: str) -> str:
 
 def make_family(name: str, folder: Path) -> Path:
     """Write a checkpoint, its weights named as on the hub, which is what vLLM's loaders know."""
-    model_class, config, processor = FAMILIES[name]()
+    model_class, config, processor = (FAMILIES | UNLISTED)[name]()
     config.dtype = torch.bfloat16
     config.architectures = [model_class.__name__]
     random_model(model_class, config).to(torch.bfloat16).save_pretrained(folder)
     single = folder / "model.safetensors"
-    weights = dict(map(_hub, *zip(*load_file(single).items(), strict=True)))
+    tower = config.vision_config.model_type
+    weights = dict(_hub(stored, weight, tower) for stored, weight in load_file(single).items())
     single.unlink()
     if name in LATER:
         weights = {later_name(stored): weight for stored, weight in weights.items()}

@@ -17,6 +17,8 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
 
+# Models of which nothing is known but the rows.
+_GENERIC = ("gemma3", "internvl", "llava_next_video", "mistral3")
 # Attention weights [batch, heads, n, n] of each layer, in the order of its calls.
 Weights = dict[torch.nn.Module, list[torch.Tensor]]
 _noted: list[Weights] = []
@@ -43,6 +45,14 @@ def _watched() -> Iterator[Weights]:
         _noted.pop()
 
 
+def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """What transformers makes of a checkpoint, where vLLM computes the same otherwise in vLLM's way."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    if model.config.model_type == "paddleocr_vl":
+        model.model.visual.vision_model.embeddings.interpolation_align_corners = False
+    return model
+
+
 class Reference:
     """What the engine of a server with ``--dtype dtype`` should decide.
 
@@ -52,7 +62,7 @@ class Reference:
     """
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval().model
+        self.model = transformers_model(model, dtype).model
         self.image_processor = AutoImageProcessor.from_pretrained(model)
         self._tower = self.model.visual if hasattr(self.model, "visual") else self.model.vision_tower
         self._tower.set_attn_implementation("watched")
@@ -69,15 +79,37 @@ class Reference:
         (modality,) = (name.rpartition("_")[2] for name in inputs if name.startswith("pixel_values"))
         pixels = inputs[f"pixel_values{'_videos' if modality == 'videos' else ''}"].to(self._dtype)
         grid = inputs.get("video_grid_thw" if modality == "videos" else "image_grid_thw")
+        if self.model.config.model_type in _GENERIC:
+            return self._of_rows(pixels[0] if pixels.ndim == 5 else pixels, inputs)
         with _watched() as weights:
             if grid is not None:
-                return self._of_grid(pixels, grid, weights)
+                encode = self.model.get_video_features if modality == "videos" else self.model.get_image_features
+                return self._of_grid(torch.cat(encode(pixels, grid).pooler_output), grid, weights)
             if modality == "videos":
                 return self._of_frames(pixels[0], weights)
             if "image_sizes" in inputs:
                 return self._of_tiles(pixels[0], inputs["image_sizes"], weights)
             (features,), (attention,) = self._patches(pixels), self._drawn(weights)
         return Encoding(VisualTokens(features, attention), Layout.whole(self._side, self._side))
+
+    def inputs(self, image: Image.Image) -> dict[str, Any]:
+        """What ``get_image_features`` takes of an image."""
+        made = self.image_processor(image, return_tensors="pt")
+        unused = ("num_crops", "num_patches", "num_soft_tokens_per_image")
+        return {name: value for name, value in made.items() if name not in unused}
+
+    def _of_rows(self, pixels: torch.Tensor, inputs: Mapping[str, Any]) -> Encoding:
+        """Of a model of which only the rows are known. Frames are images, but in one model."""
+        if self.model.config.model_type == "llava_next_video":
+            (made,) = self.model.get_video_features(pixels[None]).pooler_output
+        else:
+            places = inputs.get("image_position_ids", inputs.get("video_position_ids"))
+            given = {"image_sizes": inputs.get("image_sizes"), "image_position_ids": places}
+            given = {name: value for name, value in given.items() if value is not None}
+            made = self.model.get_image_features(pixels, **given).pooler_output
+        of_tiles = [*made]
+        part = torch.arange(len(of_tiles)).repeat_interleave(len(of_tiles[0]))
+        return Encoding(VisualTokens(torch.cat(of_tiles), None), Layout(part, ((1, len(part)),)))
 
     @property
     def _side(self) -> int:
@@ -124,12 +156,14 @@ class Reference:
         layout = Layout(part, grids, Newlines(mask, torch.zeros_like(part)))
         return Encoding(VisualTokens(features.flatten(0, 1), attention.flatten()), layout)
 
-    def _of_grid(self, pixels: torch.Tensor, grid: torch.Tensor, weights: Weights) -> Encoding:
-        features, vision = self._tower(pixels, grid_thw=grid).pooler_output, self.model.config.vision_config
+    def _of_grid(self, features: torch.Tensor, grid: torch.Tensor, weights: Weights) -> Encoding:
+        vision = self.model.config.vision_config
         of_layer = list(weights.values())[-1]
         over_patches = torch.cat([of_one.mean((0, 1, 2)) for of_one in of_layer])
         attention = over_patches.view(len(features), -1).mean(1)
         merged = vision.spatial_merge_size
+        if self.model.config.model_type == "paddleocr_vl":  # whose tower sees patches line by line
+            attention = torch.nn.functional.avg_pool2d(over_patches.view(1, *grid[0, 1:].tolist()), merged).flatten()
         if hasattr(vision, "window_size"):  # which the tower orders tokens by
             order, _ = get_vision_window_index(
                 grid, spatial_merge_size=merged, window_size=vision.window_size, patch_size=vision.patch_size

@@ -20,6 +20,7 @@ class Model(torch.nn.Module):
     """Rows are the item's own. ``batches`` notes what was encoded together, ``arranged`` what attention was given."""
 
     config = "of the model"
+    eadaprune_observes = True
     apart = False  # whether features are others than rows
 
     def __init__(self) -> None:

@@ -56,6 +56,14 @@ def test_placeholders_that_do_not_stay_are_taken_out_from_between_text() -> None
     assert len(frames.full) == 8  # it is the cached one of others
 
 
+def test_which_stay_does_not_go_by_what_told_placeholders_from_text() -> None:
+    """It may know of nothing but the unpruned tokens."""
+    mask = torch.tensor([False, True, True, True, True, False])
+    found = PrunedDetails([60, 1, 2, 3, 4, 61], lambda _: mask).pruned(kept(2))
+    assert found.embeds.tolist() == [False, True, True, False]
+    assert PrunedDetails([1, 2, 3, 4]).pruned(kept(2)).is_embed is None
+
+
 def test_newlines_are_counted() -> None:
     assert PrunedDetails([IMAGE] * 6, num_newlines=2).pruned(kept(2, newlines=True)).num_newlines == 1
 

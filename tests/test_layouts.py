@@ -16,7 +16,8 @@ from eadaprune_vllm.models import adapter
 from eadaprune_vllm.prune import Layout
 
 TILED = {"llava_next": LlavaNextModel, "llava_onevision": LlavaOnevisionModel}
-QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
+OTHER_GRIDS = ["glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"]
 LENGTHS = (1, 2, 5, 20, 90, 111, 112, 113, 224, 333, 448, 640, 800, 5000)
 SIZES = list(itertools.product(LENGTHS, LENGTHS))
 NEWLINE = -7.0
@@ -153,7 +154,7 @@ def test_embeddings_of_a_client_are_no_grid(name: str) -> None:
     assert layout(name, 7, image_embeds=torch.zeros(7, 4)).grids == ((1, 7),)
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", QWEN + OTHER_GRIDS)
 @pytest.mark.parametrize("modality", ["image", "video"])
 def test_temporal_patches_are_the_parts_of_a_grid(name: str, modality: str) -> None:
     found = layout(name, 3 * 24, modality, **{f"{modality}_grid_thw": torch.tensor([3, 8, 12])})
@@ -178,7 +179,7 @@ def test_temporal_patches_are_the_parts_of_a_grid(name: str, modality: str) -> N
 def test_embeddings_that_do_not_go_with_their_grid_are_refused(
     name: str, grid: tuple[int, int, int], rows: int, more: int
 ) -> None:
-    width = 128 * 3 if name.startswith("qwen3") else 128  # with what two DeepStack levels add
+    width = 128 * 3 if name.startswith("qwen3_vl") else 128  # with what two DeepStack levels add
     fits = layout(name, 24, image_embeds=torch.zeros(24, width), image_grid_thw=torch.tensor([1, 8, 12]))
     assert fits.grids == ((4, 6),)
     embeds = torch.zeros(rows, width + more)
@@ -189,7 +190,7 @@ def test_embeddings_that_do_not_go_with_their_grid_are_refused(
 
 @pytest.mark.parametrize("name", QWEN)
 def test_embeddings_of_a_video_may_have_several_temporal_patches(name: str) -> None:
-    width = 128 * 3 if name.startswith("qwen3") else 128
+    width = 128 * 3 if name.startswith("qwen3_vl") else 128
     grid = torch.tensor([2, 8, 12])
     assert len(layout(name, 48, "video", video_embeds=torch.zeros(48, width), video_grid_thw=grid).grids) == 2
 
@@ -221,7 +222,7 @@ def test_attention_of_frames_is_pooled() -> None:
     torch.testing.assert_close(found, torch.nn.functional.avg_pool2d(drawn, 2).flatten())
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", QWEN + OTHER_GRIDS[:-1])
 def test_attention_of_merged_patches_is_their_mean_in_the_order_of_the_prompt(name: str) -> None:
     """Towers with windows see one window after the other, here of two by two tokens."""
     frames, height, width = 2, 4, 5
@@ -238,4 +239,14 @@ def test_attention_of_merged_patches_is_their_mean_in_the_order_of_the_prompt(na
     patches = seen[:, None] + torch.tensor([0.1, 0.2, 0.3, 0.4])
     data = {"video_grid_thw": torch.tensor([frames, 2 * height, 2 * width])}
     found = model(name).eadaprune_arrange("video", data, patches.flatten())
+    torch.testing.assert_close(found, tokens.flatten() + 0.25)
+
+
+def test_attention_of_patches_in_whole_lines_is_the_mean_of_squares() -> None:
+    tokens = torch.arange(20).view(4, 5)
+    patches = tokens.repeat_interleave(2, 0).repeat_interleave(2, 1) + torch.tensor([[0.1, 0.2], [0.3, 0.4]]).repeat(
+        4, 5
+    )
+    data = {"image_grid_thw": torch.tensor([1, 8, 10])}
+    found = model("paddleocr_vl").eadaprune_arrange("image", data, patches.flatten())
     torch.testing.assert_close(found, tokens.flatten() + 0.25)

@@ -72,7 +72,7 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
     }
     options |= {"load_aware": {"waiting_high": 8}}
     options |= {"energy_ceiling": 1.0, "max_tokens_ceiling": 99, "out_of_bounds": "clamp", "report": True}
-    options |= {"report_cached": True}
+    options |= {"report_cached": True, "any_model": True}
     assert options.keys() == ServerOptions.model_fields.keys()
     line = []
     for name, value in options.items():
@@ -128,5 +128,5 @@ def test_metrics() -> None:
 
 def test_the_documents_list_what_is_supported() -> None:
     models = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
-    listed = re.findall(r"^\| `(\w+ForConditionalGeneration)` \|", models, re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+(?:ForConditionalGeneration|ChatModel))` \|", models, re.MULTILINE)
     assert listed == list(ARCHITECTURES)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
+from generic_families import GENERIC
 from transformers import AutoConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -15,14 +17,18 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.models.base import PruningProcessor
 
-QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+NAMES = [name for name in FAMILIES if name not in GENERIC and not name.startswith("llava")]
 
 
 class Prompt:
     """A prompt of text, images and videos, unpruned and pruned, as vLLM describes it to a model."""
 
-    def __init__(self, config: Any, timestamps: bool) -> None:
-        self.config, self.timestamps = config, timestamps
+    def __init__(self, config: Any, name: str) -> None:
+        self.config, self.name = config, name
+        self.begin, self.end = (
+            getattr(config, f"{'image' if name.startswith('glm') else 'vision'}_{which}_token_id")
+            for which in ("start", "end")
+        )
         self.unpruned: list[int] = []
         self.pruned: list[int] = []
         self.left: list[int] = []  # where in the unpruned prompt the tokens of the pruned one are
@@ -41,32 +47,39 @@ class Prompt:
     def item(self, modality: str, grid: list[int], kept: list[int]) -> None:
         """``grid`` in patches; ``kept`` of its tokens."""
         config, (frames, height, width) = self.config, grid
-        frame = height * width // 4
-        token = getattr(config, f"{modality}_token_id")
-        tokens: list[int] = []
-        stays: list[bool] = []
+        frame, timestamps = height * width // 4, modality == "video" and self.name.startswith(("qwen3", "glm"))
+        is_glm = self.name.startswith("glm")
+        token = config.image_token_id if is_glm else getattr(config, f"{modality}_token_id")
+
+        def text(*tokens: int) -> list[tuple[int, bool, bool]]:
+            return [(token, True, False) for token in tokens]
+
+        each = text(config.video_start_token_id) if timestamps and is_glm else []  # token, whether it stays, is no text
         for number in range(frames):
-            if modality == "video" and self.timestamps:
-                tokens += [60, 61, 62 + number, config.vision_start_token_id]
-                stays += [True] * 4
-            tokens += [token] * frame
-            stays += [index in kept for index in range(number * frame, (number + 1) * frame)]
-            if modality == "video" and self.timestamps:
-                tokens.append(config.vision_end_token_id)
-                stays.append(True)
+            pads = [(token, index in kept, True) for index in range(number * frame, (number + 1) * frame)]
+            if timestamps and is_glm:
+                each += [*text(self.begin), *pads, *text(self.end, 60, 61 + number)]
+            elif timestamps:
+                each += [*text(60, 61, 62 + number, self.begin), *pads, *text(self.end)]
+            else:
+                each += pads
+        each += text(config.video_end_token_id) if timestamps and is_glm else []
+        tokens, stays, embeds = map(list, zip(*each, strict=True))
         fields = {f"{modality}_grid_thw": torch.tensor(grid), f"{modality}_kept": torch.tensor(kept, dtype=torch.int64)}
         if modality == "video":
             fields["second_per_grid_ts"] = torch.tensor(1.5)
         data: Any = {name: SimpleNamespace(data=value) for name, value in fields.items()}
 
-        def feature(offset: int, length: int) -> Any:
-            position = PlaceholderRange(offset, length)
+        def feature(offset: int, is_embed: list[bool]) -> Any:
+            mask = None if all(is_embed) else torch.tensor(is_embed)
+            position = PlaceholderRange(offset, len(is_embed), mask)
             return MultiModalFeatureSpec(data=data, modality=modality, identifier="x", mm_position=position)
 
-        self._add([config.vision_start_token_id], [True])
-        self.features.append((feature(len(self.unpruned), len(tokens)), feature(len(self.pruned), sum(stays))))
+        self._add([self.begin], [True])
+        left = [*itertools.compress(embeds, stays)]
+        self.features.append((feature(len(self.unpruned), embeds), feature(len(self.pruned), left)))
         self._add(tokens, stays)
-        self._add([config.vision_end_token_id], [True])
+        self._add([self.end], [True])
 
     def positions(self, model_class: type, pruned: bool) -> tuple[torch.Tensor, int]:
         model: Any = object.__new__(model_class)
@@ -79,7 +92,7 @@ class Prompt:
         return found
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.0])
 @pytest.mark.parametrize("order", list(itertools.permutations(["image", "video", "text"])))
 def test_positions_are_those_of_stock_vllm(
@@ -87,7 +100,7 @@ def test_positions_are_those_of_stock_vllm(
 ) -> None:
     """``share`` of the tokens stays; at 0 whole frames are empty, and one token of each item is left."""
     config = AutoConfig.from_pretrained(family(name))
-    prompt = Prompt(config, timestamps=name.startswith("qwen3"))
+    prompt = Prompt(config, name)
     generator = torch.Generator().manual_seed(0)
     for kind in [*order, "image", "video", "image"]:
         if kind == "text":
@@ -108,15 +121,15 @@ def test_positions_are_those_of_stock_vllm(
     assert delta + len(prompt.pruned) == stock_delta + len(prompt.unpruned)
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grid", [(1, 12, 8), (1, 8, 40), (4, 6, 8), (9, 4, 4)])
 def test_an_item_takes_no_more_positions_than_its_layout_says(
     family: Callable[[str], Path], name: str, grid: tuple[int, int, int]
 ) -> None:
     """Of an image, exactly so many."""
     config = AutoConfig.from_pretrained(family(name))
-    modality, timestamps = "image" if grid[0] == 1 else "video", name.startswith("qwen3")
-    prompt = Prompt(config, timestamps)
+    modality = "image" if grid[0] == 1 else "video"
+    prompt = Prompt(config, name)
     size = grid[0] * grid[1] * grid[2] // 4
     prompt.item(modality, list(grid), list(range(size)))
     model_class = adapter(config.architectures[0])

@@ -186,7 +186,7 @@ def test_every_attribute_that_is_read_exists(path: str) -> None:
     assert [name for name in READ[path] if not (hasattr(owner, name) or name in declared | assigned)] == []
 
 
-@pytest.mark.parametrize("module", ["qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("module", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5"])
 def test_every_name_that_stands_for_something_else_while_a_model_is_built_exists(module: str) -> None:
     assert callable(imported(f"vllm.model_executor.models.{module}:mrope_positions_factor"))
 

@@ -59,7 +59,7 @@ def test_flags_about_videos_cannot_be_honoured(
         startup.check(config)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "glm4v", "glm_ocr", "paddleocr_vl"])
 def test_embeddings_that_do_not_say_where_lines_end_are_refused(family: Callable[[str], Path], name: str) -> None:
     config = EngineArgs(str(family(name)), max_model_len=1024, enable_mm_embeds=True).create_engine_config()
     with pytest.raises(StartupError, match="--enable-mm-embeds is not supported for this model"):
@@ -174,6 +174,42 @@ def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert bytes_of["auto"] == bytes_of["float16"] == 2 * numbers
     assert bytes_of["fp8"] == bytes_of["of_a_platform"] == numbers
     assert [name for name, size in bytes_of.items() if not size] == ["unknown"]
+
+
+def test_layers_without_a_kv_cache_save_none(family: Callable[[str], Path]) -> None:
+    config = EngineArgs(str(family("qwen3_5")), max_model_len=1024).create_engine_config()
+    assert startup.kv_bytes_per_token(config) == 2 * 1 * 2 * 32 * 2  # key and value x layers x KV heads x head size
+
+
+DEFAULTS = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+EngineArgs(sys.argv[1])  # which loads plugins
+for given in (None, {"min_tokens": 4}, {"energy": 0.9}):
+    config = EngineArgs(sys.argv[1], max_model_len=1024, mm_processor_kwargs=given and {"eadaprune": given})
+    options = config.create_engine_config().model_config.multimodal_config.eadaprune
+    print("FOUND", options.energy, options.min_tokens)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "energy"), [("glm_ocr", 1.0), ("paddleocr_vl", 1.0), ("glm4v", 0.99)], ids=lambda value: str(value)
+)
+def test_models_that_read_pages_keep_everything_by_default(
+    family: Callable[[str], Path], name: str, energy: float
+) -> None:
+    """And say so, unless the operator chose another threshold."""
+    found = subprocess.run(
+        [sys.executable, "-c", DEFAULTS, str(family(name))],
+        capture_output=True,
+        text=True,
+        env=environment(VLLM_PLUGINS="eadaprune"),
+        timeout=240,
+    )
+    lines = [line.split() for line in found.stdout.splitlines() if line.startswith("FOUND")]
+    assert lines == [["FOUND", str(energy), "16"], ["FOUND", str(energy), "4"], ["FOUND", "0.9", "16"]], found.stderr
+    said = (found.stdout + found.stderr).count("energy is 1 by default for this model")
+    assert said == (2 if energy == 1 else 0)
 
 
 def test_load_aware_thresholds_are_refused_where_they_cannot_work() -> None:

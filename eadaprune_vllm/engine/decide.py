@@ -47,7 +47,8 @@ def decide(runner: Any, questions: Sequence[Question]) -> list[Answer]:
     model = runner.get_model()
     options = [PruneOptions.model_validate_json(question.options) for question in questions]
     # Where ranks share items out, not all of them see one.
-    seen = runner.vllm_config.model_config.multimodal_config.mm_encoder_tp_mode != "data"
+    tp_mode = runner.vllm_config.model_config.multimodal_config.mm_encoder_tp_mode
+    seen = model.eadaprune_observes and tp_mode != "data"
     observed = [seen and each.selector in BY_ATTENTION for each in options]
     answers: dict[int, Answer] = {}
     for index, encoded in _encoded(runner, questions, observed):
@@ -87,7 +88,7 @@ def _answer(model: Any, question: Question, options: PruneOptions, encoded: Enco
     layout = model.eadaprune_layout(model.config, question.modality, _data(question), question.num_placeholders)
     rows, features = encoded.rows, encoded.features
     if len(rows) != question.num_placeholders:
-        raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {question.num_placeholders}")
+        raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {question.num_placeholders} placeholders")
     if features is None:
         features = model.eadaprune_features(rows[~layout.is_newline])
     encoding = Encoding(VisualTokens(features, encoded.attention), layout)

@@ -21,8 +21,8 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split
-from eadaprune_vllm.options import KEY, PruneOptions, ServerOptions
-from eadaprune_vllm.request import MODALITIES, Choices, RequestContext, refusals, request_layers
+from eadaprune_vllm.options import KEY, MODALITIES, Choice, PruneOptions, ServerOptions
+from eadaprune_vllm.request import Choices, RequestContext, refusals, request_layers
 from eadaprune_vllm.wire import Question
 
 
@@ -76,10 +76,12 @@ class PruningProcessor(BaseMultiModalProcessor):
             raise VLLMServerError(f"options for {given} where there are {counts}")
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        whole = Choice(PruneOptions(enabled=False))
         of: dict[str, list[Item]] = {}
         for modality, of_each in inputs.mm_data_items.items():
             of[modality] = []
-            for choice, image_hash, data in zip(given[modality], hashes[modality], of_each, strict=True):
+            choices = given.get(modality, (whole,) * len(of_each))  # what is of another one is not ours to prune
+            for choice, image_hash, data in zip(choices, hashes[modality], of_each, strict=True):
                 options = self.front_end.in_force(choice, image_hash, choice.answered or data is None)
                 mm_hash = image_hash
                 if may_prune(options):
@@ -158,10 +160,12 @@ class PruningProcessor(BaseMultiModalProcessor):
             engine. vLLM makes tables for four times the model's length, and checks tokens only.
         """
         model, text = self.info.ctx.model_config, self.info.ctx.model_config.hf_text_config
+        if not model.uses_mrope:
+            return
         longest, rope = text.max_position_embeddings, getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "yarn":
             longest = int(rope["original_max_position_embeddings"] * rope["factor"])
-        if model.uses_mrope and model.max_model_len + skipped > 4 * longest:
+        if model.max_model_len + skipped > 4 * longest:
             raise VLLMValidationError(
                 f"the images and videos of this request span up to {skipped} positions more than it has tokens, and "
                 f"this model has {4 * longest} positions in all; send fewer, smaller or less pruned ones",

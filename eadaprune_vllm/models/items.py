@@ -14,7 +14,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
 from eadaprune_vllm.models.pruned import KEPT, ROWS
-from eadaprune_vllm.options import KEY, PruneOptions
+from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.prune import Kept
 from eadaprune_vllm.report import ItemReport, Pruning, Timing
 from eadaprune_vllm.wire import Answer, Decided, Failed, Question
@@ -43,7 +43,8 @@ class PrunedDetails(PromptUpdateDetails):
         full, embeds = torch.tensor(self.full), self.embeds
         stays = ~embeds
         stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
-        return PrunedDetails(full[stays].tolist(), self.is_embed, kept, kept.newlines)
+        left = embeds[stays]
+        return PrunedDetails(full[stays].tolist(), self.is_embed and (lambda _: left), kept, kept.newlines)
 
     @property
     def digest(self) -> str:
@@ -189,7 +190,8 @@ class Items:
 
     def done(self, modality: str, item: Item, content: PrunedDetails) -> None:
         """Note what became of an item, from now on the next of its modality."""
-        self.reports[modality].append(content.report(item))
+        if modality in MODALITIES:
+            self.reports[modality].append(content.report(item))
         self.identifiers[item.mm_hash] = item.image_hash + content.digest
         self.skipped += content.kept.skipped if content.kept else 0
 

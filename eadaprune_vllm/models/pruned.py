@@ -32,11 +32,15 @@ class Pruned(SupportsMultiModal):
         eadaprune_modalities: what it takes that can be pruned.
         eadaprune_has_cls: whether its tower has a CLS token.
         eadaprune_takes_embeddings: whether its layout can tell what embeddings of a client mean.
+        eadaprune_energy: the default of that option, if it is another for this model.
+        eadaprune_observes: whether it can tell which token attention in its tower is given to.
     """
 
     eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     eadaprune_has_cls: bool = False
     eadaprune_takes_embeddings: ClassVar[bool] = True
+    eadaprune_energy: ClassVar[float | None] = None
+    eadaprune_observes: ClassVar[bool] = True
 
     @override
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -91,7 +95,12 @@ class UnprunedPositions(SupportsMRoPE):
 
     Modifications:
     - kept tokens have the positions they would have unpruned, and so has the text after them
+
+    Attributes:
+        eadaprune_frame_end: what the configuration calls the token that ends a frame of a video that has text between.
     """
+
+    eadaprune_frame_end: ClassVar[str] = "vision_end_token_id"
 
     @override
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
@@ -109,18 +118,21 @@ class UnprunedPositions(SupportsMRoPE):
             position, modality = feature.mm_position, feature.modality
             text, item = ids[read : position.offset], ids[position.offset : position.offset + position.length]
             read = position.offset + position.length
-            token = getattr(config, f"{modality}_token_id")
+            embeds = np.ones_like(item, bool) if position.is_embed is None else position.is_embed.numpy()
             grid = feature.data[f"{modality}_grid_thw"].data
             frame = int(grid[1:].prod()) // config.vision_config.spatial_merge_size**2
-            embeds = int((item == token).sum())
-            kept = feature.data[modality + KEPT].data.numpy() if modality + KEPT in feature.data else np.arange(embeds)
-            where = _where(item == token, item == config.vision_end_token_id, kept, frame)
-            unpruned = np.full(int(grid[0]) * frame + (item != token).sum(), token)
+            pruned = modality + KEPT in feature.data
+            kept = feature.data[modality + KEPT].data.numpy() if pruned else np.arange(embeds.sum())
+            ends = item == getattr(config, self.eadaprune_frame_end, None)  # which models without videos may lack
+            where = _where(embeds, ends, kept, frame)
+            unpruned = np.full(int(grid[0]) * frame + (~embeds).sum(), item[embeds][0])
             unpruned[where] = item
+            is_embed = torch.ones(len(unpruned), dtype=torch.bool)
+            is_embed[where[~embeds]] = False
             prompt += [text, unpruned]
             columns += [length + np.arange(len(text)), length + len(text) + where]
             offset = length + len(text)
-            features.append(replace(feature, mm_position=PlaceholderRange(offset, len(unpruned))))
+            features.append(replace(feature, mm_position=PlaceholderRange(offset, len(unpruned), is_embed)))
             length = offset + len(unpruned)
         prompt.append(ids[read:])
         columns.append(length + np.arange(len(ids) - read))

@@ -37,7 +37,7 @@ class PrunedQwen3VLProcessor(PruningProcessor, qwen3_vl.Qwen3VLMultiModalProcess
 
 
 @contextmanager
-def _more_positions(module: Any) -> Iterator[None]:
+def more_positions(module: Any) -> Iterator[None]:
     """While open, models that are built have a table of rotary embeddings that reaches further. vLLM sizes it for
     positions below the number of tokens, but those of kept tokens are not; 4 is its factor for prunings of its own."""
     original = module.mrope_positions_factor
@@ -55,7 +55,7 @@ class PrunedQwen3VLForConditionalGeneration(Qwen3Tower, UnprunedPositions, qwen3
     """Qwen3-VL, pruned."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
-        with _more_positions(qwen3_vl):
+        with more_positions(qwen3_vl):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 
@@ -68,5 +68,5 @@ class PrunedQwen3VLMoeForConditionalGeneration(
     """The same of a mixture of experts."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        with _more_positions(qwen3_vl_moe):
+        with more_positions(qwen3_vl_moe):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eadaprune_vllm import startup
+from eadaprune_vllm import models, startup
 from eadaprune_vllm.options import KEY
 from eadaprune_vllm.seams.asking import ask_first
 from eadaprune_vllm.seams.wrap import wrap
@@ -17,16 +17,20 @@ def install() -> None:
 
         # vLLM would hand our key to the image processor, so it travels as an attribute of the config instead.
         given = engine_args.mm_processor_kwargs
-        options = startup.server_options((given or {}).get(KEY))
-        if options.load_aware:
-            serving = usage_context is UsageContext.OPENAI_API_SERVER
-            startup.check_load_aware(serving=serving, engine_args=engine_args)
+        ours = (given or {}).get(KEY)
+        if isinstance(ours, dict) and ours.get("any_model"):
+            models.register_any()
         engine_args.mm_processor_kwargs = {k: v for k, v in (given or {}).items() if k != KEY} or None
         try:
             vllm_config = original(engine_args, usage_context, headless, **kwargs)
         finally:
             engine_args.mm_processor_kwargs = given
         startup.check(vllm_config)
+        energy = models.adapter(vllm_config.model_config.architecture).eadaprune_energy
+        options = startup.server_options(ours, energy)
+        if options.load_aware:
+            serving = usage_context is UsageContext.OPENAI_API_SERVER
+            startup.check_load_aware(serving=serving, engine_args=engine_args)
         startup.configure(vllm_config, options)
         return vllm_config
 

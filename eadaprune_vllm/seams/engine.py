@@ -47,7 +47,7 @@ def _ask(core: Any, payload: bytes) -> Any:
     from vllm.v1.engine.core import EngineCoreProc
 
     if not isinstance(core, EngineCoreProc):
-        return _decide(core, payload)
+        return ask_workers(core, payload)
     if _refuses(core):
         return REFUSED
     promise: Future[bytes] = Future()
@@ -62,7 +62,7 @@ def _answer_next(core: Any) -> bool:
         return False
     payload, promise = waiting.popleft()
     try:
-        promise.set_result(REFUSED if _refuses(core) else _decide(core, payload))
+        promise.set_result(REFUSED if _refuses(core) else ask_workers(core, payload))
     except Exception as error:
         promise.set_exception(error)
     return True
@@ -74,7 +74,8 @@ def _refuses(core: Any) -> bool:
     return bool(getattr(core, "reject_new_requests", False))
 
 
-def _decide(core: Any, payload: bytes) -> bytes:
+def ask_workers(core: Any, payload: bytes) -> bytes:
+    """What rank 0 answers, at once."""
     answer: bytes = core.model_executor.collective_rpc("eadaprune_decide", args=(payload,))[0]
     return answer
 

@@ -5,10 +5,11 @@ import base64
 import io
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-from families import WITHOUT_VIDEO
+from families import HYBRID, ONE_VIDEO, WITHOUT_VIDEO
 from PIL import Image
 from shared import noise, photo
 from vllm import LLM, SamplingParams
@@ -44,7 +45,11 @@ CHATS = {name: [name, TEXT] for name in SCENES} | {
     "several": ["wide", "and", "square", "flat", "then", "tall", TEXT],
     "twice": ["square", "or", "square", TEXT],
 }
-VIDEO_CHATS = {"clip": ["clip", TEXT], "both": ["small", "before", "clip", "and", "short", "after", "wide", TEXT]}
+VIDEO_CHATS = {
+    "clip": ["clip", TEXT],
+    "between": ["small", "before", "clip", "after", "wide", TEXT],
+    "both": ["small", "before", "clip", "and", "short", "after", "wide", TEXT],
+}
 
 
 def video_url(frames: list[bytes]) -> str:
@@ -84,19 +89,26 @@ def answers(llm: LLM, batch: list[tuple[str, dict[str, Any] | None]]) -> list[di
 
 if __name__ == "__main__":
     work: dict[str, list[Any]] = json.load(sys.stdin)  # model's folder -> batches
-    result = {}
+    result: dict[str, Any] = {}
     for folder, batches in work.items():
-        llm = LLM(
-            folder,
-            dtype="bfloat16" if "awq" in folder else "float32",  # AWQ knows no float32
-            enforce_eager=True,
-            max_model_len=4096,
-            max_num_batched_tokens=64,  # images are cut over several steps
-            block_size=32,
-            limit_mm_per_prompt={"image": 5, "video": 0 if Path(folder).name in WITHOUT_VIDEO else 2},
-        )
-        result[folder] = [answers(llm, batch) for batch in batches]
-        llm.llm_engine.engine_core.shutdown()
+        name = Path(folder).name
+        videos = 0 if name in WITHOUT_VIDEO else 1 if name in ONE_VIDEO else 2
+        llm = None
+        try:
+            llm = LLM(
+                folder,
+                dtype="bfloat16" if name in ("awq", *HYBRID) else "float32",  # AWQ knows no float32
+                enforce_eager=True,
+                max_model_len=4096,
+                max_num_batched_tokens=64,  # images are cut over several steps
+                block_size=32,
+                limit_mm_per_prompt={"image": 5, "video": videos},
+            )
+            result[folder] = [answers(llm, batch) for batch in batches]
+        except Exception:  # of one model; the others go on
+            result[folder] = traceback.format_exc()
+        if llm:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
     print("RESULT", json.dumps(result))

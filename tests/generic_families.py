@@ -1,0 +1,175 @@
+"""Small checkpoints of architectures whose adapter is generic, with random weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    GotOcr2ImageProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    Idefics3VisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlavaNextImageProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PixtralVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from eadaprune_vllm.demo.model import byte_tokenizer
+
+
+def _named(tokens: dict[str, str], *others: str) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and some more, of which the first have names that processors know."""
+    tokenizer = byte_tokenizer(*tokens.values())
+    tokenizer.add_tokens(list(others))
+    special = {name: getattr(tokenizer, name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=tokens, model_max_length=4096, **special
+    )
+
+
+GEMMA = _named(
+    {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
+    *("\n" * count for count in range(1, 5)),
+)
+INTERN = _named(
+    {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+)
+MISTRAL = byte_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+
+
+def _llava_next_video() -> tuple[Any, Any, Any]:
+    """Four patches are a token."""
+    config = LlavaNextVideoConfig(
+        vision_config=tower_config(CLIPVisionConfig, 2 * SIDE),
+        text_config=LlamaConfig(**text_settings(LLAVA)),
+        image_token_index=LLAVA.convert_tokens_to_ids("<image>"),
+        video_token_index=LLAVA.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=TILES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    size, edge = {"height": 2 * SIDE, "width": 2 * SIDE}, {"shortest_edge": 2 * SIDE}
+    processor = LlavaNextVideoProcessor(
+        LlavaNextVideoVideoProcessor(size=edge, crop_size=size),
+        LlavaNextImageProcessor(size=edge, crop_size=size, image_grid_pinpoints=TILES),
+        LLAVA,
+        chat_template=TEMPLATE.format(image="<image>\n", video="<video>\n"),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return LlavaNextVideoForConditionalGeneration, config, processor
+
+
+def _gemma3() -> tuple[Any, Any, Any]:
+    """Four patches are a token."""
+    tokens = (SIDE // PATCH) ** 2
+    config = Gemma3Config(
+        vision_config=tower_config(SiglipVisionConfig, 2 * SIDE, vision_use_head=False),
+        text_config=text_settings(GEMMA) | {"head_dim": 32, "query_pre_attn_scalar": 32},
+        mm_tokens_per_image=tokens,
+        boi_token_index=GEMMA.boi_token_id,
+        eoi_token_index=GEMMA.eoi_token_id,
+        image_token_index=GEMMA.image_token_id,
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 2 * SIDE, "width": 2 * SIDE}),
+        GEMMA,
+        chat_template=TEMPLATE.format(image="<start_of_image>", video=""),
+        image_seq_length=tokens,
+    )
+    return Gemma3ForConditionalGeneration, config, processor
+
+
+def _internvl() -> tuple[Any, Any, Any]:
+    """Four patches are a token."""
+    tokens, size = (SIDE // PATCH) ** 2, {"height": 2 * SIDE, "width": 2 * SIDE}
+    config = InternVLConfig(
+        vision_config=tower_config(InternVLVisionConfig, 2 * SIDE),
+        text_config=Qwen2Config(**text_settings(INTERN)),
+        image_token_id=INTERN.context_image_token_id,
+        image_seq_length=tokens,
+        tie_word_embeddings=False,
+    )
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, max_patches=4),
+        INTERN,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=tokens,
+        chat_template=TEMPLATE.format(image="<IMG_CONTEXT>\n", video="<video>\n"),
+    )
+    return InternVLForConditionalGeneration, config, processor
+
+
+def _mistral3() -> tuple[Any, Any, Any]:
+    """Four patches are a token."""
+    config = Mistral3Config(
+        vision_config=tower_config(PixtralVisionConfig, 3 * SIDE),
+        text_config=MistralConfig(**text_settings(MISTRAL)),
+        image_token_index=MISTRAL.convert_tokens_to_ids("[IMG]"),
+        tie_word_embeddings=False,
+    )
+    processor = PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": 3 * SIDE}, patch_size=2 * PATCH),
+        MISTRAL,
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        chat_template=TEMPLATE.format(image="[IMG]", video=""),
+    )
+    return Mistral3ForConditionalGeneration, config, processor
+
+
+def _idefics3() -> tuple[Any, Any, Any]:
+    """Four patches are a token, and an image is seen in tiles, and whole."""
+    config = Idefics3Config(
+        vision_config=tower_config(Idefics3VisionConfig),
+        text_config=LlamaConfig(**text_settings(LLAVA)),
+        image_token_id=LLAVA.convert_tokens_to_ids("<image>"),
+        pad_token_id=LLAVA.pad_token_id,
+    )
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}),
+        byte_tokenizer("<image>", "<video>"),
+        image_seq_len=(SIDE // PATCH) ** 2 // 4,
+        chat_template=TEMPLATE.format(image="<image>", video=""),
+    )
+    return Idefics3ForConditionalGeneration, config, processor
+
+
+GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
+    "gemma3": _gemma3,
+    "internvl": _internvl,
+    "llava_next_video": _llava_next_video,
+    "mistral3": _mistral3,
+}
+# Of these the architecture is not in our table.
+UNLISTED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {"idefics3": _idefics3}

@@ -1,0 +1,49 @@
+"""What small checkpoints are made of."""
+
+from typing import Any
+
+from transformers import (
+    PreTrainedTokenizerFast,
+)
+
+from eadaprune_vllm.demo.model import byte_tokenizer
+
+SIDE, PATCH = 112, 14  # of a tile: 64 tokens
+TILES = [[112, 224], [224, 112], [224, 224], [112, 336], [336, 112]]
+_TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+TEMPLATE = (
+    "{{% for message in messages %}}{{{{ message['role'].upper() }}}}: "
+    "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
+    "{{% for part in message['content'] %}}{{% if part['type'] in ('image', 'image_url') %}}{image}"
+    "{{% elif part['type'] in ('video', 'video_url') %}}{video}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{{% endfor %}}{{% endif %}} {{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}"
+)
+LLAVA = byte_tokenizer("<image>", "<video>")
+
+
+def text_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return _TEXT | {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def tower_config(config: Any, side: int = SIDE, **more: Any) -> Any:
+    return config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=side,
+        patch_size=PATCH,
+        **more,
+    )

@@ -54,7 +54,6 @@ def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("ranks") / "store"
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
-        patch.setattr(torch.accelerator, "get_memory_info", lambda: (2**32, 2**32))
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         initialize_model_parallel()
         yield

@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = "not server and not slow"
 
 
+@pytest.hookimpl(tryfirst=True)  # before groups are told to the workers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVER_TESTS in item.path.parents:

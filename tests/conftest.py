@@ -22,14 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = "not server and not slow"
 
 
-@pytest.hookimpl(tryfirst=True)  # before groups are told to the workers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVER_TESTS in item.path.parents:
             item.add_marker(pytest.mark.server)
-        # Where tests run on several workers, those that share servers run on one.
-        shares = {"pruning", "stock"} & {*getattr(item, "fixturenames", ())}
-        item.add_marker(pytest.mark.xdist_group("shared servers" if shares else item.path.stem))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip("PyTorch finds no GPU"))
 

@@ -241,8 +241,8 @@ def _qwen3_5(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, A
         "rope_parameters": rope,
         "head_dim": 32,
         "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     } | text
@@ -328,7 +328,13 @@ _MOE = {
     "norm_topk_prob": True,
 }
 _GLM4V = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
-_GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64}
+_GLM_MOE = {
+    "head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+}
 FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava": lambda: _llava(CLIPVisionConfig),
     "llava_siglip": lambda: _llava(SiglipVisionConfig),
@@ -357,6 +363,7 @@ LATER = ("llava_next_mistral", "qwen2_vl")
 WITHOUT_IMAGE = ("llava_next_video",)
 WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl", "gemma3", "mistral3")
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
+NOT_TOGETHER = ("llava_onevision",)  # are videos of different lengths: vLLM, stock or not, fails over both in a step
 ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
 
 

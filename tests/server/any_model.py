@@ -15,7 +15,7 @@ if __name__ == "__main__":
         from vllm.model_executor.models.idefics3 import Idefics3ForConditionalGeneration as Broken
 
         whole = Broken.embed_multimodal
-        Broken.embed_multimodal = lambda model, **kwargs: [rows[1:] for rows in whole(model, **kwargs)]
+        Broken.embed_multimodal = lambda self, **kwargs: [rows[1:] for rows in whole(self, **kwargs)]
     if what != "stock":
         settings["mm_processor_kwargs"] = {"eadaprune": {"any_model": what != "unnamed"}}
     llm = LLM(folder, max_num_batched_tokens=128, **settings)

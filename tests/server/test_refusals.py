@@ -64,7 +64,7 @@ CASES = [
         change=other_version,
     ),
     Case(
-        "the architecture LlamaForCausalLM is not supported; supported are LlavaForConditionalGeneration",
+        "the architecture LlamaForCausalLM is not supported; supported are Gemma3ForConditionalGeneration",
         [*PRUNING, "--load-format", "dummy", "--skip-tokenizer-init"],
         change=llama,
     ),

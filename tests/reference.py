@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generic_families import GENERIC
 from PIL import Image
 from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText
 from transformers.image_processing_utils import select_best_resolution
@@ -17,8 +18,6 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
 
-# Models of which nothing is known but the rows.
-_GENERIC = ("gemma3", "internvl", "llava_next_video", "mistral3")
 # Attention weights [batch, heads, n, n] of each layer, in the order of its calls.
 Weights = dict[torch.nn.Module, list[torch.Tensor]]
 _noted: list[Weights] = []
@@ -79,7 +78,7 @@ class Reference:
         (modality,) = (name.rpartition("_")[2] for name in inputs if name.startswith("pixel_values"))
         pixels = inputs[f"pixel_values{'_videos' if modality == 'videos' else ''}"].to(self._dtype)
         grid = inputs.get("video_grid_thw" if modality == "videos" else "image_grid_thw")
-        if self.model.config.model_type in _GENERIC:
+        if self.model.config.model_type in GENERIC:  # nothing is known of it but the rows
             return self._of_rows(pixels[0] if pixels.ndim == 5 else pixels, inputs)
         with _watched() as weights:
             if grid is not None:

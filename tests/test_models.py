@@ -23,6 +23,7 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader import utils as loader
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
@@ -54,6 +55,7 @@ def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("ranks") / "store"
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        patch.setattr(loader, "_MODEL_ARCH_BY_HASH", {})  # what tests of stock models found for the same folders
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         initialize_model_parallel()
         yield

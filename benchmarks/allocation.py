@@ -27,13 +27,14 @@ from rich.console import Console
 from transformers import AutoImageProcessor
 from vllm import LLM
 
+from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
-from eadaprune_vllm.tools.calibrate import Curve, solve
+from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import Setting, exactly, interval, run
 from eadaprune_vllm.tools.images import picture, read
 
@@ -100,7 +101,8 @@ def allocations(asked: list[str], targets: list[int]) -> dict[tuple[int, str], d
         for target in targets:
             bounds = {rule: 1, BOUNDED: target // 2} if rule == "threshold" else {rule: 1}
             for name, least in bounds.items():
-                solved = solve([curves[image] for image in asked], target, PruneOptions(min_tokens=least))
+                options = PruneOptions(min_tokens=least, min_share=0)
+                solved = solve([curves[image] for image in asked], target / len(matrices[0][0]), options)
                 found[target, name] = {image: curve.budget(solved) for image, curve in curves.items()}
     return found
 

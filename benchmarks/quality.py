@@ -17,14 +17,15 @@ import typer
 from common import RESULTS, about
 from rich.console import Console
 
+from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import write_questions
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.draw import png
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.selectors import SELECTORS
-from eadaprune_vllm.tools.calibrate import Curve, solve
+from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, adaptive, read_questions, run
 from eadaprune_vllm.tools.offline import OfflineModel
 from eadaprune_vllm.tools.plots import accuracy
@@ -43,7 +44,8 @@ def thresholds() -> dict[int, float]:
         scene = make_scene(10**6 + number, held_out=True).image
         found = offline.examine(png(scene), {"selector": "uniform"}, spectrum=True)
         curves.append(Curve(str(number), np.array(found.spectrum)))
-    return {target: solve(curves, target, PruneOptions(min_tokens=1)).energy for target in TARGETS}
+    options = PruneOptions.model_validate(UNBOUNDED)
+    return {target: solve(curves, target / len(curves[0].needed_above), options).energy for target in TARGETS}
 
 
 def held_out(folder: Path, scenes: int) -> Results:

@@ -117,7 +117,7 @@ def demo_questions(
 @app.command()
 def calibrate(
     images: Annotated[list[str], typer.Argument(help="Images, folders, globs, URLs, or JSONL files of these.")],
-    target_tokens: Annotated[float, typer.Option(help="The mean budget that images should have.")],
+    target: Annotated[float, typer.Option(help="Share of their tokens that images should keep in the mean.")] = 0.33,
     url: Url = None,
     model: Model = None,
     min_tokens: MinTokens = None,
@@ -129,11 +129,12 @@ def calibrate(
     histogram: Annotated[Path, typer.Option(help="Picture of the budgets.")] = Path("budgets.png"),
     table: Annotated[bool, typer.Option("--table", help="Also print mean budgets over thresholds.")] = False,
 ) -> None:
-    """Find the threshold at which your images keep a given number of tokens in the mean.
+    """Find the threshold at which your images keep a given share of their tokens in the mean.
 
     Every image is encoded once, by a server (--url) or an engine of this command's own (--model); go on after an
     interruption, or ask for another target, with the same --store. Options that are not given are the server's.
     """
+    from eadaprune_vllm.budget import Curve
     from eadaprune_vllm.options import overlay
     from eadaprune_vllm.tools import calibrate as tool
 
@@ -144,15 +145,16 @@ def calibrate(
         curves, skipped = tool.encode(examiner, found, store, options.scope)
         for where, reason in skipped.items():
             Console(stderr=True).print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
-        solved = tool.solve(curves, target_tokens, options)
+        solved = tool.solve(curves, target, options)
         name = examiner.name
     console = Console()
     budgets = [curve.budget(solved) for curve in curves]
     if table:
-        means = Table("threshold", "mean tokens")
+        means = Table("threshold", "mean tokens", "mean share")
         for threshold in (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999, 1.0):
             at = options.model_copy(update={"energy": threshold})
-            means.add_row(f"{threshold:g}", f"{tool.mean(curves, at):.1f}")
+            tokens, share = (statistics.mean(of(curve, at) for curve in curves) for of in (Curve.budget, Curve.share))
+            means.add_row(f"{threshold:g}", f"{tokens:.1f}", f"{share:.1%}")
         console.print(means)
     quartiles = statistics.quantiles(budgets, n=4, method="inclusive") if len(budgets) > 1 else budgets * 3
     shown = Table(title=f"Tokens of {len(curves)} images at energy {solved.energy:g}")
@@ -178,7 +180,8 @@ def explain(
     image: Annotated[str, typer.Argument(help="Path or URL.")],
     url: Url = None,
     model: Model = None,
-    energy: Annotated[list[float], typer.Option(help="Threshold; may be given several times.")] = [0.95, 0.99],  # noqa: B006
+    energy: Annotated[list[float], typer.Option(help="Threshold; may be given several times.")] = [],  # noqa: B006
+    target: Annotated[list[float], typer.Option(help="Mean share of tokens; may be given several times.")] = [],  # noqa: B006
     selector: Annotated[str | None, typer.Option(help="Which tokens stay.")] = None,
     min_tokens: MinTokens = None,
     max_tokens: MaxTokens = None,
@@ -190,7 +193,8 @@ def explain(
 ) -> None:
     """Draw which patches of an image stay at which threshold, and the curve that decides.
 
-    Asks a server (--url), or an engine of this command's own (--model). Options that are not given are the server's.
+    Asks a server (--url), or an engine of this command's own (--model). Options that are not given are the server's,
+    and so is the threshold if there is none.
     """
     from eadaprune_vllm.draw import picture
     from eadaprune_vllm.tools import images
@@ -198,7 +202,8 @@ def explain(
 
     chosen = {"selector": selector, "min_tokens": min_tokens, "max_tokens": max_tokens, "scope": scope}
     with _examiner(url, model, dtype, revision) as examiner:
-        given = [_given(energy=threshold, **chosen) for threshold in energy]
+        thresholds = [{"energy": each} for each in energy] + [{"target": each} for each in target]
+        given = [_given(**each, **chosen) for each in thresholds or [{}]]
         file = images.read(image)
         previews = [examiner.examine(file, options, overlay=True) for options in given]
         panels = [("the image", images.picture(file))]

@@ -21,7 +21,7 @@ from eadaprune_vllm import __version__
 from eadaprune_vllm.naming import NAME
 from eadaprune_vllm.options import SELECTOR_NAMES, request_schema
 from eadaprune_vllm.preview import look_at, previews
-from eadaprune_vllm.report import Config, Preview
+from eadaprune_vllm.report import Config, Preview, Reference
 from eadaprune_vllm.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers, told
 from eadaprune_vllm.route import PruningRoute, documented, is_door
 from eadaprune_vllm.seams.processes import on_render_thread
@@ -105,6 +105,7 @@ async def config(request: Request) -> Config:
         architecture=model.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
         options=state.eadaprune.server_options,
+        reference=Reference.of(state.eadaprune.server_options),
         selectors=list(SELECTOR_NAMES),
         doors=[
             route.path

@@ -9,7 +9,11 @@ from pydantic import BaseModel
 
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.naming import NAME, name_plugins, named_plugins
-from eadaprune_vllm.options import KEY, ServerOptions, allowed
+from eadaprune_vllm.options import KEY, allowed
+from eadaprune_vllm.server_options import ServerOptions
+
+# What the flags of other options than limits come to where they are not given.
+_DEFAULTS = {"energy": "what the target comes to", "load_aware": "off"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Name a vLLM plugin to use, in addition to those loaded anyway. May be given more than once.",
     )
     for name, field in ServerOptions.model_fields.items():
-        default = field.default
-        if default is None:
-            default = "off" if name == "load_aware" else "no limit"
+        default = _DEFAULTS.get(name, "no limit" if field.default is None else field.default)
         text = f"{field.description} {allowed(name, ServerOptions).capitalize()}. (default: {default})"
         group.add_argument(
             _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(field.annotation)

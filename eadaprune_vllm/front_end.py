@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from threading import Lock
+from typing import Any
 
 from cachetools import LRUCache
 
@@ -10,8 +11,9 @@ from eadaprune_vllm.asking import Asker
 from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models.items import New
-from eadaprune_vllm.options import Choice, PruneOptions
-from eadaprune_vllm.report import Pruning, Timing
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.report import Pruning, Reference, Timing
+from eadaprune_vllm.server_options import Choice, ServerOptions
 from eadaprune_vllm.wire import Answer, Failed
 
 # Images and videos whose threshold under load is remembered, at some hundred bytes each.
@@ -40,6 +42,16 @@ class FrontEnd:
         self._in_force: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._lock = Lock()
         metrics.declare(model_name)
+
+    def connect(self, client: Any, options: ServerOptions) -> None:
+        """To be called once engines serve.
+
+        Args:
+            client: vLLM's, of the engines.
+            options: the operator's, informed.
+        """
+        self.asker.connect(client)
+        self.metrics.set_defaults(self.model_name, Reference.of(options))
 
     async def ask(self, new: Sequence[New]) -> None:
         """Have all of them decided."""

@@ -4,9 +4,11 @@ Plain counters and histograms, so that they add up over several API servers (mul
 ``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
 """
 
+import math
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from eadaprune_vllm.report import Pruning
+from eadaprune_vllm.report import Pruning, Reference
 
 LABEL = "model_name"
 _RATIOS = [i / 20 for i in range(1, 21)]
@@ -28,6 +30,10 @@ class Metrics:
         def histogram(name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
             return Histogram(f"eadaprune_{name}", text, [LABEL, *labels], buckets=buckets, registry=registry)
 
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            names = [LABEL, *labels]
+            return Gauge(f"eadaprune_{name}", text, names, registry=registry, multiprocess_mode="mostrecent")
+
         self._images = counter("images", "Images of requests that were sent to the engine, cached ones included.")
         self._videos = counter("videos", "Videos of requests that were sent to the engine, cached ones included.")
         self._visual_tokens = counter(
@@ -41,7 +47,7 @@ class Metrics:
         )
         self._bound = counter(
             "bound",
-            "Images and videos whose budget was that of min_tokens or max_tokens, not of the threshold.",
+            "Images and videos whose budget was that of min_tokens, min_share or max_tokens, not of the threshold.",
             "bound",
         )
         self._rejected = counter(
@@ -56,12 +62,21 @@ class Metrics:
             "energy_requested", "Energy threshold asked for, per image or video; load may lower it.", _THRESHOLDS
         )
         self._lowered = counter("load_lowered", "Images and videos whose energy threshold was lowered under load.")
-        self._load_level = Gauge(
-            "eadaprune_load_level",
-            "How far load lowers energy thresholds: 0 not at all, 1 down to the floor of the policy.",
-            [LABEL],
-            registry=registry,
-            multiprocess_mode="mostrecent",
+        self._load_level = gauge(
+            "load_level", "How far load lowers energy thresholds: 0 not at all, 1 down to the floor of the policy."
+        )
+        self._target = gauge(
+            "default_target", "Mean share of tokens that the default threshold stands for; NaN if it was named itself."
+        )
+        self._default_energy = gauge("default_energy_threshold", "The default threshold.")
+        self._reference = gauge(
+            "reference_kept_ratio",
+            "Kept over all tokens of the model's reference pictures, under the defaults.",
+            "kind",
+        )
+        self._at_bound = gauge(
+            "reference_at_bound_ratio",
+            "Share of the reference pictures whose budget is that of a bound, not of the default threshold.",
         )
         self._stage = histogram(
             "stage_seconds",
@@ -86,7 +101,7 @@ class Metrics:
             metric.labels(model_name)
         for labelled, values in (
             (self._visual_tokens, ("encoded", "kept")),
-            (self._bound, ("min_tokens", "max_tokens")),
+            (self._bound, ("min_tokens", "min_share", "max_tokens")),
             (self._rejected, ("options", "features", "engine")),
             (self._stage, ("encode", "spectrum", "select", "total")),
         ):
@@ -109,6 +124,15 @@ class Metrics:
             self._threshold.labels(model_name).observe(item.energy_threshold)
             self._requested.labels(model_name).observe(item.energy_requested)
             self._lowered.labels(model_name).inc(item.energy_threshold < item.energy_requested)
+
+    def set_defaults(self, model_name: str, reference: Reference) -> None:
+        """Show what the defaults come to."""
+        target = reference.options.target
+        self._target.labels(model_name).set(math.nan if target is None else target)
+        self._default_energy.labels(model_name).set(reference.options.threshold)
+        self._at_bound.labels(model_name).set(reference.at_bound)
+        for kind, share in reference.kept_by_kind.items():
+            self._reference.labels(model_name, kind).set(share)
 
     def set_load_level(self, model_name: str, level: float) -> None:
         """Show how far load lowers thresholds."""

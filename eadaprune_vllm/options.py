@@ -1,7 +1,7 @@
-"""The pruning options: one schema for server flags, request fields and cache keys, resolved in one place."""
+"""The pruning options: one schema for server flags, request fields and cache keys."""
 
+import math
 import reprlib
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +14,7 @@ KEY = "eadaprune"
 MODALITIES = ("image", "video")  # what can be pruned, as vLLM calls it
 # The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
 SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
+UNBOUNDED: dict[str, Any] = {"min_tokens": 1, "min_share": 0.0, "max_tokens": None}
 
 
 def _known_selector(name: str) -> str:
@@ -27,15 +28,26 @@ class PruneOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    energy: float = Field(
-        default=0.99,
+    target: float | None = Field(
+        default=None,
         gt=0,
         le=1,
-        description="Share of the spectral energy of an image that its tokens must hold; 1.0 keeps every token. "
-        "The default is not verified against the paper: its own threshold is not known to us. For models that read "
-        "pages of text it is 1.0.",
+        description="Share of their tokens that images of many kinds keep in the mean. It stands for the energy at "
+        "which the model's reference pictures do, with the server's own min_tokens, min_share, max_tokens and scope.",
     )
-    min_tokens: int = Field(default=16, ge=1, description="Fewest tokens an image is cut down to.")
+    energy: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the spectral energy of an image that its tokens must hold; 1.0 keeps every token. It "
+        "takes the place of a target.",
+    )
+    min_tokens: int = Field(
+        default=16, ge=1, description="Fewest tokens an image is cut down to. Given alone, it switches min_share off."
+    )
+    min_share: float = Field(
+        default=0.0, ge=0, le=1, description="Least share of its tokens that an image is cut down to."
+    )
     max_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens an image may keep; by default as many as it has."
     )
@@ -61,159 +73,18 @@ class PruneOptions(BaseModel):
 
     @property
     def key(self) -> str:
-        """Canonical JSON: equal options give equal strings. Part of every image's cache key."""
-        return self.model_dump_json()
+        """Canonical JSON: options that prune equally give equal strings, wherever their energy comes from. Part of
+        every image's cache key."""
+        return self.model_dump_json(exclude={"target"})
 
     @property
     def threshold(self) -> float:
         """The energy in force: 1.0 when pruning is switched off."""
         return self.energy if self.enabled else 1.0
 
-
-@dataclass(frozen=True)
-class Layer:
-    """One source of options that goes on top of others.
-
-    Attributes:
-        where: its name in error messages.
-        given: what it says: None, or a mapping of option names to values.
-        trusted: whether it is the operator's own: brought within the bounds, never refused.
-    """
-
-    where: str
-    given: object
-    trusted: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for one image or video.
-
-    Attributes:
-        options: resolved.
-        energy_floor: how far load may lower its threshold; None if it may not.
-        answered: whether it is of an earlier turn of the conversation.
-    """
-
-    options: PruneOptions
-    energy_floor: float | None = None
-    answered: bool = False
-
-    def at(self, level: float) -> PruneOptions:
-        """The options in force where the threshold has gone this share of its way to the floor."""
-        threshold, floor = self.options.threshold, self.energy_floor
-        if not level or floor is None or threshold <= floor:
-            return self.options
-        energy = round(threshold - level * (threshold - floor), 6)
-        return self.options.model_copy(update={"enabled": True, "energy": energy})
-
-
-class ServerOptions(PruneOptions):
-    """What the operator sets: the defaults of every option, presets, and bounds of what requests may ask for."""
-
-    detail_low: dict[str, Any] = Field(
-        default={"energy": 0.9, "max_tokens": 64},
-        description="Options of images that a request sends with OpenAI's detail 'low'.",
-    )
-    detail_high: dict[str, Any] = Field(
-        default={"energy": 1.0},
-        description="Options of images that a request sends with OpenAI's detail 'high' or 'original'.",
-    )
-    energy_floor: float | None = Field(default=None, gt=0, le=1, description="Least energy a request may ask for.")
-    energy_ceiling: float | None = Field(default=None, gt=0, le=1, description="Most energy a request may ask for.")
-    max_tokens_ceiling: int | None = Field(
-        default=None,
-        ge=1,
-        description="Most tokens a request may let an image keep, at any energy and whatever its min_tokens.",
-    )
-    out_of_bounds: Literal["reject", "clamp"] = Field(
-        default="reject", description="What becomes of a request beyond these bounds."
-    )
-    report: bool = Field(default=True, description="Whether responses say what pruning saved.")
-    report_cached: bool = Field(
-        default=False,
-        description="Whether they also say which images and videos were cached and how long the others took, by which "
-        "a client can find out what others sent.",
-    )
-    any_model: bool = Field(
-        default=False,
-        description="Whether to try models that are not in the list of supported ones, on the grounds that one image "
-        "fits when the server starts.",
-    )
-    load_aware: LoadPolicy | None = Field(
-        default=None,
-        description="Lower thresholds while the engine is under load. "
-        f"By default {LoadPolicy().model_dump_json()}, or what is given in its place;",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ServerOptions":
-        if self.energy_floor and self.energy_ceiling and self.energy_floor > self.energy_ceiling:
-            raise ValueError(f"energy_floor={self.energy_floor} is above energy_ceiling={self.energy_ceiling}")
-        for layer in (Layer("the default", None), *map(self.preset, ("low", "high"))):
-            self.resolve(layer)
-        policy, energy = self.load_aware, self.resolve().threshold
-        if policy and policy.explicit == "keep" and energy <= policy.energy_floor:
-            raise ValueError(f"load_aware.energy_floor={policy.energy_floor:g} is not below energy={energy:g}")
-        return self
-
-    @property
-    def defaults(self) -> PruneOptions:
-        """The options of an image about which a request says nothing."""
-        return PruneOptions(**{name: getattr(self, name) for name in PruneOptions.model_fields})
-
-    def preset(self, detail: object, where: str = "detail") -> Layer:
-        """The layer that OpenAI's ``detail`` of an image stands for.
-
-        Raises:
-            InvalidOptionsError: if there is no such detail.
-        """
-        presets = {"auto": None, "low": self.detail_low, "high": self.detail_high, "original": self.detail_high}
-        if not isinstance(detail, str) or detail not in presets:
-            raise InvalidOptionsError(
-                f"{where}={reprlib.repr(detail)} is not allowed; it must be one of {', '.join(presets)}", where
-            )
-        return Layer(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
-
-    def resolve(self, *layers: Layer) -> PruneOptions:
-        """The one place where options are resolved: the defaults, with each layer on top of those before it.
-
-        Raises:
-            InvalidOptionsError: naming field, value and allowed range, or the bounds that a layer leaves.
-        """
-        options = self._bounded(self.defaults, Layer(KEY, None))
-        for layer in layers:
-            options = self._bounded(overlay(options, layer.given, layer.where), layer)
-        # As many as an image has is as many as it may.
-        return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
-
-    def choose(self, *layers: Layer, answered: bool = False) -> Choice:
-        """``resolve``, and how far load may lower the threshold that comes of it."""
-        options, policy = self.resolve(*layers), self.load_aware
-        explicit = any(isinstance(of.given, dict) and of.given.keys() & {"energy", "enabled"} for of in layers)
-        lowers = policy and (policy.explicit == "lower" or not explicit)
-        return Choice(options, policy.energy_floor if policy and lowers else None, answered)
-
-    def _bounded(self, options: PruneOptions, layer: Layer) -> PruneOptions:
-        energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
-        most = self.max_tokens_ceiling
-        within: dict[str, Any] = {}
-        if energy != options.threshold or (most and not options.enabled):
-            within |= {"enabled": True, "energy": energy}
-        if most:
-            within |= {
-                "min_tokens": min(options.min_tokens, most),
-                "max_tokens": options.max_tokens and min(options.max_tokens, most),
-            }
-        outside = [name for name, value in within.items() if getattr(options, name) != value]
-        if outside and self.out_of_bounds == "reject" and not layer.trusted:
-            field = f"{layer.where}.{outside[0]}"
-            limits = ("energy_floor", "energy_ceiling", "max_tokens_ceiling")
-            bounds = ", ".join(f"{name}={getattr(self, name):g}" for name in limits if getattr(self, name))
-            raise InvalidOptionsError(
-                f"{field}={getattr(options, outside[0])!r} is outside the bounds of this server: {bounds}", field
-            )
-        return options.model_copy(update=within)
+    def floor(self, num_tokens: int) -> int:
+        """Fewest tokens that an image of so many is cut down to."""
+        return max(self.min_tokens, math.ceil(self.min_share * num_tokens))
 
 
 Options = TypeVar("Options", bound=PruneOptions)
@@ -223,6 +94,7 @@ def overlay(options: Options, override: object, where: str) -> Options:
     """``options`` with what ``override`` says in their place.
 
     A ``max_tokens`` that comes alone lowers ``min_tokens`` with it: who asks for at most 8 need not know of the 16.
+    A ``min_tokens`` that comes alone is the only floor. A ``target`` stands for an energy that is not known here.
 
     Args:
         options: what holds where the override is silent.
@@ -236,7 +108,13 @@ def overlay(options: Options, override: object, where: str) -> Options:
         return options
     if not isinstance(override, dict):
         raise InvalidOptionsError(f"{where}={reprlib.repr(override)} is not an object of pruning options", where)
+    if override.get("target") is not None and "energy" in override:
+        raise InvalidOptionsError(f"{where}: energy and target exclude each other", where)
     values = options.model_dump() | override
+    if "energy" in override:
+        values["target"] = None
+    if "min_tokens" in override and "min_share" not in override:
+        values["min_share"] = 0.0
     if "max_tokens" in override and "min_tokens" not in override and isinstance(values["max_tokens"], int):
         values["min_tokens"] = max(1, min(values["min_tokens"], values["max_tokens"]))
     try:

@@ -32,13 +32,13 @@ def activate() -> None:
         configuration,
         engine,
         graphs,
+        reference,
         rendering,
         run_batch,
         sent,
-        trial,
         weights,
     )
 
     models.register()
-    for seam in (configuration, engine, trial, graphs, rendering, run_batch, admission, sent, weights, anthropic):
+    for seam in (configuration, engine, reference, graphs, rendering, run_batch, admission, sent, weights, anthropic):
         seam.install()

@@ -13,6 +13,8 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 
+Bound = Literal["min_tokens", "min_share", "max_tokens"]
+
 
 @dataclass(frozen=True)
 class Newlines:
@@ -123,7 +125,7 @@ class Kept:
         unpruned: how many placeholders there are unpruned.
         skipped: by how much positions may run ahead of tokens at most (M-RoPE).
         energy: share of the spectral energy that a budget of k holds.
-        bound: the option that decided on k in the threshold's place, ``min_tokens`` or ``max_tokens``.
+        bound: the option that decided on k in the threshold's place.
         selector: what chose them.
         spectrum_seconds: time the spectrum took.
         select_seconds: time the selection took.
@@ -134,7 +136,7 @@ class Kept:
     unpruned: int
     skipped: int
     energy: float
-    bound: Literal["min_tokens", "max_tokens"] | None
+    bound: Bound | None
     selector: str
     spectrum_seconds: float = 0
     select_seconds: float = 0
@@ -167,13 +169,15 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     if not finite(tokens.features):
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
     k, energy, budgets = tokens.num_tokens, 1.0, None
-    bound: Literal["min_tokens", "max_tokens"] | None = None
+    bound: Bound | None = None
     if options.enabled and (options.energy < 1 or (options.max_tokens or k) < k):
         spectrum = encoding.spectrum(options.scope)
         needed = spectrum.budget(options.energy)
-        k = clamped(needed, tokens.num_tokens, options)
-        if k != needed:
-            bound = "min_tokens" if k > needed else "max_tokens"
+        k = int(clamped(needed, tokens.num_tokens, options))
+        if k > needed:
+            bound = "min_tokens" if options.floor(tokens.num_tokens) == options.min_tokens else "min_share"
+        elif k < needed:
+            bound = "max_tokens"
         energy, budgets = spectrum.energy_at(k), spectrum.allocate(k)
     measured = time.perf_counter()
     selector = "span" if tokens.attention is None and options.selector in BY_ATTENTION else options.selector

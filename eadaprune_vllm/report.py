@@ -1,13 +1,18 @@
 """What clients are told: requests about their images and videos, whoever asks about the server. Without torch: the
 commands read it where no model runs."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from eadaprune_vllm.options import ServerOptions
+from eadaprune_vllm.options import UNBOUNDED, PruneOptions
+from eadaprune_vllm.server_options import ServerOptions
+
+_DIGITS = 4  # of shares
 
 
 class ItemReport(BaseModel):
@@ -24,7 +29,11 @@ class ItemReport(BaseModel):
     energy_threshold: float = Field(description="The threshold in force.")
     energy_requested: float = Field(description="The threshold asked for; load may have lowered it.")
     energy_kept: float = Field(description="Share of the spectral energy that a budget of so many tokens holds.")
-    bound: Literal["min_tokens", "max_tokens"] | None = Field(
+    target: float | None = Field(
+        default=None,
+        description="The mean share of tokens that the threshold stands for; null if it was named itself.",
+    )
+    bound: Literal["min_tokens", "min_share", "max_tokens"] | None = Field(
         default=None, description="The option that decided on the budget in place of the threshold, if one did."
     )
     selector: str = Field(description="The selector in force.")
@@ -132,6 +141,44 @@ class Preview(Report):
     videos: Sequence[ItemPreview] = Field(description="One entry per video, in the order of the request.")
 
 
+class Reference(BaseModel):
+    """What the defaults keep of the pictures by which targets become thresholds."""
+
+    options: PruneOptions = Field(description="The defaults, with the threshold that the target stands for.")
+    kept: float = Field(description="Share of their tokens that the pictures keep in the mean.")
+    kept_by_kind: dict[str, float] = Field(description="The same for each kind of picture.")
+    at_bound: float = Field(description="Share of the pictures whose budget is that of a bound, not of the threshold.")
+    least_target: float = Field(description="The least share that a request may ask for.")
+    most_target: float = Field(description="The largest; the model's features have no larger rank.")
+
+    @classmethod
+    def of(cls, server: ServerOptions) -> Self:
+        """Args:
+        server: with targets known.
+        """
+        targets, options = server.targets, server.resolve()
+        assert targets, "it was informed before"
+        shares, free = defaultdict[str, list[float]](list), options.model_copy(update=UNBOUNDED)
+        for curve in targets.curves:
+            shares[curve.name].append(curve.share(options))
+        return cls(
+            options=options,
+            kept=_share(share for of_kind in shares.values() for share in of_kind),
+            kept_by_kind={kind: _share(of_kind) for kind, of_kind in sorted(shares.items())},
+            at_bound=_share(float(curve.budget(options) != curve.budget(free)) for curve in targets.curves),
+            least_target=round(targets.least, _DIGITS),
+            most_target=round(targets.most, _DIGITS),
+        )
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind}s {share:.0%}" for kind, share in self.kept_by_kind.items())
+        return f"energy {self.options.threshold:g} keeps {self.kept:.0%} of the tokens of reference pictures: {kinds}"
+
+
+def _share(values: Iterable[float]) -> float:
+    return round(mean(values), _DIGITS)
+
+
 class Config(BaseModel):
     """What this server does by default, and what requests may ask for."""
 
@@ -141,5 +188,6 @@ class Config(BaseModel):
     architecture: str
     dtype: str = Field(description="What the model computes in; budgets may depend on it.")
     options: ServerOptions
+    reference: Reference
     selectors: list[str]
     doors: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")

@@ -10,8 +10,9 @@ from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.options import KEY, MODALITIES, Choice, Layer, ServerOptions
+from eadaprune_vllm.options import KEY, MODALITIES
 from eadaprune_vllm.report import Pruning, Report
+from eadaprune_vllm.server_options import Choice, Layer, ServerOptions
 
 HEADER = "X-EAdaPrune-Energy"
 # The routes that take the field, and whether their answers carry the report. (What is rendered is sent on as another

@@ -72,7 +72,7 @@ class Spectrum:
 
         ``energy = 1`` asks for every token, whatever the rank. A zero matrix needs one token.
         """
-        return needed(self.needed_above.numpy(), energy)
+        return int(needed(self.needed_above.numpy(), energy))
 
     def allocate(self, k: int) -> list[int]:
         """How many of ``k`` tokens go to each part: those that reach the highest threshold common to all."""

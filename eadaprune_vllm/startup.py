@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm import envs
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from eadaprune_vllm.asking import Asker
+from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.engine.extended import extended
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.front_end import FrontEnd
@@ -21,11 +22,14 @@ from eadaprune_vllm.load import Load
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES, adapter
 from eadaprune_vllm.models.generic import RowPerPlaceholder
-from eadaprune_vllm.options import KEY, ServerOptions, overlay
+from eadaprune_vllm.options import KEY, overlay
+from eadaprune_vllm.report import Reference
 from eadaprune_vllm.seams.processes import front_ends
 from eadaprune_vllm.seams.wrap import check_overrides
+from eadaprune_vllm.server_options import ServerOptions
 
 logger = logging.getLogger("vllm." + __name__)
+MOST_AT_BOUND = 0.5  # of the reference pictures, before it is worth a warning
 
 # What vLLM can be told that pruning cannot honour: (is it so in the multimodal configuration, or in the whole one?,
 # why not).
@@ -137,6 +141,56 @@ def configure(vllm_config: Any, options: ServerOptions) -> None:
     setattr(vllm_config.model_config.multimodal_config, KEY, options)
     parallel = vllm_config.parallel_config
     parallel.worker_extension_cls = extended(parallel.worker_extension_cls)
+
+
+def inform(vllm_config: Any, curves: Sequence[Curve]) -> Reference:
+    """Tell a configuration's options which thresholds targets stand for.
+
+    Args:
+        vllm_config: configured.
+        curves: of the model's reference pictures.
+
+    Returns:
+        What the defaults keep of these.
+
+    Raises:
+        StartupError: if load would lower nothing.
+    """
+    multimodal = vllm_config.model_config.multimodal_config
+    try:
+        options = getattr(multimodal, KEY).informed(curves)
+    except ValueError as error:
+        raise StartupError(str(error)) from None
+    setattr(multimodal, KEY, options)
+    return Reference.of(options)
+
+
+def say(reference: Reference, target: float | None) -> None:
+    """Log what the defaults come to.
+
+    Args:
+        reference: that.
+        target: the operator's.
+    """
+    found = reference.options.target
+    if target is not None and found is None:
+        logger.warning("eadaprune: target %g is outside the bounds of energies that the server has", target)
+    elif found != target:
+        logger.warning(
+            "eadaprune: target %g is out of reach of this model, which keeps %.3f to %.3f of the reference pictures' "
+            "tokens; it is %.3f, where their budgets still differ",
+            target,
+            reference.least_target,
+            reference.most_target,
+            found,
+        )
+    logger.info("eadaprune: %s", reference)
+    if reference.at_bound > MOST_AT_BOUND:
+        logger.warning(
+            "eadaprune: %.0f%% of the reference pictures keep what min_share, min_tokens or max_tokens say, whatever "
+            "their content",
+            100 * reference.at_bound,
+        )
 
 
 def check_load_aware(serving: bool, engine_args: Any) -> None:

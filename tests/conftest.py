@@ -87,6 +87,7 @@ def start(logs: Path, model: Path) -> Iterator[Start]:
 def pruning(logs: Path, model: Path) -> Iterator[Server]:
     """The main server: prefix cache, images cut over several prefill chunks, a cache that overflows."""
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", DTYPE]
+    flags += ["--eadaprune-min-tokens", "16"]  # and no least share, so that budgets differ where there are few tokens
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
     flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
     flags += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--enable-scale-out"]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from shared import program
 
-from eadaprune_vllm.options import ServerOptions
+from eadaprune_vllm.server_options import ServerOptions
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -142,7 +142,7 @@ def test_what_cannot_be_decided_is_the_fault_of_who_computed_it(own: bool, error
 @pytest.mark.parametrize(
     ("options", "may"),
     [
-        ({}, True),
+        ({}, False),
         ({"energy": 0.5}, True),
         ({"energy": 1.0}, False),
         ({"energy": 1.0, "max_tokens": 20}, True),

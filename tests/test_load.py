@@ -16,10 +16,11 @@ from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.load import FRESH_SECONDS, STEPS, Load, LoadPolicy
 from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.options import Choice, Layer, PruneOptions, ServerOptions, overlay
+from eadaprune_vllm.options import PruneOptions, overlay
 from eadaprune_vllm.request import choose
+from eadaprune_vllm.server_options import Choice, Layer, ServerOptions
 
-POLICY = LoadPolicy(kv_usage_low=0.5, kv_usage_high=0.9, waiting_low=2, waiting_high=10)
+POLICY = LoadPolicy(energy_floor=0.9, kv_usage_low=0.5, kv_usage_high=0.9, waiting_low=2, waiting_high=10)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,9 @@ def test_pruning_that_is_off_comes_on_under_load() -> None:
 
 @pytest.mark.parametrize("explicit", ["keep", "lower"])
 def test_explicit_thresholds_are_kept_or_lowered(explicit: Any) -> None:
-    server = ServerOptions(load_aware=LoadPolicy(explicit=explicit), detail_low={"energy": 0.95})
+    server = ServerOptions(
+        load_aware=LoadPolicy(explicit=explicit, energy_floor=0.9), energy=0.99, detail_low={"energy": 0.95}
+    )
     floor = None if explicit == "keep" else 0.9
     assert server.choose().energy_floor == 0.9
     assert server.choose(Layer("x", {"max_tokens": 9}), server.preset("auto")).energy_floor == 0.9
@@ -132,15 +135,15 @@ def test_explicit_thresholds_are_kept_or_lowered(explicit: Any) -> None:
         ({"kv_usage_low": 2}, r"x\.load_aware\.kv_usage_low=2 is not allowed; it must be a number at least 0"),
         ({"kv_usage_low": 0.97}, r"x\.load_aware: kv_usage_low=0\.97 is not below kv_usage_high=0\.95"),
         ({"waiting_low": 5, "waiting_high": 5}, r"x\.load_aware: waiting_low=5 is not below waiting_high=5"),
-        ({"floor": 0.5}, r"x\.load_aware\.floor is not an option; the options are energy_floor, kv_usage_low"),
+        ({"floor": 0.5}, r"x\.load_aware\.floor is not an option; the options are target, energy_floor, kv_usage_low"),
         ({"explicit": "drop"}, r"x\.load_aware\.explicit='drop' is not allowed; it must be one of keep, lower"),
         (True, r"x\.load_aware=True is not allowed; it must be an object of options or null"),
-        ({"energy_floor": 0.99}, r"x: load_aware\.energy_floor=0\.99 is not below energy=0\.99"),
+        ({"energy_floor": 0.99}, r"x: load_aware\.energy_floor=0\.99 is not below the default, which is energy=0\.99"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(policy: object, message: str) -> None:
     with pytest.raises(InvalidOptionsError, match=message):
-        overlay(ServerOptions(), {"load_aware": policy}, "x")
+        overlay(ServerOptions(energy=0.99), {"load_aware": policy}, "x")
 
 
 def test_images_of_earlier_turns_are_told_from_new_ones() -> None:

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
-from eadaprune_vllm.options import Layer, PruneOptions, ServerOptions, overlay, request_schema
+from eadaprune_vllm.options import PruneOptions, overlay, request_schema
 from eadaprune_vllm.selectors import SELECTORS
+from eadaprune_vllm.server_options import Layer, ServerOptions
 from eadaprune_vllm.startup import server_options
 
 DEFAULTS = PruneOptions()
@@ -29,7 +30,7 @@ DEFAULTS = PruneOptions()
         ({"selector": "best"}, "x.selector", "one of " + ", ".join(SELECTORS)),
         ({"selector": ["span"]}, "x.selector", "one of " + ", ".join(SELECTORS)),
         ({"enabled": "yes"}, "x.enabled", "true or false"),
-        ({"engery": 0.9}, "x.engery", "the options are energy, min_tokens, max_tokens, selector, scope, enabled"),
+        ({"engery": 0.9}, "x.engery", "the options are target, energy, min_tokens, min_share, max_tokens"),
         ({"min_tokens": 9, "max_tokens": 8}, "x", "min_tokens=9 is above max_tokens=8"),
         ({"min_tokens": 8, "max_tokens": 0}, "x.max_tokens", "an integer at least 1 or null"),
         (0.9, "x", "0.9 is not an object"),
@@ -53,7 +54,7 @@ def test_at_most_so_many_lowers_at_least_so_many() -> None:
     assert overlay(DEFAULTS, {"max_tokens": 8}, "x") == PruneOptions(min_tokens=8, max_tokens=8)
     assert overlay(DEFAULTS, {"max_tokens": None}, "x") == DEFAULTS
     # So that a preset can always be had, whatever a request says of the fewest tokens.
-    server = ServerOptions(min_tokens=100)
+    server = ServerOptions(min_tokens=100, detail_low={"energy": 0.9, "max_tokens": 64})
     assert server.resolve(Layer("x", {"min_tokens": 200}), server.preset("low")).min_tokens == 64
     with pytest.raises(InvalidOptionsError, match="min_tokens=100 is above max_tokens=64"):
         server.resolve(server.preset("low"), Layer("x", {"min_tokens": 100}))
@@ -87,7 +88,6 @@ def test_bad_server_options_stop_the_start() -> None:
     with pytest.raises(StartupError, match=r"^eadaprune: eadaprune\.energy=7 is not allowed") as error:
         server_options({"energy": 7})
     assert error.value.code == str(error.value)  # a process ends with the sentence and status 1
-    assert server_options(None).defaults == DEFAULTS
 
 
 def test_every_option_is_described() -> None:
@@ -95,7 +95,7 @@ def test_every_option_is_described() -> None:
 
 
 def test_layers_are_put_on_top_of_each_other_in_order() -> None:
-    server = ServerOptions(energy=0.9, min_tokens=4)
+    server = ServerOptions(energy=0.9, min_tokens=4, min_share=0)
     layers = [Layer("header", {"energy": 0.8}), Layer("request", {"max_tokens": 99}), Layer("image", {"energy": 0.7})]
     assert server.resolve() == PruneOptions(energy=0.9, min_tokens=4)
     assert server.resolve(*layers) == PruneOptions(energy=0.7, min_tokens=4, max_tokens=99)
@@ -108,7 +108,8 @@ def test_a_bad_layer_is_refused_even_where_a_later_one_covers_it() -> None:
 
 
 def test_presets() -> None:
-    server = ServerOptions(energy=0.95, detail_low={"energy": 0.5, "max_tokens": 32}, detail_high={"enabled": False})
+    presets = {"detail_low": {"energy": 0.5, "max_tokens": 32}, "detail_high": {"enabled": False}}
+    server = ServerOptions.model_validate({"energy": 0.95, "min_share": 0.0} | presets)
     assert server.resolve(server.preset("auto")) == server.defaults
     assert server.resolve(server.preset("low")) == PruneOptions(energy=0.5, max_tokens=32)
     assert server.resolve(server.preset("high")) == server.resolve(server.preset("original"))
@@ -119,7 +120,8 @@ def test_presets() -> None:
         assert error.value.field == "images[0].detail"
 
 
-BOUNDS: dict[str, object] = {"energy": 0.9, "energy_floor": 0.5, "energy_ceiling": 0.95, "max_tokens_ceiling": 200}
+LIMITS: dict[str, object] = {"energy_floor": 0.5, "energy_ceiling": 0.95, "max_tokens_ceiling": 200}
+BOUNDS = LIMITS | {"energy": 0.9, "min_share": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -149,24 +151,29 @@ def test_requests_within_the_bounds() -> None:
     assert server.resolve(Layer("x", {"max_tokens": None})).max_tokens == 200  # as many as it may
     # Presets are the operator's own: they never leave the bounds and are never refused.
     assert server.resolve(server.preset("high")).threshold == 0.95
-    assert ServerOptions(energy_ceiling=0.99).resolve(Layer("x", {"enabled": False, "energy": 0.9}, trusted=True)) == (
-        PruneOptions(energy=0.99)
+    assert ServerOptions(energy=0.5, min_share=0, energy_ceiling=0.99).resolve(
+        Layer("x", {"enabled": False, "energy": 0.9}, trusted=True)
+    ) == (PruneOptions(energy=0.99))
+    assert ServerOptions(energy=0.5, min_share=0, max_tokens_ceiling=99).resolve() == PruneOptions(
+        energy=0.5, max_tokens=99
     )
-    assert ServerOptions(max_tokens_ceiling=99).resolve() == PruneOptions(max_tokens=99)
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"energy_floor": 0.9, "energy_ceiling": 0.8}, "energy_floor=0.9 is above energy_ceiling=0.8"),
-        ({"energy_ceiling": 0.9}, "eadaprune.energy=0.99 is outside the bounds of this server: energy_ceiling=0.9"),
+        (
+            {"energy": 0.99, "energy_ceiling": 0.9},
+            "eadaprune.energy=0.99 is outside the bounds of this server: energy_ceiling=0.9",
+        ),
         ({"enabled": False, "max_tokens_ceiling": 64}, "eadaprune.enabled=False is outside the bounds"),
         ({"detail_low": {"energy": 7}}, "eadaprune.detail_low.energy=7 is not allowed"),
-        ({"detail_high": {"x": 7}}, "eadaprune.detail_high.x is not an option; the options are energy"),
+        ({"detail_high": {"x": 7}}, "eadaprune.detail_high.x is not an option; the options are target"),
         ({"detail_low": 3}, "eadaprune.detail_low=3 is not allowed; it must be an object"),
         ({"out_of_bounds": "ignore"}, "eadaprune.out_of_bounds='ignore' is not allowed; it must be one of reject, cl"),
         ({"max_tokens_ceiling": 0}, "eadaprune.max_tokens_ceiling=0 is not allowed; it must be an integer at least 1"),
-        ({"device": "cpu"}, "eadaprune.device is not an option; the options are energy"),
+        ({"device": "cpu"}, "eadaprune.device is not an option; the options are target"),
         ({"report": 1}, "eadaprune.report=1 is not allowed; it must be true or false"),
     ],
 )

@@ -15,9 +15,9 @@ from eadaprune_vllm.flags import add_flags, apply_flags
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.naming import name_plugins
-from eadaprune_vllm.options import ServerOptions
 from eadaprune_vllm.report import ItemReport, Pruning
 from eadaprune_vllm.seams import window
+from eadaprune_vllm.server_options import ServerOptions
 
 # vLLM's own plugins; naming them here does not activate ours in the process of the tests.
 OTHERS = ["lora_filesystem_resolver", "lora_hf_hub_resolver"]
@@ -59,10 +59,17 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
     add_flags(parser)
     assert vars(parser.parse_args([])) == {}
     text = " ".join(parser.format_help().split())
-    assert "A number greater than 0 and at most 1. (default: 0.99)" in text
+    assert "A number greater than 0 and at most 1. (default: what the target comes to)" in text
     assert "(default: None)" not in text
     assert "(default: no limit)" in text
-    options: dict[str, object] = {"energy": 0.9, "min_tokens": 2, "max_tokens": 64, "selector": "attention"}
+    options: dict[str, object] = {
+        "target": 0.3,
+        "energy": 0.9,
+        "min_share": 0.2,
+        "min_tokens": 2,
+        "max_tokens": 64,
+        "selector": "attention",
+    }
     options |= {
         "scope": "image",
         "enabled": False,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.options import ServerOptions
 from eadaprune_vllm.request import RequestContext, choose, request_layers
+from eadaprune_vllm.server_options import ServerOptions
 
 SERVER = ServerOptions(energy=0.9, detail_low={"energy": 0.5})
 

@@ -20,7 +20,7 @@ from eadaprune_vllm.engine.extended import OURS
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import apply_flags
 from eadaprune_vllm.load import LoadPolicy
-from eadaprune_vllm.options import ServerOptions
+from eadaprune_vllm.server_options import ServerOptions
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import mean
 from threading import Thread
 from typing import Any
 
@@ -15,15 +16,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.cli import app
 from eadaprune_vllm.draw import data_url
-from eadaprune_vllm.options import PruneOptions, ServerOptions
+from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Layout, prune
-from eadaprune_vllm.report import Config, ItemPreview, Preview
+from eadaprune_vllm.report import Config, ItemPreview, Preview, Reference
 from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.tools import calibrate, evaluate, images
-from eadaprune_vllm.tools.calibrate import Curve
 from eadaprune_vllm.tools.evaluate import Question, Results, Setting
+
+SPECTRUM = np.arange(100) / 100  # of every image that the stub is asked about
 
 
 def tokens(flatness: float) -> VisualTokens:
@@ -58,18 +62,18 @@ def test_a_stored_curve_gives_the_budget_that_pruning_does(options: dict[str, ob
         assert Curve("x", np.array(stored)).budget(chosen) == len(prune(found, chosen))
 
 
-@pytest.mark.parametrize("target", [5.0, 17.3, 31.0])
+@pytest.mark.parametrize("target", [0.15, 0.42, 0.8])
 def test_the_solved_threshold_gives_the_mean_that_was_asked_for(target: float) -> None:
-    found, options = curves(50), PruneOptions(min_tokens=2, max_tokens=36)
+    found, options = curves(50), PruneOptions(min_tokens=2, min_share=0, max_tokens=36)
     solved = calibrate.solve(found, target, options)
-    # Of fifty images one budget moves the mean by 1/50; at one millionth of energy no more than a few move.
-    assert calibrate.mean(found, solved) == pytest.approx(target, abs=0.05)
+    # At one millionth of energy no more than a few budgets move.
+    assert mean(curve.share(solved) for curve in found) == pytest.approx(target, abs=0.002)
     assert (solved.min_tokens, solved.max_tokens) == (2, 36)
 
 
 def test_a_mean_that_no_threshold_gives_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"can have 4\.0 to 12\.0 tokens in the mean, not 30"):
-        calibrate.solve(curves(10), 30, PruneOptions(min_tokens=4, max_tokens=12))
+    with pytest.raises(ValueError, match=r"can keep a share of 0\.100 to 0\.300 of their tokens in the mean, not 0\.8"):
+        calibrate.solve(curves(10), 0.8, PruneOptions(min_tokens=4, max_tokens=12))
 
 
 def test_images_are_found_in_folders_globs_and_lists(tmp_path: Path) -> None:
@@ -120,8 +124,9 @@ class Stub(ThreadingHTTPServer):
     @property
     def config(self) -> str:
         about = {"version": "1", "vllm_version": "1", "models": ["served"], "architecture": "A", "dtype": "float32"}
-        options = ServerOptions(min_tokens=4, energy_ceiling=0.999)
-        return Config.model_validate(about | {"options": options, "selectors": [], "doors": []}).model_dump_json()
+        options = ServerOptions(min_tokens=4, min_share=0, energy_ceiling=0.999).informed([Curve("page", SPECTRUM)])
+        told = {"options": options, "reference": Reference.of(options), "selectors": [], "doors": []}
+        return Config.model_validate(about | told).model_dump_json()
 
     @property
     def images(self) -> list[bytes]:
@@ -140,7 +145,7 @@ class Stub(ThreadingHTTPServer):
             energy_kept=0.99,
             selector="span",
             curve=[(1, 0.5), (100, 1.0)],
-            spectrum=[k / 100 for k in range(100)] if body["spectrum"] else None,
+            spectrum=SPECTRUM.tolist() if body["spectrum"] else None,
             overlay=data_url(Image.new("RGB", (8, 8))) if body["overlay"] else None,
         )
         whole = {"visual_tokens": 100, "kept_tokens": 40, "tokens_saved": 60, "kv_cache_bytes_saved": 0, "seconds": 0}
@@ -198,7 +203,7 @@ def run(*arguments: object) -> Result:
 
 def calibrate_command(folder: Path, *arguments: object) -> list[str]:
     files = ["--store", folder.parent / "spectra.jsonl", "--histogram", folder.parent / "budgets.png"]
-    return [*map(str, ["calibrate", folder, *files, "--target-tokens", 30, *arguments])]
+    return [*map(str, ["calibrate", folder, *files, "--target", 0.3, *arguments])]
 
 
 def test_calibrate_asks_a_server_for_spectra(stub: Stub, folder: Path) -> None:
@@ -217,8 +222,8 @@ def test_calibrate_asks_a_server_for_spectra(stub: Stub, folder: Path) -> None:
 
 
 def test_options_that_are_not_given_are_the_servers(stub: Stub, folder: Path) -> None:
-    few = run(*calibrate_command(folder, "--url", stub.url, "--target-tokens", 2))
-    assert "these images can have 4.0 to 100.0 tokens in the mean, not 2" in few.stderr
+    few = run(*calibrate_command(folder, "--url", stub.url, "--target", 0.02))
+    assert "these images can keep a share of 0.040 to 1.000 of their tokens in the mean, not 0.02" in few.stderr
 
 
 def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, folder: Path) -> None:
@@ -273,6 +278,7 @@ def test_with_a_server_nothing_of_torch_or_vllm_is_imported(stub: Stub, folder: 
     script = """
 import json, sys
 import eadaprune_vllm.tools.evaluate
+from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.cli import app
 for arguments in json.loads(sys.argv[1]):
     app(arguments, standalone_mode=False)
@@ -284,7 +290,7 @@ print(sorted({"torch", "vllm", "transformers"} & {name.partition(".")[0] for nam
     done = subprocess.run([sys.executable, "-c", script, commands], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-    assert len(stub.asked) == 4 + 2
+    assert len(stub.asked) == 4 + 1
     with Image.open(picture) as drawn:
         assert drawn.size > (800, 500)
 

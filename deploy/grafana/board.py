@@ -222,14 +222,54 @@ TROUBLE = Row(
         ),
         Panel(
             "Budgets at a bound",
-            "Share of images and videos whose budget was min_tokens or max_tokens. eadaprune_bound_total",
+            "Share of images and videos whose budget was min_tokens, min_share or max_tokens; below a half, images are "
+            "told apart. eadaprune_bound_total",
             tuple(
                 Query(ratio(rate("eadaprune_bound_total", f'SEL,bound="{bound}"'), ITEMS), bound)
-                for bound in ("min_tokens", "max_tokens")
+                for bound in ("min_tokens", "min_share", "max_tokens")
             ),
             unit="percentunit",
             max=1,
             width=12,
+        ),
+    ),
+)
+DEFAULTS = Row(
+    "What the defaults come to",
+    (
+        Panel(
+            "Target",
+            "Mean share of their tokens that images keep by default; no value where a threshold was named. All "
+            "replicas of a model should have the same. eadaprune_default_target",
+            (Query("max(eadaprune_default_target{SEL})"),),
+            "stat",
+            "percentunit",
+            width=6,
+        ),
+        Panel(
+            "Threshold",
+            "Energy threshold in force by default. eadaprune_default_energy_threshold",
+            (Query("max(eadaprune_default_energy_threshold{SEL})"),),
+            "stat",
+            width=6,
+        ),
+        Panel(
+            "Reference pictures",
+            "What each kind of reference picture keeps of its tokens: they should differ. "
+            "eadaprune_reference_kept_ratio",
+            (Query("avg by (kind) (eadaprune_reference_kept_ratio{SEL})", "{{kind}}"),),
+            unit="percentunit",
+            max=1,
+            width=6,
+        ),
+        Panel(
+            "Reference pictures at a bound",
+            "Share of the reference pictures that keep what a bound says: above a half the defaults hardly tell images "
+            "apart. eadaprune_reference_at_bound_ratio",
+            (Query("max(eadaprune_reference_at_bound_ratio{SEL})"),),
+            "stat",
+            "percentunit",
+            width=6,
         ),
     ),
 )
@@ -260,4 +300,4 @@ LOAD = Row(
     ),
     collapsed=True,
 )
-ROWS = (SAVINGS, COST, ENGINE, TROUBLE, LOAD)
+ROWS = (SAVINGS, COST, ENGINE, TROUBLE, DEFAULTS, LOAD)

@@ -21,8 +21,9 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split
-from eadaprune_vllm.options import KEY, MODALITIES, Choice, PruneOptions, ServerOptions
+from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.request import Choices, RequestContext, refusals, request_layers
+from eadaprune_vllm.server_options import Choice, ServerOptions
 from eadaprune_vllm.wire import Question
 
 

@@ -61,6 +61,7 @@ class PrunedDetails(PromptUpdateDetails):
             kept_tokens=num_placeholders,
             newline_tokens=self.num_newlines,
             energy_threshold=options.threshold,
+            target=options.target if options.enabled else None,
             energy_requested=item.requested,
             energy_kept=kept.energy if kept else 1.0,
             bound=kept.bound if kept else None,
@@ -111,7 +112,10 @@ class New:
     def fewest(self, options: PruneOptions) -> int:
         """How many placeholders it keeps at least."""
         unpruned = self.question.num_placeholders
-        return min(unpruned, options.min_tokens) if self.asks else unpruned
+        if not self.asks:
+            return unpruned
+        num_tokens: int = unpruned - self.update.content.num_newlines
+        return min(num_tokens, options.floor(num_tokens), options.max_tokens or num_tokens)
 
     def take(self, answer: Answer) -> None:
         """Note the answer, and let go of what the question was about: of that, only what vLLM leaves on the CPU goes

@@ -38,7 +38,8 @@ def install() -> None:
         @wrap(f"vllm.v1.engine.{path}.__init__")
         def init(original: Any, llm: Any, *args: Any, **kwargs: Any) -> None:
             original(llm, *args, **kwargs)
-            llm.renderer.mm_processor.front_end.asker.connect(llm.engine_core)
+            processor = llm.renderer.mm_processor
+            processor.front_end.connect(llm.engine_core, processor.server_options)
 
 
 def _ask(core: Any, payload: bytes) -> Any:

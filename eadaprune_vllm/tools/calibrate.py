@@ -3,44 +3,20 @@
 import glob
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from eadaprune_vllm.budget import clamped, needed
+from eadaprune_vllm.budget import Curve, Targets
 from eadaprune_vllm.errors import EAdaPruneError
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.tools.examiner import Examiner
 from eadaprune_vllm.tools.images import is_url, read
-
-# The mean budget is a step function of the threshold; finer than this no step is looked for.
-_RESOLUTION = 6  # decimal places
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One image's spectrum.
-
-    Attributes:
-        image: where it is.
-        needed_above: ``[N]`` float64, as in ``Spectrum``.
-    """
-
-    image: str
-    needed_above: NDArray[np.float64]
-
-    def budget(self, options: PruneOptions) -> int:
-        """What ``prune`` would decide."""
-        if not options.enabled:
-            return len(self.needed_above)
-        return clamped(needed(self.needed_above, options.energy), len(self.needed_above), options)
 
 
 def find_images(sources: Iterable[str]) -> list[str]:
@@ -146,33 +122,19 @@ def _identity(where: str) -> str | None:
     return f"{where} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def mean(curves: Sequence[Curve], options: PruneOptions) -> float:
-    """The mean budget, in tokens."""
-    return sum(curve.budget(options) for curve in curves) / len(curves)
-
-
 def solve(curves: Sequence[Curve], target: float, options: PruneOptions) -> PruneOptions:
-    """The options with the threshold at which the mean budget is closest to ``target`` tokens, by bisection.
+    """The options with the threshold below 1.0 at which the mean share of tokens is closest to ``target``.
 
     Raises:
-        ValueError: if no threshold gives as few or as many.
+        ValueError: if no threshold gives as little or as much.
     """
-
-    def at(energy: float) -> PruneOptions:
-        return options.model_copy(update={"energy": energy})
-
-    step = 10.0**-_RESOLUTION
-    low, high = step, 1.0
-    least, most = mean(curves, at(low)), mean(curves, at(high))
-    if not least <= target <= most:
-        raise ValueError(f"these images can have {least:.1f} to {most:.1f} tokens in the mean, not {target:g}")
-    while high - low > step * 1.5:
-        middle = round((low + high) / 2, _RESOLUTION)
-        if mean(curves, at(middle)) <= target:
-            low = middle
-        else:
-            high = middle
-    return min(at(low), at(high), key=lambda found: abs(mean(curves, found) - target))
+    targets = Targets(curves, options)
+    if not targets.least <= target <= targets.most:
+        raise ValueError(
+            f"these images can keep a share of {targets.least:.3f} to {targets.most:.3f} of their tokens in the mean, "
+            f"not {target:g}"
+        )
+    return options.model_copy(update={"energy": targets.energy(target)})
 
 
 def histogram(budgets: Sequence[int], title: str) -> Figure:

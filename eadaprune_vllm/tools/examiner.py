@@ -83,7 +83,7 @@ class ServedModel:
 
     @property
     def defaults(self) -> PruneOptions:
-        return self._config.options.resolve()
+        return self._config.reference.options
 
     def examine(
         self, image: bytes, given: dict[str, Any], *, spectrum: bool = False, overlay: bool = False

@@ -9,12 +9,12 @@ from vllm import LLM
 from vllm.exceptions import VLLMServerError
 from vllm.multimodal.media import ImageMediaIO
 
-from eadaprune_vllm import options
 from eadaprune_vllm.models.base import PruningProcessor
 from eadaprune_vllm.naming import NAME, name_plugins
 from eadaprune_vllm.preview import look_at
 from eadaprune_vllm.report import ItemPreview
 from eadaprune_vllm.request import Choices
+from eadaprune_vllm.server_options import Layer, ServerOptions
 
 
 class OfflineModel:
@@ -26,7 +26,7 @@ class OfflineModel:
         revision: of the hub's model.
     """
 
-    defaults = options.PruneOptions()
+    defaults = ServerOptions().resolve()
 
     def __init__(self, model: str, dtype: str = "auto", revision: str | None = None) -> None:
         self.name = model
@@ -49,11 +49,11 @@ class OfflineModel:
         StartupError: if a server would not start either.
         ValueError: if the image cannot be read, or its features are not finite.
         """
-        chosen = options.overlay(self.defaults, given, "options")
         picture = ImageMediaIO().load_bytes(image).media
         processor: PruningProcessor = self._engine.llm_engine.renderer.mm_processor
         assert processor.front_end
-        (looked_at,) = look_at(processor, {"image": [picture]}, Choices(image=(options.Choice(chosen),), video=()))
+        chosen = processor.server_options.choose(Layer("options", given))
+        (looked_at,) = look_at(processor, {"image": [picture]}, Choices(image=(chosen,), video=()))
         processor.front_end.ask_and_wait([looked_at.new])
         try:
             return looked_at.preview(overlay, spectrum)

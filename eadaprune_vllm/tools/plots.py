@@ -62,7 +62,10 @@ def _accuracy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def caption(report: ItemReport) -> str:
     threshold = f"energy {report.energy_threshold:g}"
-    return f"{threshold}: {report.kept_tokens} of {report.visual_tokens} tokens"
+    if report.target is not None:
+        threshold = f"target {report.target:g}, {threshold}"
+    bound = f" ({report.bound})" if report.bound else ""
+    return f"{threshold}: {report.kept_tokens} of {report.visual_tokens} tokens{bound}"
 
 
 def explanation(

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import CATEGORIES, write_questions
-from eadaprune_vllm.demo.run import SCENES, THRESHOLDS, demo_pictures, run_demo
+from eadaprune_vllm.demo.run import SCENES, SETTINGS, demo_pictures, run_demo
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, read_questions, run
 
@@ -31,7 +31,7 @@ def test_the_demo_asks_and_draws_everything(tmp_path: Path) -> None:
     for name, picture in demo_pictures().items():
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert text.count(f"{name} ") >= 1
-        assert text.count(f"/{len(picture.questions)} ") >= len(THRESHOLDS) * bool(picture.questions)
+        assert text.count(f"/{len(picture.questions)} ") >= len(SETTINGS) * bool(picture.questions)
 
 
 @pytest.mark.parametrize("density", SCENES)

@@ -14,12 +14,19 @@ from PIL import Image
 from shared import Reference
 
 from eadaprune_vllm.draw import picture
-from eadaprune_vllm.options import ServerOptions
 from eadaprune_vllm.selectors import SELECTORS
+from eadaprune_vllm.server_options import ServerOptions
 
 Images = dict[str, Image.Image]
 KEY = {"Authorization": "Bearer sesame"}
-OPTIONS: dict[str, Any] = {"energy": 0.9, "energy_floor": 0.5, "energy_ceiling": 0.95, "max_tokens_ceiling": 150}
+OPTIONS: dict[str, Any] = {
+    "energy": 0.9,
+    "energy_floor": 0.5,
+    "energy_ceiling": 0.95,
+    "max_tokens_ceiling": 150,
+    "min_tokens": 16,
+    "min_share": 0.0,
+}
 
 
 @pytest.fixture(scope="module")

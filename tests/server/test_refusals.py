@@ -109,13 +109,22 @@ def test_refused_in_one_sentence(attempts: list["Future[subprocess.CompletedProc
 def test_features_that_are_not_finite_fail_their_request_only(
     start: Callable[..., Server], model: Path, tmp_path: Path
 ) -> None:
-    """Patch weights so large that any light overflows: a black image is fine, a white one gives NaN."""
+    """Patch weights so large that any light overflows: a black image is fine, a white one gives NaN. No server starts
+    that finds all of its reference pictures so; this one has a black one."""
     shutil.copytree(model, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     patches = next(name for name in weights if name.endswith("patch_embedding.weight"))
     weights[patches][:] = 3e38
     save_file(weights, tmp_path / "model.safetensors")
-    server = start("not-finite", *PRUNING, "--enforce-eager", model=tmp_path)
+    with pytest.raises(RuntimeError, match="cannot be pruned: the vision tower produced NaN or infinite features"):
+        start("all-not-finite", *PRUNING, "--enforce-eager", model=tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import eadaprune_vllm.reference as reference\n"
+        "from PIL import Image\n"
+        "kinds = [('surface', 'white'), ('surface', 'black')]\n"
+        "reference.pictures = lambda: ((kind, Image.new('RGB', (336, 336), colour)) for kind, colour in kinds)\n"
+    )
+    server = start("not-finite", *PRUNING, "--enforce-eager", model=tmp_path, PYTHONPATH=str(tmp_path))
     white = Image.new("RGB", (336, 336), "white")
     for options in (None, {"energy": 0.5}):
         with pytest.raises(openai.InternalServerError, match="NaN or infinite features for this image"):

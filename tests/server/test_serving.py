@@ -66,7 +66,7 @@ def test_text_only_requests_are_served(pruning: Server) -> None:
         ({"energy": 1.5}, "energy", "=1.5 is not allowed; it must be a number greater than 0 and at most 1"),
         ({"energy": True}, "energy", "=True is not allowed"),
         ({"energy": "0.5"}, "energy", "='0.5' is not allowed"),
-        ({"engery": 0.5}, "engery", "is not an option; the options are energy, min_tokens"),
+        ({"engery": 0.5}, "engery", "is not an option; the options are target, energy"),
         ({"min_tokens": 9, "max_tokens": 8}, None, "min_tokens=9 is above max_tokens=8"),
         (0.5, None, "=0.5 is not an object"),
     ],

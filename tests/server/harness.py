@@ -27,7 +27,10 @@ KV_BYTES = 2 * 2 * 2 * 32 * getattr(torch, DTYPE).itemsize
 
 def environment(**extra: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "EADAPRUNE_"))}
-    return inherited | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"} | extra
+    ours = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    if worker := inherited.get("PYTEST_XDIST_WORKER"):  # or else vLLM binds the workers of all servers to the same core
+        ours["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1))
+    return inherited | ours | extra
 
 
 class Server(PlainServer):

@@ -35,9 +35,9 @@ VARIOUS: list[dict[str, Any]] = [
     SOME,
     {"energy": 0.97, "min_tokens": 4, "selector": "attention"},
     {"energy": 0.9, "min_tokens": 4, "scope": "image"},
-    {"min_tokens": 4},
     FIXED,
 ]
+UNSAID = {"min_tokens": 4}  # the threshold, which is 1.0 where pages are read
 EXACT = [name for name in FAMILIES if name not in HYBRID]
 OF_PAGES = ("glm_ocr", "paddleocr_vl")  # which keep everything by default
 # On other CPUs stock vLLM, too, starts and then fails at the first product of 4-bit weights.
@@ -55,6 +55,12 @@ def chats(name: str) -> list[str]:
 def words(name: str) -> list[str]:
     """Images that different options are tried on, or else a video."""
     return ["clip"] if name in WITHOUT_IMAGE else [*SCENES]
+
+
+def cases(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """These with options."""
+    various = [*VARIOUS, UNSAID] if name in OF_PAGES else VARIOUS
+    return [(word, options) for word in words(name) for options in various]
 
 
 def run(work: dict[str, list[Any]], **env: str) -> dict[str, Any]:
@@ -83,12 +89,11 @@ class Family:
     """One model: what stock vLLM answers, what vLLM answers with pruning, and what the counts should be."""
 
     def __init__(self, name: str, folder: Path, stock: Any, pruning: Any) -> None:
-        self.chats, self.words = chats(name), words(name)
+        self.chats, self.words, self.cases = chats(name), words(name), cases(name)
         (answers,), batches = stock, pruning
         self.stock = dict(zip(self.chats, answers, strict=True))
         self.null, self.some, self.again = (dict(zip(self.chats, batch, strict=True)) for batch in batches[:3])
         self.various = batches[3]
-        self.default = {"energy": 1.0} if name in OF_PAGES else {}
         self.reference = Reference(folder, torch.float32)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.transformers = transformers_model(folder, torch.float32)
@@ -117,7 +122,7 @@ class Family:
     def prompt(self, chat: str, options: dict[str, Any]) -> int:
         """How many tokens the prompt of a chat should have."""
         items = [word for word in (CHATS | VIDEO_CHATS)[chat] if word in SCENES or word in CLIPS]
-        decisions = [self.kept(word, json.dumps(self.default | options)) for word in items]
+        decisions = [self.kept(word, json.dumps(options)) for word in items]
         pruned = sum(kept.unpruned - len(kept.placeholders) for kept in decisions)
         return int(self.stock[chat]["prompt"]) - pruned
 
@@ -137,7 +142,7 @@ def answered(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
             [(chat, NULL) for chat in chats(name)],
             [(chat, SOME) for chat in chats(name)],
             [(chat, SOME) for chat in chats(name)],
-            [(word, options) for word in words(name) for options in VARIOUS],
+            cases(name),
         ]
         for name in EXACT
     }
@@ -233,8 +238,7 @@ def test_a_second_time_the_prompts_are_found_in_the_caches(found: Family) -> Non
 
 
 def test_different_options_at_once(found: Family) -> None:
-    cases = [(word, options) for word in found.words for options in VARIOUS]
-    for (word, options), answer in zip(cases, found.various, strict=True):
+    for (word, options), answer in zip(found.cases, found.various, strict=True):
         assert answer["prompt"] == found.prompt(word, options)
         if options in (NULL, SOME):
             alone = (found.null if options == NULL else found.some)[word]

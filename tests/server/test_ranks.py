@@ -64,7 +64,12 @@ def alone(start: Start) -> Server:
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_ranks_keep_what_one_worker_keeps(start: Start, alone: Server, images: Images, ranks: str) -> None:
-    server = start(ranks, *FLAGS, *RANKS[ranks], **({} if ranks.startswith("dp") else TWO_WORKERS))
+    server = start(
+        ranks,
+        *FLAGS,
+        *RANKS[ranks],
+        **({"VLLM_CPU_OMP_THREADS_BIND": "auto"} if ranks.startswith("dp") else TWO_WORKERS),
+    )
     try:
         assert kept(server, images) == kept(alone, images)
         # Stock vLLM fails to generate with pipeline stages on CPUs. Where ranks share images out, none of

@@ -33,6 +33,7 @@ from eadaprune_vllm.draw import data_url
 POLICY = {"energy_floor": 0.9, "kv_usage_low": 0.4, "kv_usage_high": 0.7, "waiting_low": 1, "waiting_high": 8}
 TEXT_LAYERS = 192
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-energy", "1.0", "--enforce-eager", "--dtype", "bfloat16"]
+FLAGS += ["--eadaprune-min-tokens", "16"]
 FLAGS += ["--block-size", "32", "--num-gpu-blocks-override", "192", "--max-model-len", "2048", "--max-num-seqs", "64"]
 FOLLOW = ["--eadaprune-load-aware", json.dumps(POLICY)]
 COUNTED = ["vllm:num_preemptions_total", "vllm:request_queue_time_seconds_sum", "vllm:prompt_tokens_total"]

@@ -14,6 +14,7 @@ from eadaprune_vllm.options import PruneOptions
 # within it counts as not met, so that k is rounded up at ties.
 TIE_TOLERANCE = 1e-6
 _DIGITS = 6  # of a threshold that is solved for
+_FULL_RANK = 0.9  # if no picture needs this share of its tokens at any threshold, its features are of a smaller one
 
 
 def needed(needed_above: NDArray[np.float64], energy: float | NDArray[np.float64]) -> Any:
@@ -78,6 +79,7 @@ class Targets:
             for curve in curves
         ]
         self._means = np.mean(shares, 0)
+        self._busiest = float(np.max(shares))
 
     @property
     def least(self) -> float:
@@ -91,8 +93,9 @@ class Targets:
 
     @property
     def tells_apart(self) -> float:
-        """The largest share at which budgets still differ: near the most, every picture keeps as much as it can."""
-        return max(self.least, round(self.most * 2 / 3, 3))
+        """The largest share at which budgets still differ. Where features are of a small rank, every picture keeps near
+        the most as much as it can."""
+        return self.most if self._busiest > _FULL_RANK else max(self.least, round(self.most * 2 / 3, 3))
 
     def energy(self, target: float) -> float:
         """The threshold below 1.0 at which the mean share is closest to ``target``."""

@@ -80,6 +80,10 @@ def test_a_target_is_brought_within_what_the_features_allow() -> None:
     assert reference.kept == pytest.approx(options.target, abs=0.01)
 
 
+def test_no_target_of_features_of_full_rank_is_cut() -> None:
+    assert ServerOptions(target=0.7).informed(CURVES).resolve().target == 0.7
+
+
 def test_bounds_of_energy_hold_for_targets() -> None:
     bounded = ServerOptions(energy_floor=0.9).informed(CURVES)
     low = ServerOptions().informed(CURVES).resolve(Layer("x", {"target": 0.15})).energy

@@ -15,6 +15,7 @@ from eadaprune_vllm.draw import data_url
 from eadaprune_vllm.engine import decide
 from eadaprune_vllm.prune import prune
 
+DEFAULTS = {"energy": 0.9, "min_tokens": 16}
 PROMPT = "<s>USER: <image>\nWhat is it? ASSISTANT:"
 
 
@@ -94,7 +95,7 @@ def whims(llm: LLM) -> dict[str, Any]:
 if __name__ == "__main__":
     what, model = sys.argv[1:]
     settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "dtype": DTYPE, "block_size": 32}
-    llm = LLM(model, mm_processor_kwargs={"eadaprune": {"energy": 0.9}}, max_num_batched_tokens=128, **settings)
+    llm = LLM(model, mm_processor_kwargs={"eadaprune": DEFAULTS}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":
         result |= blocks(llm) | whims(llm)

@@ -41,8 +41,8 @@ def test_without_caches(uncached: Server, pruning: Server, reference: Reference,
 @pytest.fixture(scope="module")
 def two_front_ends(start: Callable[..., Server]) -> Server:
     """Two API servers in float16 that report nothing and clamp; the plugin named by the environment."""
-    flags = ["--eadaprune-energy", "0.9", "--enforce-eager", "--dtype", "float16", "--no-eadaprune-report"]
-    flags += ["--eadaprune-energy-ceiling", "0.95", "--eadaprune-out-of-bounds", "clamp"]
+    flags = ["--eadaprune-energy", "0.9", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float16"]
+    flags += ["--no-eadaprune-report", "--eadaprune-energy-ceiling", "0.95", "--eadaprune-out-of-bounds", "clamp"]
     return start("front-ends", *flags, "--api-server-count", "2", VLLM_PLUGINS="eadaprune")
 
 

@@ -72,7 +72,7 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
 ) -> None:
     files = ["--store", tmp_path / "spectra.jsonl", "--histogram", tmp_path / "budgets.png"]
     arguments = ["calibrate", folder, "--url", pruning.url, "--min-tokens", 4, *files]
-    first = run(*arguments, "--target-tokens", 100, "--table")
+    first = run(*arguments, "--target", 100 / 576, "--table")
     assert f"skipped {folder / 'broken.png'}: " in first.stderr
     assert "threshold" in first.stdout
     assert "server of demo" in first.stdout
@@ -87,7 +87,7 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
 
     # Another target encodes nothing again.
     encoded = pruning.metric("eadaprune_stage_seconds_count", stage="encode")
-    again = run(*arguments, "--target-tokens", 50)
+    again = run(*arguments, "--target", 50 / 576)
     assert pruning.metric("eadaprune_stage_seconds_count", stage="encode") == encoded
     assert len((tmp_path / "spectra.jsonl").read_text().splitlines()) == 1 + len(images)
     assert energy > float(re.findall(r"--eadaprune-energy (\S+)", again.stdout)[0])
@@ -95,7 +95,7 @@ def test_calibrate_finds_the_threshold_whose_mean_the_server_has(
     # Interrupted in the middle of a line: only that image is encoded again.
     text = (tmp_path / "spectra.jsonl").read_text()
     (tmp_path / "spectra.jsonl").write_text(text[:-100])
-    assert run(*arguments, "--target-tokens", 50).stdout == again.stdout
+    assert run(*arguments, "--target", 50 / 576).stdout == again.stdout
     assert pruning.metric("eadaprune_stage_seconds_count", stage="encode") == encoded + 1
     assert sorted((tmp_path / "spectra.jsonl").read_text().splitlines()) == sorted(text.splitlines())
 
@@ -105,7 +105,7 @@ def test_calibrate_with_an_engine_of_its_own(
 ) -> None:
     files = ["--store", tmp_path / "spectra.jsonl", "--histogram", tmp_path / "budgets.png"]
     arguments = ["calibrate", folder, "--model", model, "--dtype", DTYPE, "--min-tokens", 4, *files]
-    first = run(*arguments, "--target-tokens", 100)
+    first = run(*arguments, "--target", 100 / 576)
     assert f"skipped {folder / 'broken.png'}: " in first.stderr
     own = re.escape(f"vllm serve {model} --dtype {DTYPE} --plugin eadaprune")
     flags = re.search(rf"^{own} --eadaprune-energy (\S+) --eadaprune-min-tokens 4$", first.stdout, re.MULTILINE)
@@ -115,7 +115,7 @@ def test_calibrate_with_an_engine_of_its_own(
     assert sum(budgets) / len(budgets) == pytest.approx(100, abs=1)
 
     # Another target starts no engine: the spectra are in the store, and a file that is no image needs none.
-    again = without_engine(*arguments, "--target-tokens", 50)
+    again = without_engine(*arguments, "--target", 50 / 576)
     assert again.exit_code == 0, again.output
     assert float(flags[1]) > float(re.findall(r"--eadaprune-energy (\S+)", again.stdout)[0])
 
@@ -123,19 +123,19 @@ def test_calibrate_with_an_engine_of_its_own(
 def test_calibrate_refuses_what_it_cannot_do(pruning: Server, folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "spectra.jsonl"
     arguments = ["calibrate", folder / "flat.png", "--url", pruning.url, "--store", store]
-    run(*arguments, "--target-tokens", 100, "--histogram", tmp_path / "budgets.png")  # the others find its spectrum
-    few = refusal(*arguments, "--target-tokens", 600)
-    assert "these images can have 16.0 to 576.0 tokens in the mean, not 600" in few
-    other = refusal(*arguments, "--target-tokens", 20, "--scope", "image")
+    run(*arguments, "--target", 100 / 576, "--histogram", tmp_path / "budgets.png")  # the others find its spectrum
+    few = refusal(*arguments, "--target", 0.01)
+    assert "these images can keep a share of 0.028 to " in few
+    other = refusal(*arguments, "--target", 0.1, "--scope", "image")
     assert "choose another --store" in other
     notes = tmp_path / "notes.txt"
     notes.write_text("not to be lost")
     strange = [*arguments[:-1], notes]
-    assert "choose another --store" in refusal(*strange, "--target-tokens", 20)
+    assert "choose another --store" in refusal(*strange, "--target", 0.1)
     assert notes.read_text() == "not to be lost"
-    bad = refusal(*arguments, "--target-tokens", 20, "--min-tokens", 0)
+    bad = refusal(*arguments, "--target", 0.1, "--min-tokens", 0)
     assert "options.min_tokens=0 is not allowed; it must be an integer at least 1" in bad
-    nowhere = refusal("calibrate", tmp_path / "none", "--url", pruning.url, "--target-tokens", 9)
+    nowhere = refusal("calibrate", tmp_path / "none", "--url", pruning.url, "--target", 0.1)
     assert "no images there" in nowhere
 
 

@@ -27,6 +27,7 @@ STREAMS, BLOCKS, ANSWER_TOKENS = 4, 2400, 15_000  # answers last for minutes, fa
 HIGH = STREAMS * 576 / (BLOCKS * BLOCK_SIZE)  # what the streams' images alone take of the KV cache
 POLICY = {"energy_floor": 0.6, "kv_usage_low": HIGH / 4, "kv_usage_high": HIGH, "waiting_low": 50, "waiting_high": 100}
 FLAGS = ["--plugin", "eadaprune", "--enforce-eager", "--dtype", "bfloat16", "--eadaprune-energy", "0.99"]
+FLAGS += ["--eadaprune-min-tokens", "16"]
 FLAGS += ["--eadaprune-load-aware", json.dumps(POLICY), "--limit-mm-per-prompt", '{"image": 4}']
 FLAGS += ["--num-gpu-blocks-override", str(BLOCKS), "--max-model-len", "16384"]
 FLAGS += ["--hf-overrides", '{"text_config": {"max_position_embeddings": 16384}}']

@@ -106,25 +106,34 @@ def test_refused_in_one_sentence(attempts: list["Future[subprocess.CompletedProc
     assert CASES[number].sentence in found.stderr.strip().splitlines()[-1]
 
 
+def overflowing(model: Path, folder: Path, weight: float) -> Path:
+    """The model with patch weights that large."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[next(name for name in weights if name.endswith("patch_embedding.weight"))][:] = weight
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_a_tower_whose_features_are_never_finite_is_refused(
+    start: Callable[..., Server], model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="cannot be pruned: the vision tower produced NaN or infinite features"):
+        start("never-finite", *PRUNING, "--enforce-eager", model=overflowing(model, tmp_path / "model", 3e38))
+
+
 def test_features_that_are_not_finite_fail_their_request_only(
     start: Callable[..., Server], model: Path, tmp_path: Path
 ) -> None:
-    """Patch weights so large that any light overflows: a black image is fine, a white one gives NaN. No server starts
-    that finds all of its reference pictures so; this one has a black one."""
-    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
-    patches = next(name for name in weights if name.endswith("patch_embedding.weight"))
-    weights[patches][:] = 3e38
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="cannot be pruned: the vision tower produced NaN or infinite features"):
-        start("all-not-finite", *PRUNING, "--enforce-eager", model=tmp_path)
+    """A white image overflows, and a grey one does not; these are the reference pictures."""
     (tmp_path / "sitecustomize.py").write_text(
         "import eadaprune_vllm.reference as reference\n"
         "from PIL import Image\n"
-        "kinds = [('surface', 'white'), ('surface', 'black')]\n"
-        "reference.pictures = lambda: ((kind, Image.new('RGB', (336, 336), colour)) for kind, colour in kinds)\n"
+        "colours = ['white', (122, 116, 104)]\n"
+        "reference.pictures = lambda: (('surface', Image.new('RGB', (336, 336), colour)) for colour in colours)\n"
     )
-    server = start("not-finite", *PRUNING, "--enforce-eager", model=tmp_path, PYTHONPATH=str(tmp_path))
+    served = overflowing(model, tmp_path / "model", 3e35)
+    server = start("not-finite", *PRUNING, "--enforce-eager", model=served, PYTHONPATH=str(tmp_path))
     white = Image.new("RGB", (336, 336), "white")
     for options in (None, {"energy": 0.5}):
         with pytest.raises(openai.InternalServerError, match="NaN or infinite features for this image"):

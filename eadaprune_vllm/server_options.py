@@ -88,8 +88,8 @@ class ServerOptions(PruneOptions):
     )
     any_model: bool = Field(
         default=False,
-        description="Whether to try models that are not in the list of supported ones, on the grounds that one image "
-        "fits when the server starts.",
+        description="Whether to try models that are not in the list of supported ones, on the grounds that the reference "
+        "pictures fit when the server starts.",
     )
     load_aware: LoadPolicy | None = Field(
         default=None,

@@ -145,7 +145,7 @@ def test_explain_draws_and_says_what_the_server_decides(
 ) -> None:
     picture = tmp_path / "explanation.png"
     whom = ["--url", pruning.url] if with_server else ["--model", model, "--dtype", DTYPE]
-    thresholds = ["--energy", 0.9, "--energy", 0.99, "--selector", "attention"]
+    thresholds = ["--energy", 0.9, "--energy", 0.99, "--selector", "attention", "--min-tokens", 16]
     arguments = ["explain", folder / "coffee.png", *whom, "--output", picture, *thresholds]
     found: list[dict[str, Any]] = json.loads(run(*arguments, "--json").stdout)
     assert [report["energy_threshold"] for report in found] == [0.9, 0.99]

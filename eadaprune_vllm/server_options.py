@@ -88,7 +88,7 @@ class ServerOptions(PruneOptions):
     )
     any_model: bool = Field(
         default=False,
-        description="Whether to try models that are not in the list of supported ones, on the grounds that the reference "
+        description="Whether to try models that are not in the list of supported ones, on the grounds that reference "
         "pictures fit when the server starts.",
     )
     load_aware: LoadPolicy | None = Field(

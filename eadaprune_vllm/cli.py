@@ -260,5 +260,29 @@ def evaluate(
     accuracy(rows).savefig(output.with_suffix(".png"), dpi=120)
 
 
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a model that you want to serve.")] = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    url: Url = None,
+) -> None:
+    """Say what is installed here and whether the plugin fits it: for a bug report.
+
+    With --model also whether that can be served, and what an image costs; with --url what a running server does. Starts
+    no engine and loads no weights. The exit status is 1 if anything fails.
+    """
+    if model is None and (dtype or revision):
+        raise typer.BadParameter("--dtype and --revision go with --model")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # what is wrong is said here
+    from eadaprune_vllm.tools.doctor import examine
+
+    colours, failed = {"failed": "red", "warning": "yellow"}, False
+    for finding in examine(model, dtype, revision, url):
+        typer.secho(finding, fg=colours.get(finding.state or ""))  # in colours on a terminal only
+        failed |= finding.state == "failed"
+    raise typer.Exit(int(failed))
+
+
 if __name__ == "__main__":
     app()

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from families import make_family
 from harness import DTYPE, MAX_DECODED, Server
 from PIL import Image
 from shared import Reference, noise, photo
+from stub import Stub
 
 from eadaprune_vllm.demo.model import make_model
 
@@ -104,3 +106,14 @@ def stock(logs: Path, model: Path) -> Iterator[Server]:
     server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", DTYPE)
     yield server
     server.close()
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    monkeypatch.setenv("OPENAI_API_KEY", "mine")
+    with Stub() as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

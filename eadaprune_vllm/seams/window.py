@@ -48,11 +48,16 @@ def version() -> str:
     return str(vllm.__version__)
 
 
+def is_supported() -> bool:
+    """Whether the vLLM in use is of a supported version."""
+    return SUPPORTED.contains(version(), prereleases=True)
+
+
 def check_version() -> None:
     """Raises:
     StartupError: if vLLM is of no supported version and the check was not switched off.
     """
-    if not SUPPORTED.contains(version(), prereleases=True) and not os.environ.get(SKIP_VERSION_CHECK):
+    if not is_supported() and not os.environ.get(SKIP_VERSION_CHECK):
         raise StartupError(
             f"vLLM {version()} is not supported; supported is {SUPPORTED} "
             f"(set {SKIP_VERSION_CHECK}=1 to try it all the same)"

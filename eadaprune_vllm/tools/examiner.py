@@ -15,7 +15,8 @@ from eadaprune_vllm.tools.images import data_url
 Answer = TypeVar("Answer", bound=BaseModel)
 # Of the server's refusals, those that are about what was sent to it.
 _ABOUT_THE_IMAGE = (400, 413, 422, 500)
-_TIMEOUT = httpx.Timeout(600, connect=10)  # seconds: an image may wait for those of other clients
+_SECONDS = 600  # an image may wait for those of other clients
+_SECONDS_TO_CONNECT = 10
 
 
 class Examiner(Protocol):
@@ -59,31 +60,34 @@ class ServedModel:
 
     Args:
         url: of the server.
+        seconds: that it has for each answer.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seconds: float = _SECONDS) -> None:
         self._url = url.rstrip("/")
         key = os.environ.get("OPENAI_API_KEY", "none")
-        self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT)
+        timeout = httpx.Timeout(seconds, connect=_SECONDS_TO_CONNECT)
+        self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout)
 
     def close(self) -> None:
         self._client.close()
 
     @cached_property
-    def _config(self) -> Config:
+    def config(self) -> Config:
+        """What the server says of itself."""
         return self._ask(Config, "GET", "config")
 
     @property
     def name(self) -> str:
-        return self._config.models[0]
+        return self.config.models[0]
 
     @property
     def about(self) -> dict[str, Any]:
-        return self._config.model_dump(include={"models", "architecture", "dtype"})
+        return self.config.model_dump(include={"models", "architecture", "dtype"})
 
     @property
     def defaults(self) -> PruneOptions:
-        return self._config.reference.options
+        return self.config.reference.options
 
     def examine(
         self, image: bytes, given: dict[str, Any], *, spectrum: bool = False, overlay: bool = False

@@ -1,0 +1,86 @@
+"""A server that the commands can ask, without vLLM."""
+
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from eadaprune_vllm.budget import Curve
+from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.report import Config, ItemPreview, Preview, Reference
+from eadaprune_vllm.server_options import ServerOptions
+from eadaprune_vllm.tools import images
+
+SPECTRUM = np.arange(100) / 100  # of every image that it is asked about
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers as a server with the plugin does; every image has the same spectrum there.
+
+    Attributes:
+        failing: status and body that every route answers with instead.
+        asked: bodies of previews.
+        ends_after: how many previews it answers; the connection of the next is closed. None for all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.failing: tuple[int, str] | None = None
+        self.asked: list[dict[str, Any]] = []
+        self.ends_after: int | None = None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def config(self) -> str:
+        about = {"version": "1", "vllm_version": "1", "models": ["served"], "architecture": "A", "dtype": "float32"}
+        options = ServerOptions(min_tokens=4, min_share=0, energy_ceiling=0.999).informed([Curve("page", SPECTRUM)])
+        told = {"options": options, "reference": Reference.of(options), "selectors": [], "doors": []}
+        return Config.model_validate(about | told).model_dump_json()
+
+    @property
+    def images(self) -> list[bytes]:
+        """Files that were sent."""
+        return [images.read(body["messages"][0]["content"][0]["image_url"]["url"]) for body in self.asked]
+
+    def preview(self, body: dict[str, Any]) -> tuple[int, str]:
+        self.asked.append(body)
+        if self.images[-1] == b"no image":
+            return 400, '{"error": {"message": "Failed to load image: this is none"}}'
+        item = ItemPreview(
+            visual_tokens=100,
+            kept_tokens=40,
+            energy_threshold=body["eadaprune"].get("energy", 0.99),
+            energy_requested=0.99,
+            energy_kept=0.99,
+            selector="span",
+            curve=[(1, 0.5), (100, 1.0)],
+            spectrum=SPECTRUM.tolist() if body["spectrum"] else None,
+            overlay=data_url(Image.new("RGB", (8, 8))) if body["overlay"] else None,
+        )
+        whole = {"visual_tokens": 100, "kept_tokens": 40, "tokens_saved": 60, "kv_cache_bytes_saved": 0, "seconds": 0}
+        return 200, Preview.model_validate({"images": [item], "videos": []} | whole).model_dump_json()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_GET(self) -> None:
+        found = self.path == "/v1/eadaprune/config" and self.headers["Authorization"] == "Bearer mine"
+        self.answer(200 if found else 404, self.server.config if found else "")
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/eadaprune/preview"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.ends_after != len(self.server.asked):
+            self.answer(*self.server.preview(body))
+
+    def answer(self, status: int, text: str) -> None:
+        status, text = self.server.failing or (status, text)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass

@@ -1,0 +1,191 @@
+"""What ``eadaprune doctor`` finds. It activates the plugin, so that it runs in a process of its own."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import environment
+from stub import Stub
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from eadaprune_vllm import __version__
+from eadaprune_vllm.cli import app
+from eadaprune_vllm.seams import window
+from eadaprune_vllm.tools import doctor
+from eadaprune_vllm.tools.doctor import Finding
+
+GONE = """
+import eadaprune_vllm.seams.window as window
+
+def find(path, find=window.find):
+    if path == "{}":
+        raise AttributeError
+    return find(path)
+
+window.find = find
+"""
+# Stand in for other machines, in ``sitecustomize``.
+MACHINES = {
+    "another release": """
+import eadaprune_vllm.seams.window as window
+from packaging.specifiers import SpecifierSet
+window.SUPPORTED = SpecifierSet(">=0.99")
+""",
+    "a seam is gone": GONE.format("vllm.v1.engine.core:EngineCore.post_step"),
+    "a nicety is gone": GONE.format("vllm.engine.arg_utils:EngineArgs.add_cli_args"),
+    "nothing is installed": """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "vllm"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing())
+""",
+}
+MODELS = """
+import sys
+from eadaprune_vllm.tools.doctor import examine
+for model in sys.argv[1:]:
+    print("MODEL", *examine(model), sep="\\n")
+"""
+
+
+def run(*command: object, **env: str) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment(**env), timeout=300
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def lines(screen: str) -> dict[str, str]:
+    """What is said, by what it is about."""
+    assert "\x1b" not in screen
+    return {line[:14].strip(): line[15:] for line in screen.splitlines()}
+
+
+def test_all_is_well(stub: Stub, model: Path) -> None:
+    done = run("-m", "eadaprune_vllm.cli", "doctor", "--model", model, "--dtype", "float32", "--url", stub.url)
+    found = lines(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found["eadaprune"] == __version__
+    assert found["vLLM"] == f"ok: {window.version()}, supported is {window.SUPPORTED}"
+    assert found["plugin"] == "ok: installed; to be named by --plugin eadaprune"
+    assert found["seams"] == "ok: all there"
+    assert found["model"] == "ok: LlavaForConditionalGeneration in float32, prompts of up to 4096 tokens"
+    assert found["KV cache"] == "1024 bytes per token"  # key and value x layers x KV heads x head size x bytes
+    assert found["largest image"] == "576 tokens, 0.6 MiB of KV cache; never cut below 64 by default"
+    assert found["default"] == "target 0.33, whose energy a server finds when it starts"
+    assert found["server"] == "ok: eadaprune 1 on vLLM 1"
+    assert found["serves"] == "served: A in float32"
+    assert found["in force"].startswith("target 0.33: energy 0.3")
+    assert found["in force"].endswith(" of the tokens of reference pictures: pages 33%")
+    assert found["doors"] == "0"
+    assert not stub.asked
+
+
+@pytest.mark.parametrize(
+    ("machine", "status", "about", "says"),
+    [
+        ("another release", 1, "vLLM", "warning: {}, supported is >=0.99"),
+        ("another release", 1, "seams", "failed: vLLM {} is not supported; supported is >=0.99 "),
+        ("another release", 1, "model", "failed: nothing can be said of it without the seams"),
+        ("a seam is gone", 1, "seams", "failed: vLLM {} has no vllm.v1.engine.core:EngineCore.post_step of the kind"),
+        ("a nicety is gone", 0, "seams", "warning: vLLM {} has no vllm.engine.arg_utils:EngineArgs.add_cli_args of "),
+        ("a nicety is gone", 0, "model", "ok: LlavaForConditionalGeneration in bfloat16"),
+        ("nothing is installed", 1, "vLLM", "failed: ModuleNotFoundError: No module named 'vllm'"),
+        ("nothing is installed", 1, "torch", "failed: ModuleNotFoundError: No module named 'torch'"),
+        ("nothing is installed", 1, "seams", "failed: ModuleNotFoundError: No module named 'vllm'"),
+        ("nothing is installed", 1, "eadaprune", __version__),
+    ],
+)
+def test_what_does_not_fit_is_a_line(
+    screens: Callable[[str], "subprocess.CompletedProcess[str]"], machine: str, status: int, about: str, says: str
+) -> None:
+    done = screens(machine)
+    assert done.returncode == status
+    assert lines(done.stdout)[about].startswith(says.format(window.version()))
+
+
+@pytest.fixture(scope="module")
+def screens(
+    tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> Callable[[str], "subprocess.CompletedProcess[str]"]:
+    """What is found on a machine; each is looked at once."""
+
+    @functools.cache
+    def screen(machine: str) -> "subprocess.CompletedProcess[str]":
+        folder = tmp_path_factory.mktemp("machine")
+        (folder / "sitecustomize.py").write_text(MACHINES[machine])
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        return run("-m", "eadaprune_vllm.cli", "doctor", "--model", model, PYTHONPATH=path)
+
+    return screen
+
+
+def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
+    family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "llama")
+    models = [*map(family, ("qwen2_5_vl", "llava_next_video", "glm_ocr")), tmp_path / "llama", tmp_path / "nowhere"]
+    done = run("-c", MODELS, *models, VLLM_LOGGING_LEVEL="CRITICAL")
+    _, *screens = done.stdout.split("MODEL\n")
+    qwen, video, pages, llama, nowhere = map(lines, screens)
+    assert qwen["model"].startswith("ok: Qwen2_5_VLForConditionalGeneration in bfloat16")
+    assert qwen["KV cache"] == "768 bytes per token"
+    assert qwen["largest image"] == "144 tokens, 0.1 MiB of KV cache; never cut below 16 by default"
+    assert "largest image" not in video
+    assert "largest video" in video
+    assert pages["default"] == "energy 1, which keeps every token"
+    assert llama["model"].startswith("failed: the architecture LlamaForCausalLM is not supported; supported are Gemma3")
+    assert nowhere["model"].startswith("failed: ")
+    assert "nowhere" in nowhere["model"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (401, '{"error": "Unauthorized"}', "{}: Unauthorized"),
+        (404, "", "{} does not prune: is it running with --plugin eadaprune?"),
+        (503, "", "{}: 503 Service Unavailable"),
+        (200, "{{}}", "{} does not answer as this version of the plugin does"),
+    ],
+)
+def test_what_a_server_says_is_a_line(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, status: int, body: str, says: str
+) -> None:
+    monkeypatch.setattr(doctor, "seams", lambda: iter([Finding("seams", "all there", "ok")]))
+    stub.failing = status, body
+    *_, last = doctor.examine(url=stub.url)
+    assert last == Finding("server", says.format(stub.url), "failed")
+
+
+def test_a_server_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "seams", lambda: iter([]))
+    *_, last = doctor.examine(url="http://127.0.0.1:9")
+    assert last == Finding("server", "http://127.0.0.1:9: [Errno 111] Connection refused", "failed")
+
+
+def test_whether_the_plugin_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other,eadaprune")
+    assert doctor.named() == Finding("plugin", "installed, and named in VLLM_PLUGINS", "ok")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert str(doctor.named()).startswith("plugin         failed: VLLM_PLUGINS does not list eadaprune")
+    monkeypatch.setattr(doctor, "GROUPS", (*doctor.GROUPS, "vllm.others"))
+    assert "vLLM does not find eadaprune among vllm.others" in doctor.named().says
+
+
+@pytest.mark.parametrize("flag", ["--dtype", "--revision"])
+def test_what_goes_with_a_model_is_refused_without_one(flag: str) -> None:
+    done = CliRunner().invoke(app, ["doctor", flag, "x"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert "--dtype and --revision go with --model" in done.stderr

@@ -1,4 +1,4 @@
-"""The page at ``/eadaprune``: what pruning keeps of a picture, to look at in a browser. It asks the routes of our own."""
+"""The page at ``/eadaprune``: what pruning keeps of a picture, to look at in a browser. It asks our other routes."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""The page at ``/eadaprune`` on a small application: how it is served. What it does is ``tests/server/test_page.py``'s."""
+"""How the page at ``/eadaprune`` is served; what it does is for a browser to say."""
 
 import re
 from types import SimpleNamespace
@@ -12,11 +12,11 @@ from eadaprune_vllm.page import PAGE, PATH
 from eadaprune_vllm.server_options import ServerOptions
 
 
-def client(root_path: str = "", **options: bool) -> TestClient:
+def client(root_path: str = "", *, page: bool = True) -> TestClient:
     """Of a server with these options."""
     app = FastAPI(root_path=root_path)
     EndpointPlugin().attach_router(app)
-    app.state.eadaprune = SimpleNamespace(server_options=ServerOptions(**options))
+    app.state.eadaprune = SimpleNamespace(server_options=ServerOptions(page=page))
     return TestClient(app)
 
 

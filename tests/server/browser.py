@@ -1,6 +1,7 @@
 """A real browser without a window, and the page in it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ class Browser:
         for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,800"):
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self._network: list[dict[str, Any]] = []
         self.driver = webdriver.Chrome(options, Service(program("chromedriver")))
         self.driver.get(url)
 
@@ -56,25 +58,26 @@ class Browser:
         """The radio button of that value, by its label."""
         self.find(f"label:has([value={value}])").click()
 
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Waits for it."""
+        WebDriverWait(self.driver, SECONDS).until(lambda _: condition())
+
     def wait(self, selector: str, is_not: str = "", has: str = "") -> str:
         """The element's text, as soon as it is another than ``is_not`` and has ``has`` in it."""
+        self.until(lambda: self.text(selector) != is_not and has in self.text(selector))
+        return self.text(selector)
 
-        def met(_: object) -> str | None:
-            text = self.text(selector)
-            return text if text != is_not and has in text else None
-
-        text = WebDriverWait(self.driver, SECONDS).until(met)
-        assert text
-        return text
-
-    def requested(self) -> list[str]:
-        """The URLs of all requests since the last call."""
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    def network(self, event: str) -> list[dict[str, Any]]:
+        """All events of that name since the browser started, as DevTools tell them."""
+        self._network += [json.loads(message)["message"] for message in self._log("performance")]
+        return [each["params"] for each in self._network if each["method"] == f"Network.{event}"]
 
     def complaints(self) -> list[str]:
         """What the browser logged since the last call."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        return self._log("browser")
+
+    def _log(self, name: str) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log(name)]  # type: ignore[no-untyped-call]
 
     def picture(self, file: Path) -> None:
         """The picture, through the chooser."""

@@ -17,7 +17,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
-from eadaprune_vllm import __version__
+from eadaprune_vllm import __version__, page
 from eadaprune_vllm.naming import NAME
 from eadaprune_vllm.options import SELECTOR_NAMES, request_schema
 from eadaprune_vllm.preview import look_at, previews
@@ -65,6 +65,7 @@ class EndpointPlugin:
                 twins.routes.append(twin)
         app.include_router(twins)
         app.include_router(router)
+        app.include_router(page.router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         state.eadaprune_renderer = engine_client.renderer

@@ -150,6 +150,7 @@ class Reference(BaseModel):
     at_bound: float = Field(description="Share of the pictures whose budget is that of a bound, not of the threshold.")
     least_target: float = Field(description="The least share that a request may ask for.")
     most_target: float = Field(description="The largest; the model's features have no larger rank.")
+    most_default_target: float = Field(description="The largest of the server's own; beyond it budgets hardly differ.")
 
     @classmethod
     def of(cls, server: ServerOptions) -> Self:
@@ -168,6 +169,7 @@ class Reference(BaseModel):
             at_bound=_share(float(curve.budget(options) != curve.budget(free)) for curve in targets.curves),
             least_target=round(targets.least, _DIGITS),
             most_target=round(targets.most, _DIGITS),
+            most_default_target=round(targets.tells_apart, _DIGITS),
         )
 
     def __str__(self) -> str:

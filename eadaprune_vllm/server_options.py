@@ -86,6 +86,7 @@ class ServerOptions(PruneOptions):
         description="Whether they also say which images and videos were cached and how long the others took, by which "
         "a client can find out what others sent.",
     )
+    page: bool = Field(default=True, description="Whether there is a page at /eadaprune that shows what is kept.")
     any_model: bool = Field(
         default=False,
         description="Whether to try models that are not in the list of supported ones, on the grounds that reference "

@@ -9,8 +9,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from browser import Browser
 from harness import DTYPE, Server, content
 from PIL import Image
+from selenium.webdriver.common.keys import Keys
 from shared import Reference
 
 from eadaprune_vllm.draw import picture
@@ -48,6 +50,26 @@ def test_routes_sit_behind_the_key(guarded: Server, images: Images) -> None:
         assert guarded.post(path, body).status_code == 401
         assert guarded.post(path, body | {"max_tokens": 1}, **KEY).status_code == 200
     assert httpx.get(f"{guarded.url}/v1/eadaprune/config").status_code == 401
+
+
+def test_the_page_asks_for_the_key_and_keeps_the_bounds(guarded: Server, images: Images, tmp_path: Path) -> None:
+    images["noise"].save(tmp_path / "noise.png")
+    with Browser(f"{guarded.url}/eadaprune") as browser:
+        browser.wait("#problem", has="This server asks for an API key.")
+        browser.press("#key", "wrong", Keys.ENTER)
+        browser.wait("#problem", has="The server does not take this API key.")
+        browser.find("#key").clear()
+        browser.press("#key", "sesame", Keys.ENTER)
+        browser.wait("#model", has="demo")
+        assert browser.run("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        browser.picture(tmp_path / "noise.png")
+        for key, threshold in ((Keys.END, "0.95"), (Keys.HOME, "0.5")):
+            browser.press("#slider", key)
+            browser.wait("#threshold", has=threshold)
+        for kind in ("curl", "python"):
+            browser.choose(kind)
+            assert "sesame" not in browser.text("#text")
+            assert ("$OPENAI_API_KEY" in browser.text("#text")) is (kind == "curl")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""The page at ``/eadaprune`` in a real browser."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser
+from harness import KV_BYTES, Server
+from PIL import Image
+from selenium.webdriver.common.keys import Keys
+from shared import Reference, program
+
+from eadaprune_vllm.draw import data_url, png
+
+SENT = "requestWillBeSent"
+Images = dict[str, Image.Image]
+# What a browser does where files are dropped, or pasted.
+HAND_OVER = """
+const [event, name, type, url] = arguments;
+const bytes = Uint8Array.from(atob(url.split(",")[1]), (letter) => letter.charCodeAt(0));
+const data = new DataTransfer();
+data.items.add(new File([bytes], name, {type}));
+const init = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
+document.querySelector("#picture").dispatchEvent(new (event === "drop" ? DragEvent : ClipboardEvent)(event, init));
+"""
+
+
+@pytest.fixture
+def browser(pruning: Server) -> Iterator[Browser]:
+    with Browser(f"{pruning.url}/eadaprune") as browser:
+        browser.wait("#model", has="demo")
+        yield browser
+
+
+@pytest.fixture
+def coffee(images: Images, tmp_path: Path) -> Path:
+    """A file whose name a shell must not take apart."""
+    file = tmp_path / "my $1 coffee's.png"
+    file.write_bytes(png(images["coffee"]))
+    return file
+
+
+def copied(browser: Browser, kind: str) -> str:
+    """What is in the clipboard after the button."""
+    browser.choose(kind)
+    browser.find("#copy").click()
+    browser.wait("#copy", has="Copied")
+    text = browser.run("return navigator.clipboard.readText()")
+    browser.wait("#copy", is_not="Copied")
+    assert text == browser.run("return document.querySelector('#text').textContent")
+    return str(text)
+
+
+def test_numbers_follow_the_slider_and_what_is_copied_does_the_same(
+    browser: Browser, pruning: Server, reference: Reference, images: Images, coffee: Path, tmp_path: Path
+) -> None:
+    browser.picture(coffee)
+    first = len(reference.kept(images["coffee"], energy=0.95))
+    assert browser.wait("#kept") == str(first)  # the server's default
+    assert [browser.text(f"#{name}") for name in ("threshold", "bound", "target")] == ["0.95", "min_tokens", "none"]
+    browser.press("#slider", Keys.END)
+    assert browser.wait("#kept", is_not=str(first)) == "576"
+    browser.press("#slider", *[Keys.PAGE_DOWN] * 4)
+    kept = int(browser.wait("#kept", is_not="576"))
+    energy = float(str(browser.find("#value").get_property("value")))
+    assert 0.999 < energy < 0.9999
+    assert kept == len(reference.kept(images["coffee"], energy=energy))
+    assert [browser.text(f"#{name}") for name in ("threshold", "bound")] == [f"{energy:g}", "threshold"]
+    assert browser.text("#of") == "of 576 tokens stay"
+    assert browser.text("#share") == f"{100 * kept / 576:.0f} %"
+    assert browser.text("#bytes").startswith(f"{int((576 - kept) * KV_BYTES / 1024 + 0.5)} KiB of ")
+    assert browser.run("return [shown.naturalWidth, shown.naturalHeight]") == [336, 336]
+    assert str(browser.find("#curve").get_attribute("aria-label")).startswith(f"Energy over tokens: {kept} of 576 hold")
+
+    browser.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+    curl = copied(browser, "curl").replace("curl ", f"{program('curl')} --silent ", 1)
+    done = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["eadaprune"]["kept_tokens"] == kept
+    python = copied(browser, "python")
+    printed = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    prompt = pruning.prompt_tokens(images["coffee"], "What is in the picture?", options={"energy": energy})
+    assert printed.stdout.split()[-1] == str(prompt), printed.stderr
+    assert copied(browser, "flags") == f"vllm serve MODEL --plugin eadaprune --eadaprune-energy {energy:g}"
+
+    screenshot = tmp_path / "page.png"
+    browser.driver.save_screenshot(str(screenshot))
+    assert len(Image.open(screenshot).convert("RGB").getcolors(1 << 24) or []) > 1000  # a photograph is in it
+    requested = {sent["request"]["url"].removeprefix(pruning.url).partition(",")[0] for sent in browser.network(SENT)}
+    requested.discard("data:image/svg+xml")  # the icon, which some ask for
+    assert requested == {"/eadaprune", "/v1/eadaprune/config", "/v1/eadaprune/preview", "data:image/png;base64"}
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("event", ["drop", "paste"])
+def test_pictures_are_dropped_and_pasted(browser: Browser, reference: Reference, images: Images, event: str) -> None:
+    browser.run(HAND_OVER, event, "moon.png", "image/png", data_url(images["moon"]))
+    assert browser.wait("#kept") == str(len(reference.kept(images["moon"], energy=0.95)))
+    assert browser.text("#name").startswith("moon.png, ")
+    browser.run(HAND_OVER, event, "moon.txt", "text/plain", "data:text/plain;base64,bW9vbg==")
+    assert browser.wait("#problem") == "moon.txt is not a picture."
+    browser.run(HAND_OVER, event, "moon.gif", "image/gif", "data:image/gif;base64,bW9vbg==")
+    browser.wait("#problem", has="image")  # in the server's words
+
+
+def test_targets_have_the_range_that_the_server_says(browser: Browser, pruning: Server, coffee: Path) -> None:
+    browser.picture(coffee)
+    browser.choose("target")
+    browser.wait("#target", is_not="none")
+    for key in (Keys.HOME, Keys.END):
+        browser.press("#slider", key)
+        browser.wait("#target", has=str(browser.find("#value").get_property("value")))
+    browser.choose("flags")
+    # A server's own targets end before; the threshold does the same there.
+    assert browser.text("#text").endswith(f" --eadaprune-energy {browser.text('#threshold')}")
+
+
+def test_what_the_server_refuses_is_said_in_its_words(browser: Browser, coffee: Path) -> None:
+    browser.picture(coffee)
+    browser.wait("#kept")
+    browser.find("#value").clear()
+    browser.press("#value", "1.5")
+    browser.wait(
+        "#problem", has="eadaprune.energy=1.5 is not allowed; it must be a number greater than 0 and at most 1"
+    )
+    browser.find("#default").click()
+    browser.until(lambda: not browser.find("#problem").is_displayed())
+
+
+def test_requests_that_are_out_of_date_are_cancelled(browser: Browser, coffee: Path) -> None:
+    browser.picture(coffee)
+    browser.wait("#kept")
+    browser.driver.execute_cdp_cmd("Network.enable", {})
+    slow: dict[str, Any] = {"offline": False, "latency": 2000, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    for _ in range(3):
+        browser.press("#slider", *[Keys.ARROW_RIGHT] * 10)  # one request for all
+        time.sleep(0.5)
+    browser.wait("#threshold", has=str(browser.find("#value").get_property("value")))
+    sent = [sent for sent in browser.network(SENT) if sent["request"]["url"].endswith("/preview")]
+    assert len(sent) == 4
+    cancelled = [failed["requestId"] for failed in browser.network("loadingFailed") if failed["canceled"]]
+    assert cancelled == [each["requestId"] for each in sent[1:3]]

@@ -28,7 +28,6 @@ from eadaprune_vllm.tools.examiner import ServedModel
 from eadaprune_vllm.tools.images import read
 from eadaprune_vllm.tools.plots import accuracy
 
-IN_FLIGHT = 48  # requests: of several settings at a time, which the engine then encodes for together
 SQUARES, OF_SQUARES = (144, 64), ("grid", "pooled", "pooled before")
 MEANS = (144, 96, 64, 48)
 MOST = 144  # numbers in a feature: below energy 1.0 no budget is larger
@@ -93,11 +92,11 @@ def main(
             model = ServedModel(server.url)
             curves = {image: curve(model, image, read(image)) for image in dict.fromkeys(asked)}
             ways = chosen([curves[image] for image in asked], selector) | of_squares("uniform")
-            asyncio.run(run(results, server.url, [UNPRUNED, *ways.values()], concurrency=IN_FLIGHT))
+            asyncio.run(run(results, server.url, [UNPRUNED, *ways.values()]))
         for how in OF_SQUARES:
             own = of_squares(how)
             with served(folder, how) as server:
-                asyncio.run(run(results, server.url, list(own.values()), concurrency=IN_FLIGHT))
+                asyncio.run(run(results, server.url, list(own.values())))
             ways |= own
     rows = results.summary()
     by_name = {setting.name: (tokens, way) for (tokens, way), setting in ways.items()}

@@ -26,14 +26,20 @@ PLAIN, MERGED = "as they are", ("mean", "half")
 EXTENSION = ["--worker-extension-cls", "merged.Merging"]
 
 
-def ask(how: str, folder: Path, scenes: int, energies: list[float], selectors: list[str]) -> Results:
-    results, env = held_out(folder / "questions", scenes), dict(os.environ)
-    flags = [*FLAGS, "--allowed-local-media-path", str(folder)]
+def served(folder: Path, how: str) -> Server:
+    """A server that may read what is in ``folder``, and does with tokens what ``merged.py`` says, or leaves them
+    as they are."""
+    env, flags = dict(os.environ), [*FLAGS, "--allowed-local-media-path", str(folder)]
     if how != PLAIN:
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [env.get("PYTHONPATH")])])
         env |= {"PYTHONPATH": path, "EADAPRUNE_MERGE": how}
         flags += EXTENSION
-    with Server(folder / "log", MODEL, *flags, env=env) as server:
+    return Server(folder / "log", MODEL, *flags, env=env)
+
+
+def ask(how: str, folder: Path, scenes: int, energies: list[float], selectors: list[str]) -> Results:
+    results = held_out(folder / "questions", scenes)
+    with served(folder, how) as server:
         asyncio.run(run(results, server.url, adaptive(energies, selectors)))
     return results
 

@@ -27,6 +27,7 @@ from eadaprune_vllm.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, adaptive, read_questions, run
+from eadaprune_vllm.tools.examiner import Examiner
 from eadaprune_vllm.tools.offline import OfflineModel
 from eadaprune_vllm.tools.plots import accuracy
 
@@ -37,13 +38,16 @@ FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "1", "--enforce-eage
 FLAGS += ["--dtype", DTYPE]
 
 
+def curve(examiner: Examiner, name: str, image: bytes) -> Curve:
+    """What thresholds are solved on."""
+    return Curve(name, np.array(examiner.examine(image, {"selector": "uniform"}, spectrum=True).spectrum))
+
+
 def thresholds() -> dict[int, float]:
     """For each of ``TARGETS`` the threshold with that mean budget."""
-    offline, curves = OfflineModel(str(MODEL), dtype=DTYPE), []
-    for number in range(CALIBRATION):
-        scene = make_scene(10**6 + number, held_out=True).image
-        found = offline.examine(png(scene), {"selector": "uniform"}, spectrum=True)
-        curves.append(Curve(str(number), np.array(found.spectrum)))
+    offline = OfflineModel(str(MODEL), dtype=DTYPE)
+    scenes = (make_scene(10**6 + number, held_out=True).image for number in range(CALIBRATION))
+    curves = [curve(offline, str(number), png(scene)) for number, scene in enumerate(scenes)]
     options = PruneOptions.model_validate(UNBOUNDED)
     return {target: solve(curves, target / len(curves[0].needed_above), options).energy for target in TARGETS}
 

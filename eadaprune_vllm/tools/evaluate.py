@@ -263,7 +263,8 @@ async def _ask(
 ) -> None:
     """Ask every question under every setting, greedily, and add what came of it to ``results``.
 
-    An image is sent under all settings before the next one: the server then encodes it once.
+    An image is sent under all settings before the next one, each question under all settings before the next: the
+    server then encodes it once for each setting, where requests at the same time are of different ones.
 
     Args:
         client: of the server.
@@ -288,8 +289,8 @@ async def _ask(
         (number, setting)
         for _, numbers in itertools.groupby(by_image, key=lambda number: results.questions[number].image)
         for own in [list(numbers)]
-        for setting in settings
         for number in own
+        for setting in settings
     )
 
     async def worker() -> None:

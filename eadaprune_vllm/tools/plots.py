@@ -13,14 +13,15 @@ from eadaprune_vllm.report import ItemReport
 _STYLES = {"adaptive": "-o", "fixed": "--x"}
 
 
-def accuracy(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Accuracy against mean tokens, overall and for each group of questions. ``rows`` as of ``Results.summary``."""
-    groups = list(rows[0]["group"])
+def accuracy(rows: Sequence[dict[str, Any]], by: str = "group") -> Figure:
+    """Accuracy against mean tokens, overall and for each group, or category, of questions. ``rows`` as of
+    ``Results.summary``."""
+    groups = list(rows[0][by])
     views = ["all questions", *groups] if len(groups) > 1 else ["all questions"]
     figure = Figure(figsize=(6 * min(len(views), 3), 4.5 * -(-len(views) // 3)), layout="constrained")
     grid = figure.subplots(-(-len(views) // 3), min(len(views), 3), squeeze=False).ravel()
     for view, axes in zip(views, grid, strict=False):
-        _accuracy(axes, view, [row if view == "all questions" else row["group"][view] | _identity(row) for row in rows])
+        _accuracy(axes, view, [row if view == "all questions" else row[by][view] | _identity(row) for row in rows])
     for axes in grid[len(views) :]:
         axes.set_visible(False)
     next(iter(figure.axes)).legend(fontsize=7)

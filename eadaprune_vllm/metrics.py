@@ -4,8 +4,6 @@ Plain counters and histograms, so that they add up over several API servers (mul
 ``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
 """
 
-import math
-
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from eadaprune_vllm.report import Pruning, Reference
@@ -66,7 +64,10 @@ class Metrics:
             "load_level", "How far load lowers energy thresholds: 0 not at all, 1 down to the floor of the policy."
         )
         self._target = gauge(
-            "default_target", "Mean share of tokens that the default threshold stands for; NaN if it was named itself."
+            "default_target", "Mean share of tokens that the default threshold stands for; 0 if it was named itself."
+        )
+        self._min_share = gauge(
+            "default_min_share", "Least share of its tokens that an image is cut down to by default."
         )
         self._default_energy = gauge("default_energy_threshold", "The default threshold.")
         self._reference = gauge(
@@ -127,8 +128,8 @@ class Metrics:
 
     def set_defaults(self, model_name: str, reference: Reference) -> None:
         """Show what the defaults come to."""
-        target = reference.options.target
-        self._target.labels(model_name).set(math.nan if target is None else target)
+        self._target.labels(model_name).set(reference.options.target or 0)
+        self._min_share.labels(model_name).set(reference.options.min_share)
         self._default_energy.labels(model_name).set(reference.options.threshold)
         self._at_bound.labels(model_name).set(reference.at_bound)
         for kind, share in reference.kept_by_kind.items():

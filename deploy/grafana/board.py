@@ -238,10 +238,13 @@ DEFAULTS = Row(
     "What the defaults come to",
     (
         Panel(
-            "Target",
-            "Mean share of their tokens that images keep by default; no value where a threshold was named. All "
-            "replicas of a model should have the same. eadaprune_default_target",
-            (Query("max(eadaprune_default_target{SEL})"),),
+            "Target and floor",
+            "Mean share of their tokens that images keep by default, 0 where a threshold was named, and the least share. "
+            "All replicas of a model should have the same. eadaprune_default_target, eadaprune_default_min_share",
+            (
+                Query("max(eadaprune_default_target{SEL})", "target"),
+                Query("max(eadaprune_default_min_share{SEL})", "floor"),
+            ),
             "stat",
             "percentunit",
             width=6,

@@ -68,6 +68,7 @@ def test_a_share_that_no_threshold_keeps_is_a_400(server: Server) -> None:
 def test_metrics(server: Server) -> None:
     reference = httpx.get(server.url + "/v1/eadaprune/config").json()["reference"]
     assert server.metric("eadaprune_default_target") == reference["options"]["target"]
+    assert server.metric("eadaprune_default_min_share") == pytest.approx(1 / 9, abs=1e-5)
     assert server.metric("eadaprune_default_energy_threshold") == reference["options"]["energy"]
     assert server.metric("eadaprune_reference_at_bound_ratio") == reference["at_bound"]
     for kind, share in reference["kept_by_kind"].items():

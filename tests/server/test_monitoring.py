@@ -58,7 +58,7 @@ def test_the_server_is_scraped(prometheus: Prometheus) -> None:
 def test_each_query_of_the_board_returns_data(prometheus: Prometheus, panel: dict[str, Any], expr: str) -> None:
     title = panel["title"]
     may_be_zero = title.startswith(
-        ("Preemptions", "Load level", "Thresholds lowered", "Requests", "KV cache in use", "Budgets")
+        ("Preemptions", "Load level", "Thresholds lowered", "Requests", "KV cache in use", "Budgets", "Target")
     )
     values: list[float] = []
 
@@ -79,7 +79,7 @@ def test_every_rule_is_evaluated(prometheus: Prometheus) -> None:
     assert prometheus.waits_for(lambda: all(rule["health"] != "unknown" for rule in rules_of()))
     rules = rules_of()
     assert [(rule["name"], rule.get("lastError", "")) for rule in rules if rule["health"] != "ok"] == []
-    assert len(rules) == 4 + 8
+    assert len(rules) == 4 + 9
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -96,7 +96,10 @@ def test_alerts_see_the_server(prometheus: Prometheus) -> None:
     assert prometheus.waits_for(lambda: "EAdaPruneRejectedRequests" in alerts_of())
     alerts = alerts_of()
     assert alerts.pop("EAdaPruneRejectedRequests")["model_name"] == Server.NAME
-    assert alerts.keys() <= {"EAdaPruneBudgetAtBound"}  # blank pictures are
+    assert alerts.keys() <= {
+        "EAdaPruneBudgetAtBound",
+        "EAdaPruneDefaultAtBound",
+    }  # blank pictures are, and random weights
 
 
 def test_the_board_can_be_drawn(prometheus: Prometheus, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ DEFAULTS = Row(
     (
         Panel(
             "Target and floor",
-            "Mean share of their tokens that images keep by default, 0 where a threshold was named, and the least share. "
+            "Mean share of their tokens that images keep by default, 0 where a threshold was named, and the floor. "
             "All replicas of a model should have the same. eadaprune_default_target, eadaprune_default_min_share",
             (
                 Query("max(eadaprune_default_target{SEL})", "target"),

@@ -11,6 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from harness import environment
 from shared import program
 
 from eadaprune_vllm.server_options import ServerOptions
@@ -25,7 +26,8 @@ CUSTOM = {"PodMonitor", "PrometheusRule", "ScaledObject", "LeaderWorkerSet"}
 
 
 def run(*command: object, cwd: Path = ROOT) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    line = [str(part) for part in command]
+    done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

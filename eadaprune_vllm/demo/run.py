@@ -138,8 +138,9 @@ def ask(server: Server, shown: Picture, given: dict[str, Any]) -> Answered:
 
 def budgets(pictures: dict[str, Picture], found: dict[tuple[str, str], Answered]) -> Table:
     """One line per picture and setting."""
-    table = Table(title="Per-image budgets on stock vLLM")
-    for column in ("image", "setting", "energy", "tokens", "kept", "share", "KV saved", "1st token", "right"):
+    default = next(one.preview.energy_threshold for (_, setting), one in found.items() if setting == "default")
+    table = Table(title=f"Per-image budgets on stock vLLM ({default:.4g} is the energy of the default target)")
+    for column in ("image", "energy", "tokens", "kept", "share", "KV saved", "1st token", "right"):
         table.add_column(column, justify="left" if column == "image" else "right")
     for name, shown in pictures.items():
         for setting in SETTINGS:
@@ -147,7 +148,6 @@ def budgets(pictures: dict[str, Picture], found: dict[tuple[str, str], Answered]
             right = sum(map(is_right, shown.questions, one.answers))
             table.add_row(
                 name if setting == "all" else "",
-                setting,
                 f"{one.preview.energy_threshold:.4g}",
                 str(one.preview.visual_tokens),
                 str(one.preview.kept_tokens),

@@ -4,8 +4,11 @@ Plain counters and histograms, so that they add up over several API servers (mul
 ``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
 """
 
+from typing import get_args
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from eadaprune_vllm.options import Bound
 from eadaprune_vllm.report import Pruning, Reference
 
 LABEL = "model_name"
@@ -102,7 +105,7 @@ class Metrics:
             metric.labels(model_name)
         for labelled, values in (
             (self._visual_tokens, ("encoded", "kept")),
-            (self._bound, ("min_tokens", "min_share", "max_tokens")),
+            (self._bound, get_args(Bound)),
             (self._rejected, ("options", "features", "engine")),
             (self._stage, ("encode", "spectrum", "select", "total")),
         ):

@@ -14,6 +14,7 @@ KEY = "eadaprune"
 MODALITIES = ("image", "video")  # what can be pruned, as vLLM calls it
 # The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
 SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
+Bound = Literal["min_tokens", "min_share", "max_tokens"]  # what may decide on a budget in the threshold's place
 UNBOUNDED: dict[str, Any] = {"min_tokens": 1, "min_share": 0.0, "max_tokens": None}
 
 

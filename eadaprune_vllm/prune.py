@@ -3,17 +3,15 @@
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Self
+from typing import Self
 
 import torch
 
 from eadaprune_vllm.budget import clamped
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.options import Bound, PruneOptions
 from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
-
-Bound = Literal["min_tokens", "min_share", "max_tokens"]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from eadaprune_vllm.options import UNBOUNDED, PruneOptions
+from eadaprune_vllm.options import UNBOUNDED, Bound, PruneOptions
 from eadaprune_vllm.server_options import ServerOptions
 
 _DIGITS = 4  # of shares
@@ -33,7 +33,7 @@ class ItemReport(BaseModel):
         default=None,
         description="The mean share of tokens that the threshold stands for; null if it was named itself.",
     )
-    bound: Literal["min_tokens", "min_share", "max_tokens"] | None = Field(
+    bound: Bound | None = Field(
         default=None, description="The option that decided on the budget in place of the threshold, if one did."
     )
     selector: str = Field(description="The selector in force.")

@@ -123,9 +123,8 @@ class ServerOptions(PruneOptions):
         Raises:
             ValueError: if load would lower nothing.
         """
-        options = PruneOptions(**{name: getattr(self, name) for name in PruneOptions.model_fields})
         informed = self.model_copy()
-        informed._targets = Targets(curves, options.model_copy(update={"max_tokens": self._most(options)}))
+        informed._targets = Targets(curves, self.resolve())
         informed._check_load()
         return informed
 
@@ -166,11 +165,8 @@ class ServerOptions(PruneOptions):
             if layer.says("target"):
                 options = self._solved(options, layer)
             options = self._bounded(options, layer)
-        return options.model_copy(update={"max_tokens": self._most(options)})
-
-    def _most(self, options: PruneOptions) -> int | None:
-        """As many tokens as an image has are as many as it may have."""
-        return options.max_tokens or self.max_tokens_ceiling
+        # As many as an image has is as many as it may.
+        return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
 
     def _solved(self, options: PruneOptions, layer: Layer) -> PruneOptions:
         """With the energy that their target stands for."""

@@ -143,7 +143,7 @@ def configure(vllm_config: Any, options: ServerOptions) -> None:
     parallel.worker_extension_cls = extended(parallel.worker_extension_cls)
 
 
-def inform(vllm_config: Any, curves: Sequence[Curve]) -> Reference:
+def inform(vllm_config: Any, curves: Sequence[Curve]) -> ServerOptions:
     """Tell a configuration's options which thresholds targets stand for.
 
     Args:
@@ -151,27 +151,27 @@ def inform(vllm_config: Any, curves: Sequence[Curve]) -> Reference:
         curves: of the model's reference pictures.
 
     Returns:
-        What the defaults keep of these.
+        The options, informed.
 
     Raises:
         StartupError: if load would lower nothing.
     """
     multimodal = vllm_config.model_config.multimodal_config
     try:
-        options = getattr(multimodal, KEY).informed(curves)
+        options: ServerOptions = getattr(multimodal, KEY).informed(curves)
     except ValueError as error:
         raise StartupError(str(error)) from None
     setattr(multimodal, KEY, options)
-    return Reference.of(options)
+    return options
 
 
-def say(reference: Reference, target: float | None) -> None:
+def say(options: ServerOptions) -> None:
     """Log what the defaults come to.
 
     Args:
-        reference: that.
-        target: the operator's.
+        options: the operator's, informed.
     """
+    reference, target = Reference.of(options), options.target
     found = reference.options.target
     if target is not None and found is None:
         logger.warning("eadaprune: target %g is outside the bounds of energies that the server has", target)

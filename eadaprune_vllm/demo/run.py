@@ -138,7 +138,7 @@ def ask(server: Server, shown: Picture, given: dict[str, Any]) -> Answered:
 
 def budgets(pictures: dict[str, Picture], found: dict[tuple[str, str], Answered]) -> Table:
     """One line per picture and setting."""
-    default = next(one.preview.energy_threshold for (_, setting), one in found.items() if setting == "default")
+    default = found[next(iter(pictures)), "default"].preview.energy_threshold
     table = Table(title=f"Per-image budgets on stock vLLM ({default:.4g} is the energy of the default target)")
     for column in ("image", "energy", "tokens", "kept", "share", "KV saved", "1st token", "right"):
         table.add_column(column, justify="left" if column == "image" else "right")

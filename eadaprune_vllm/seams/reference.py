@@ -38,7 +38,7 @@ def install() -> None:
     def initialize_kv_caches(original: Any, core: Any, vllm_config: Any) -> Any:
         initialized = original(core, vllm_config)
         curves = measured(vllm_config, partial(ask_workers, core))
-        startup.say(startup.inform(vllm_config, curves), server_options(vllm_config).target)
+        startup.say(startup.inform(vllm_config, curves))
         return initialized
 
     @wrap("vllm.v1.engine.core:EngineCoreProc._make_ready_response")

@@ -5,13 +5,31 @@ import concurrent.futures
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from eadaprune_vllm.seams.engine import AsyncEngines, blocking
 from eadaprune_vllm.wire import Answer, Question, answers, pack
 
 Promise = asyncio.Future[Answer] | concurrent.futures.Future[Answer]
-_Waiting = deque[tuple[Question, Promise]]
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A question, of one request or of several that sent the same."""
+
+    question: Question
+    promises: list[Promise]
+    sent: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is still to be sent: somebody waits for the answer."""
+        return not self.sent and not all(promise.done() for promise in self.promises)
+
+
+_Waiting = deque[_Asked]
 
 
 class Asker:
@@ -28,6 +46,7 @@ class Asker:
         self._ask_async: Callable[[bytes], Awaitable[bytes]] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._requests: deque[_Waiting] = deque()
+        self._open: WeakValueDictionary[int, _Asked] = WeakValueDictionary()  # not answered, by the question's id
         self._task: asyncio.Task[None] | None = None
 
     def connect(self, client: Any) -> None:
@@ -40,18 +59,27 @@ class Asker:
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers to the questions of one request. They wait their turn: of every request one, and again. What is
-        cancelled is not asked.
+        cancelled is not asked; what others ask too, the same object, is asked once.
 
         Raises:
             EngineDeadError: if the engine dies.
         """
         self._loop = asyncio.get_running_loop()
-        promises = [self._loop.create_future() for _ in questions]
-        self._requests.append(deque(zip(questions, promises, strict=True)))
+        promises = self._enter(questions, self._loop)
         if not self._task or self._task.done():
             self._task = asyncio.create_task(self._run())
         found: list[Answer] = await asyncio.gather(*promises)
         return found
+
+    def _enter(self, questions: Sequence[Question], loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[Answer]]:
+        promises: list[asyncio.Future[Answer]] = [loop.create_future() for _ in questions]
+        waiting: _Waiting = deque()
+        for question, promise in zip(questions, promises, strict=True):
+            asked = self._open.setdefault(id(question), _Asked(question, []))
+            asked.promises.append(promise)
+            waiting.append(asked)
+        self._requests.append(waiting)
+        return promises
 
     def ask_and_wait(self, questions: Sequence[Question]) -> list[Answer]:
         """The same from a thread that may wait."""
@@ -59,41 +87,47 @@ class Asker:
             return asyncio.run_coroutine_threadsafe(self.ask(questions), self._loop).result()
         assert self._ask, "images and videos come after the engine"
         found: list[Answer] = []
-        waiting: _Waiting = deque((question, concurrent.futures.Future()) for question in questions)
+        waiting: _Waiting = deque(_Asked(question, [concurrent.futures.Future()]) for question in questions)
         while batch := _next(deque([waiting]), self.most):
-            found += answers(self._ask(pack([question for question, _ in batch])))
+            found += answers(self._ask(pack([asked.question for asked in batch])))
         return found
 
     async def _run(self) -> None:
         assert self._ask_async, "images and videos come after the engine"
         while batch := _next(self._requests, self.most):
-            questions, promises = zip(*batch, strict=True)
             try:
-                payload = await asyncio.to_thread(pack, questions)
+                payload = await asyncio.to_thread(pack, [asked.question for asked in batch])
                 found = await asyncio.to_thread(answers, await self._ask_async(payload))
             except Exception as error:
-                for promise in promises:
-                    if not promise.done():
+                for asked in batch:
+                    for promise in self._close(asked):
                         promise.set_exception(error)
                 continue
-            for promise, answer in zip(promises, found, strict=True):
-                if not promise.done():
+            for asked, answer in zip(batch, found, strict=True):
+                for promise in self._close(asked):
                     promise.set_result(answer)
 
+    def _close(self, asked: _Asked) -> list[Promise]:
+        """Those who still wait for its answer; from now on, who asks the same is answered anew."""
+        self._open.pop(id(asked.question), None)
+        return [promise for promise in asked.promises if not promise.done()]
 
-def _next(requests: deque[_Waiting], room: int) -> list[tuple[Question, Promise]]:
+
+def _next(requests: deque[_Waiting], room: int) -> list[_Asked]:
     """Take what the next call asks: one question of each request in turn, while there is room for its placeholders."""
-    batch: list[tuple[Question, Promise]] = []
+    batch: list[_Asked] = []
     while requests:
         waiting = requests[0]
-        while waiting and waiting[0][1].done():  # cancelled
+        while waiting and not waiting[0].waits:
             waiting.popleft()
         if not waiting:
             requests.popleft()
             continue
-        room -= waiting[0][0].num_placeholders
+        room -= waiting[0].question.num_placeholders
         if batch and room < 0:
             break
-        batch.append(waiting.popleft())
+        asked = waiting.popleft()
+        asked.sent = True
+        batch.append(asked)
         requests.rotate(-1)
     return batch

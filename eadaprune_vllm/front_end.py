@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 
@@ -29,6 +30,9 @@ class FrontEnd:
         model_name: label of the metrics.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
         load: of the server, if thresholds follow it.
+
+    Attributes:
+        new: by ``mm_hash``, what requests in progress have read, for others with the same image at the same time.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class FrontEnd:
         self.load = load
         self._in_force: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._lock = Lock()
+        self.new: WeakValueDictionary[str, New] = WeakValueDictionary()
         metrics.declare(model_name)
 
     def connect(self, client: Any, options: ServerOptions) -> None:
@@ -65,12 +70,12 @@ class FrontEnd:
 
     def _answered(self, new: Sequence[New], started: int, answers: Sequence[Answer]) -> None:
         for each, answer in zip(new, answers, strict=True):
-            each.take(answer)
             if isinstance(answer, Failed):
                 self.reject(answer.reason)
-            else:
+            elif not each.answer:  # or else it came to another request first
                 each.timing = Timing(each.question.modality, started, answer.seconds)
                 self.metrics.observe_stages(self.model_name, **answer.seconds)
+            each.take(answer)
 
     def in_force(self, choice: Choice, identity: str, held: bool) -> PruneOptions:
         """The options of one image or video at the present load.

@@ -168,7 +168,53 @@ def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
         await settle()
         assert engine.calls == [[0]]
         assert not asker._requests
+        assert not asker._open
         assert names(await asked(asker, 7, 2)) == [7, 8]
+
+    run(test)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
+    """Before and while it is asked; afterwards it is asked anew. Whoever gives up leaves it to the others."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        shared, own = question(name=1), question(name=2)
+        if not sent:
+            others = asked(asker, 900, 4)
+            await settle()
+        tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
+        await settle()
+        tasks.append(asyncio.create_task(asker.ask([own, shared])))
+        await settle()
+        tasks[0].cancel()
+        await settle()
+        engine.held.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(found[0], asyncio.CancelledError)
+        assert [names(each) for each in found[1:] if isinstance(each, list)] == [[1], [1], [2, 1]]
+        if not sent:
+            await others
+        assert Counter(name for call in engine.calls for name in call)[1] == 1
+        assert names(await asker.ask([shared])) == [1]
+        assert Counter(name for call in engine.calls for name in call)[1] == 2
+        assert not asker._open
+
+    run(test)
+
+
+def test_what_several_requests_ask_fails_for_all_of_them() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        engine.fails = {1}
+        shared = question(name=1)
+        tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
+        await settle()
+        engine.held.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [str(each) for each in found] == ["the call failed"] * 3
+        assert engine.calls == [[1]]
 
     run(test)
 

@@ -60,6 +60,20 @@ def test_stages_are_timed_and_failures_counted(waits: bool) -> None:
         assert value("eadaprune_rejected_requests_total", reason=reason) == 1
 
 
+def test_what_two_requests_wait_for_is_timed_once() -> None:
+    registry = CollectorRegistry()
+    front_end = FrontEnd(Prepared(decided(1), decided(1)), Metrics(registry), "m", 1)
+    shared = new()
+    question = shared.question
+    front_end.ask_and_wait([shared])
+    front_end.ask_and_wait([shared])
+    assert len(shared.decided().kept) == 1
+    labels = {"model_name": "m", "stage": "encode"}
+    assert registry.get_sample_value("eadaprune_stage_seconds_count", labels) == 1
+    assert "name" in question.item  # which another may be sending
+    assert not shared.question.item
+
+
 class Renderer:
     """As vLLM's: it applies its processor, which says in two rounds what is to be asked."""
 

@@ -91,8 +91,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         return Items(of)
 
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
-        """Process, one by one, items that neither the cache has nor were read before: no more at a time than one
-        question to the engine may hold, so that other requests have their turn on this thread meanwhile.
+        """Process, one by one, items that neither the cache has nor were read before, for this request or another: no
+        more at a time than one question to the engine may hold, so that other requests have their turn on this thread
+        meanwhile.
 
         Returns:
             Whether none is left.
@@ -114,7 +115,8 @@ class PruningProcessor(BaseMultiModalProcessor):
                     if room <= 0:
                         all_read = False
                         continue
-                    items.new[item.mm_hash] = new = self.read(inputs, modality, index, item.options)
+                    new = self.front_end.new.get(item.mm_hash) or self.read(inputs, modality, index, item.options)
+                    items.new[item.mm_hash] = self.front_end.new[item.mm_hash] = new
                     room -= new.question.num_placeholders
                 fewest += items.new[item.mm_hash].fewest(item.options) - 1  # the prompt has one token in its place
                 self._check_length(fewest)

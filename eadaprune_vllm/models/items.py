@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import msgspec
 import torch
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
@@ -119,10 +120,10 @@ class New:
 
     def take(self, answer: Answer) -> None:
         """Note the answer, and let go of what the question was about: of that, only what vLLM leaves on the CPU goes
-        on to the engine."""
+        on to the engine. (The question stays whole for another request that may be asking it.)"""
         self.answer = answer
-        item = self.question.item
-        self.question.item = MultiModalKwargsItem({name: of for name, of in item.items() if of.field.keep_on_cpu})
+        left = {name: of for name, of in self.question.item.items() if of.field.keep_on_cpu}
+        self.question = msgspec.structs.replace(self.question, item=MultiModalKwargsItem(left))
 
     def decided(self) -> Decided:
         """The answer.

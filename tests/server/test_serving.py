@@ -170,6 +170,17 @@ def test_concurrent_requests_with_different_thresholds(pruning: Server, images: 
         assert list(pool.map(ask, cases * 3)) == [alone[case] for case in cases * 3]
 
 
+def test_an_image_that_several_send_at_once_is_encoded_once(pruning: Server) -> None:
+    def encoded() -> float:
+        return pruning.metric("eadaprune_stage_seconds_count", stage="encode")
+
+    before, image = encoded(), noise(4711, blocks=20)
+    with ThreadPoolExecutor(8) as pool:
+        counts = set(pool.map(lambda _: pruning.prompt_tokens(image), range(8)))
+    assert len(counts) == 1
+    assert encoded() == before + 1
+
+
 def test_evicted_images_are_encoded_again_and_decided_alike(pruning: Server, reference: Reference) -> None:
     text = pruning.text_tokens(QUESTION)
     scenes = [noise(seed, blocks=2 + seed % 30) for seed in range(150)]

@@ -38,13 +38,13 @@ serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
 
 test: $(STAMP) ## Run all tests but the slow ones, two files at a time (half an hour on 2 cores)
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(PY) -m pytest -m "not slow"
 
-test-unit: $(STAMP) ## Run the tests that start no server (minutes)
+test-unit: $(STAMP) ## Run the tests that start no vLLM (two minutes)
 	$(PY) -m pytest -m "not server"
 
 test-slow: $(STAMP) ## Run the slow tests
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow -n 0
 
 test-versions: $(STAMP) ## Run unit tests and a smoke on each release of vLLM and each Python (installs them; an hour)
 	$(PY) tests/versions.py

@@ -114,6 +114,12 @@ class ServerOptions(PruneOptions):
         self._check_load()
         return self
 
+    @staticmethod
+    def of(multimodal_config: Any) -> "ServerOptions":
+        """What a configuration of vLLM holds."""
+        options: ServerOptions = getattr(multimodal_config, KEY)
+        return options
+
     def informed(self, curves: Sequence[Curve]) -> Self:
         """The same where it is known which energies targets stand for.
 

@@ -158,7 +158,7 @@ def inform(vllm_config: Any, curves: Sequence[Curve]) -> ServerOptions:
     """
     multimodal = vllm_config.model_config.multimodal_config
     try:
-        options: ServerOptions = getattr(multimodal, KEY).informed(curves)
+        options = ServerOptions.of(multimodal).informed(curves)
     except ValueError as error:
         raise StartupError(str(error)) from None
     setattr(multimodal, KEY, options)
@@ -206,7 +206,7 @@ def check_load_aware(serving: bool, engine_args: Any) -> None:
         raise StartupError(f"{flag} is not supported with --enable-elastic-ep: it replaces the statistics")
 
 
-def server_options(given: object, energy: float | None = None) -> ServerOptions:
+def operator_options(given: object, energy: float | None = None) -> ServerOptions:
     """What the operator set, by flags and ``--mm-processor-kwargs``.
 
     Args:
@@ -240,7 +240,7 @@ def front_end(vllm_config: Any) -> FrontEnd:
     model = vllm_config.model_config
     if not hasattr(model.multimodal_config, KEY):
         raise StartupError("only vllm serve, vllm run-batch and LLM(...) are supported, not vllm launch render")
-    policy, load = getattr(model.multimodal_config, KEY).load_aware, None
+    policy, load = ServerOptions.of(model.multimodal_config).load_aware, None
     if policy:
         parallel = vllm_config.parallel_config
         # As vLLM's client counts the engines it manages.

@@ -19,6 +19,11 @@ SERVER_TESTS = Path(__file__).parent / "server"
 Start = Callable[..., Server]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two files at a time, whatever the machine, unless some are named. More servers need more than 24 GB."""
+    return 2 * (config.args_source is pytest.Config.ArgsSource.TESTPATHS)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:  # nothing was asked for
         config.option.markexpr = "not server and not slow"

@@ -132,6 +132,7 @@ def test_pods_run_the_plugin_without_privileges(folder: Path) -> None:
         assert {flag.replace("-", "_") for flag in flags} <= ServerOptions.model_fields.keys()
 
 
+@pytest.mark.server
 def test_flags_of_the_manifests_are_vllms_and_ours() -> None:
     known = run(Path(sys.executable).with_name("vllm"), "serve", "--help=all")
     args = {

@@ -71,6 +71,7 @@ def lines(screen: str) -> dict[str, str]:
     return {line[:14].strip(): line[15:] for line in screen.splitlines()}
 
 
+@pytest.mark.server
 def test_all_is_well(stub: Stub, model: Path) -> None:
     done = run("-m", "eadaprune_vllm.cli", "doctor", "--model", model, "--dtype", "float32", "--url", stub.url)
     found = lines(done.stdout)
@@ -91,6 +92,7 @@ def test_all_is_well(stub: Stub, model: Path) -> None:
     assert not stub.asked
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("machine", "status", "about", "says"),
     [
@@ -130,6 +132,7 @@ def screens(
     return screen
 
 
+@pytest.mark.server
 def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
     family: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.options import PruneOptions, overlay, request_schema
 from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.server_options import Layer, ServerOptions
-from eadaprune_vllm.startup import server_options
+from eadaprune_vllm.startup import operator_options
 
 DEFAULTS = PruneOptions()
 
@@ -86,7 +86,7 @@ def test_a_key_gives_the_options_back() -> None:
 
 def test_bad_server_options_stop_the_start() -> None:
     with pytest.raises(StartupError, match=r"^eadaprune: eadaprune\.energy=7 is not allowed") as error:
-        server_options({"energy": 7})
+        operator_options({"energy": 7})
     assert error.value.code == str(error.value)  # a process ends with the sentence and status 1
 
 
@@ -179,7 +179,7 @@ def test_requests_within_the_bounds() -> None:
 )
 def test_contradictions_stop_the_start(given: dict[str, object], words: str) -> None:
     with pytest.raises(StartupError, match=re.escape(words)):
-        server_options(given)
+        operator_options(given)
 
 
 def test_the_schema_of_requests_has_no_defaults() -> None:

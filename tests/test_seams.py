@@ -126,6 +126,7 @@ def test_every_import_from_vllm_resolves() -> None:
     assert not missing
 
 
+@pytest.mark.server
 def test_every_wrapper_finds_what_it_wraps() -> None:
     """In a process of its own, which then is an active server's."""
     program = """

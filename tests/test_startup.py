@@ -192,6 +192,7 @@ for given in (None, {"min_tokens": 4}, {"energy": 0.9}):
 """
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("name", "target"), [("glm_ocr", None), ("paddleocr_vl", None), ("glm4v", 0.33)], ids=lambda value: str(value)
 )
@@ -235,6 +236,7 @@ print("fine")
 """
 
 
+@pytest.mark.server
 def test_merely_installed_it_leaves_other_callers_of_vllm_alone(model: Path) -> None:
     """A program of its own may build engine arguments from a namespace that knows nothing of our flags."""
     found = subprocess.run(
@@ -259,6 +261,7 @@ finally:
 """
 
 
+@pytest.mark.server
 def test_the_data_parallel_supervisor_hands_plugin_and_options_to_its_children() -> None:
     found = subprocess.run(
         [sys.executable, "-c", SUPERVISOR], capture_output=True, text=True, env=environment(), timeout=120
@@ -275,4 +278,4 @@ def test_server_options_that_are_no_object_are_refused_beside_flags(
     args = argparse.Namespace(mm_processor_kwargs={"eadaprune": given}, eadaprune_energy=0.9)
     apply_flags(args)
     with pytest.raises(StartupError, match="is not an object"):
-        startup.server_options(args.mm_processor_kwargs["eadaprune"])
+        startup.operator_options(args.mm_processor_kwargs["eadaprune"])

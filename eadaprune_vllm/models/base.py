@@ -41,8 +41,7 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     @property
     def server_options(self) -> ServerOptions:
-        options: ServerOptions = getattr(self.info.ctx.get_mm_config(), KEY)
-        return options
+        return ServerOptions.of(self.info.ctx.get_mm_config())
 
     @override
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:

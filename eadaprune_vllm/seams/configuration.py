@@ -27,7 +27,7 @@ def install() -> None:
             engine_args.mm_processor_kwargs = given
         startup.check(vllm_config)
         energy = models.adapter(vllm_config.model_config.architecture).eadaprune_energy
-        options = startup.server_options(ours, energy)
+        options = startup.operator_options(ours, energy)
         if options.load_aware:
             serving = usage_context is UsageContext.OPENAI_API_SERVER
             startup.check_load_aware(serving=serving, engine_args=engine_args)

@@ -43,7 +43,7 @@ def install() -> None:
 
     @wrap("vllm.v1.engine.core:EngineCoreProc._make_ready_response")
     def make_ready_response(original: Any, core: Any) -> Any:
-        targets = server_options(core.vllm_config).targets
+        targets = ServerOptions.of(core.vllm_config.model_config.multimodal_config).targets
         assert targets, "it was informed before"
         told = [(curve.name, curve.needed_above.tobytes()) for curve in targets.curves]
         return Ready(**vars(original(core)), eadaprune=told)
@@ -79,7 +79,8 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
     modality = next((each for each in MODALITIES if limits.get(each)), None)
     if modality is None:
         raise StartupError(f"{model_config.architecture} takes neither images nor videos, so there is nothing to prune")
-    options = server_options(vllm_config).defaults.model_copy(update={"selector": "uniform"})  # which is found at once
+    # A selector whose choice is found at once.
+    options = ServerOptions.of(model_config.multimodal_config).defaults.model_copy(update={"selector": "uniform"})
     curves, failed = list[Curve](), Failed("there is no reference picture")
     for kind, picture in pictures():
         item = picture if modality == "image" else _still(picture)
@@ -101,12 +102,6 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
     if not curves:
         raise StartupError(f"{model_config.architecture} cannot be pruned: {failed.error}")
     return curves
-
-
-def server_options(vllm_config: Any) -> ServerOptions:
-    """What the operator set, as a configuration has it."""
-    options: ServerOptions = getattr(vllm_config.model_config.multimodal_config, KEY)
-    return options
 
 
 def _still(picture: Image.Image) -> tuple[Any, dict[str, Any]]:

@@ -170,11 +170,12 @@ def of_model(model: str, dtype: str | None = None, revision: str | None = None) 
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
-    from eadaprune_vllm.seams.reference import server_options
+    from eadaprune_vllm.server_options import ServerOptions
     from eadaprune_vllm.startup import kv_bytes_per_token
 
     config = EngineArgs(model, dtype=dtype or "auto", revision=revision).create_engine_config()  # which checks it
-    served, options, per_token = config.model_config, server_options(config), kv_bytes_per_token(config)
+    served, per_token = config.model_config, kv_bytes_per_token(config)
+    options = ServerOptions.of(served.multimodal_config)
     most = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False).mm_max_toks_per_item
     kind = f"{served.architecture} in {str(served.dtype).removeprefix('torch.')}"
     yield Finding("model", f"{kind}, prompts of up to {served.max_model_len} tokens", "ok")

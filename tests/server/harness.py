@@ -37,7 +37,9 @@ class Server(PlainServer):
     def __init__(self, log: Path, model: Path, *flags: str, **env: str) -> None:
         sizes = ["--max-model-len", "2048", "--block-size", str(BLOCK_SIZE)]
         sizes += ["--kv-cache-memory-bytes", "256M"]  # many servers run at a time
-        super().__init__(log, model, *sizes, *flags, env=environment(VLLM_CPU_KVCACHE_SPACE="", **env))
+        env = environment(**env)
+        del env["VLLM_CPU_KVCACHE_SPACE"]  # which would have precedence
+        super().__init__(log, model, *sizes, *flags, env=env)
         self.client = OpenAI(
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, default_headers=FRESH
         )

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 # Tokens that are chosen one by one. Of more, the rest are chosen at once, by what they are worth after these.
 GREEDY_STEPS = 1024
+# Tokens of which ``span`` chooses on the CPU, wherever the features are: a step is too little work for a GPU.
+MOST_ON_CPU = 1024
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
     it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order;
     after ``GREEDY_STEPS`` they are those with most left.
     """
+    if tokens.features.is_cuda and tokens.num_tokens > MOST_ON_CPU:
+        return _span_on_device(tokens, k)
     products, residual = _products(tokens)
     # Below this a residual is rounding error of float32, not energy.
     floor = residual.max() * np.finfo(np.float32).eps * tokens.num_tokens
@@ -82,6 +86,28 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
         residual -= row * row
         residual[pivot] = -np.inf
     return _with_rest(chosen, -residual, k)
+
+
+def _span_on_device(tokens: VisualTokens, k: int) -> torch.Tensor:
+    """``span`` where the features are, which is never waited for before the end."""
+    rows = tokens.features.float()
+    gram = tokens.token_gram if len(rows) <= rows.shape[1] else None
+    residual = rows.square().sum(1)
+    floor = residual.max() * torch.finfo(torch.float32).eps * len(rows)
+    steps = min(k, GREEDY_STEPS)
+    factor, most = residual.new_empty(steps, len(rows)), residual.new_empty(steps)
+    pivots = torch.empty(steps, dtype=torch.int64, device=rows.device)
+    for step in range(steps):
+        most[step], pivots[step] = residual.max(0)
+        pivot, known = pivots[step : step + 1], factor[:step]
+        products = rows @ rows.index_select(0, pivot)[0] if gram is None else gram.index_select(0, pivot)[0]
+        row = torch.addmv(products, known.T, known.index_select(1, pivot)[:, 0], alpha=-1)
+        torch.mul(row, most[step].clamp(min=floor).rsqrt(), out=factor[step])
+        residual.addcmul_(factor[step], factor[step], value=-1).index_fill_(0, pivot, -torch.inf)
+    chosen = pivots[: int((most > floor).sum())].cpu()
+    rank = -residual.cpu() if len(chosen) == steps else torch.zeros(len(rows))
+    rank[chosen] = torch.inf
+    return _with_rest(chosen.tolist(), rank.numpy(), k)
 
 
 def diversity(tokens: VisualTokens, k: int) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Encoding images and videos with vLLM's own model, in batches, and the decision about each."""
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from threadpoolctl import ThreadpoolController
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.utils.torch_utils import PIN_MEMORY
 
@@ -53,12 +55,19 @@ def decide(runner: Any, questions: Sequence[Question]) -> list[Answer]:
     answers: dict[int, Answer] = {}
     for index, encoded in _encoded(runner, questions, observed):
         try:
-            answers[index] = _answer(model, questions[index], options[index], encoded)
+            # Selectors do a little work at a time, which NumPy's threads would mostly wait for one another with.
+            with _threads().limit(limits=1, user_api="blas"):
+                answers[index] = _answer(model, questions[index], options[index], encoded)
         except NonFiniteFeaturesError as error:
             answers[index] = Failed(str(error), "features")
         except torch.OutOfMemoryError:
             answers[index] = Failed("there is too little memory to decide about this image")
     return [answers[index] for index in range(len(questions))]
+
+
+@functools.cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _encoded(runner: Any, questions: Sequence[Question], observed: Sequence[bool]) -> Iterator[tuple[int, Encoded]]:

@@ -1,4 +1,4 @@
-"""What only a GPU can tell, on one GPU:  python benchmarks/gpu/run.py [OUTPUT [PART ...]]
+"""What only a GPU can tell, on one GPU:  python benchmarks/gpu/run.py [--rehearse] [OUTPUT [PART ...]]
 
 LLaVA-1.5-7B's geometry with random weights. Runs the benchmarks beside this folder, one after the other, and joins
 what they find in ``gpu.json``. A part that fails, or takes longer than it may, is there with what it had found, and the
@@ -7,7 +7,10 @@ others go on. Called again with the same folder, the parts that were not finishe
 - ``serving-1``, ``serving-32``: stock vLLM, the plugin at energy 1.0, and pruned, in one run; 1, 16 and 64 requests at
   a time with images of their own, 1 and 32 tokens per answer. Also what the engine spends on each image, by stages.
 - ``budget``: eigenvalues and the other ways to a budget on the GPU, in batches, beside the plugin's
+- ``large``: images of 1024, 4096 and 16384 tokens, with the geometry of Qwen2.5-VL-7B
 - ``capacity``: how many requests fit into the KV cache
+
+``--rehearse`` runs the same on a CPU, with tiny models and few requests: whether it runs, not how fast.
 """
 
 import json
@@ -15,52 +18,79 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
 # Both servers are up at the same time, so each gets less than half of the GPU.
-SHARED_GPU = "--dtype bfloat16 --gpu-memory-utilization 0.42 --max-num-seqs 64"
-SERVING = ["serving.py", "--language-model", "7b", "--images", "1", "--rounds", "2", "--requests", "16"]
-SERVING += ["--concurrency", "1", "--concurrency", "16", "--concurrency", "64", "--flags", SHARED_GPU]
+SHARED_GPU = ["--flags", "--dtype bfloat16 --gpu-memory-utilization 0.42 --max-num-seqs 64"]
+CPU = ["--flags", "--enforce-eager", "--language-model", "tiny"]
+SERVING = ["serving.py", "--images", "1"]
+LOADS = ["--language-model", "7b", "--rounds", "2", "--requests", "16", *SHARED_GPU]
+LOADS += ["--concurrency", "1", "--concurrency", "16", "--concurrency", "64"]
+TINY_LOADS = [*CPU, "--rounds", "1", "--requests", "2", "--concurrency", "1", "--concurrency", "2"]
 BATCHES = [part for batch in (1, 4, 16, 32) for part in ("--batch", str(batch))]
-# Name of the part -> its command, the file it writes, and the seconds it may take.
+
+
+@dataclass(frozen=True)
+class Part:
+    """One benchmark.
+
+    Attributes:
+        command: what is the same everywhere.
+        gpu: what it is told besides on a GPU.
+        rehearsal: the same in a rehearsal.
+        file: what it writes.
+        seconds: that it may take.
+    """
+
+    command: list[str]
+    gpu: list[str]
+    rehearsal: list[str]
+    file: str
+    seconds: int
+
+
 PARTS = {
-    "serving-32": ([*SERVING, "--output-tokens", "32"], "serving.json", 420),
-    "serving-1": ([*SERVING, "--output-tokens", "1"], "serving.json", 300),
-    "budget": (["budget.py", "--device", "cuda", *BATCHES], "budget-cuda.json", 240),
-    "capacity": (["capacity.py"], "capacity.json", 120),
+    "serving-32": Part([*SERVING, "--output-tokens", "32"], LOADS, TINY_LOADS, "serving.json", 420),
+    "serving-1": Part([*SERVING, "--output-tokens", "1"], LOADS, TINY_LOADS, "serving.json", 300),
+    "budget": Part(["budget.py"], ["--device", "cuda", *BATCHES], ["--batch", "1"], "budget*.json", 240),
+    "large": Part(["large.py"], SHARED_GPU, [*CPU, "--tokens", "256", "--requests", "1"], "large.json", 240),
+    "capacity": Part(["capacity.py"], [], [], "capacity.json", 120),
 }
 
 
-def run(name: str, folder: Path) -> dict[str, object]:
+def run(part: Part, folder: Path, rehearse: bool) -> dict[str, object]:
     """What a part found, so far as it came, and how it ended."""
-    command, file, seconds = PARTS[name]
     folder.mkdir(parents=True, exist_ok=True)
+    script, *arguments = [*part.command, *(part.rehearsal if rehearse else part.gpu)]
     with (folder / "log").open("w") as log:
-        part = [sys.executable, str(HERE / command[0]), *command[1:], "--output", str(folder)]
-        process = subprocess.Popen(part, stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, str(HERE / script), *arguments, "--output", str(folder)]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            process.wait(seconds)
+            process.wait(part.seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # so that it stops its servers
             process.wait()
     found: dict[str, object] = {"status": process.returncode}
     if process.returncode:
         found["log"] = (folder / "log").read_text()[-3000:]
-    if (folder / file).exists():
-        found["found"] = json.loads((folder / file).read_text())
+    for written in folder.glob(part.file):
+        found["found"] = json.loads(written.read_text())
     return found
 
 
-def main(output: Path, names: list[str]) -> None:
+def main(output: Path, names: list[str], rehearse: bool) -> None:
     joined = output / "gpu.json"
     found: dict[str, dict[str, object]] = json.loads(joined.read_text()) if joined.exists() else {}
     for name in names or [name for name in PARTS if found.get(name, {}).get("status") != 0]:
         start = time.monotonic()
-        found[name] = run(name, output / name)
+        found[name] = run(PARTS[name], output / name, rehearse)
         print(f"{name}: {time.monotonic() - start:.0f} s, exit status {found[name]['status']}", flush=True)
         joined.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "gpu", sys.argv[2:])
+    given = [word for word in sys.argv[1:] if word != "--rehearse"]
+    folder = Path(given[0]) if given else HERE / "results" / "gpu"
+    main(folder, given[1:], rehearse="--rehearse" in sys.argv)

@@ -40,7 +40,7 @@ BUILDERS: dict[str, Any] = {"stat": stat.Panel, "timeseries": timeseries.Panel, 
 
 def build(panel: Panel, number: int) -> Any:
     builder = BUILDERS[panel.kind]().id(number)
-    builder.title(panel.title).description(panel.description).datasource(DATASOURCE)
+    builder.title(panel.title).description(f"Good: {panel.good}. {panel.description}").datasource(DATASOURCE)
     builder.span(panel.width).height(4 if panel.kind == "stat" else 8)
     for letter, query in zip("ABC", panel.queries, strict=False):
         target = prometheus.Dataquery().expr(query.expr).legend_format(query.legend or "__auto").ref_id(letter)

@@ -61,6 +61,7 @@ def test_the_boards_conventions() -> None:
     for panel in panels:
         if panel["type"] != "row":
             assert panel["description"].split()[-1].startswith(("eadaprune_", "vllm:"))
+            assert panel["description"].startswith("Good: ")
             assert panel["datasource"]["uid"] == "${datasource}"
 
 

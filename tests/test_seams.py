@@ -218,7 +218,7 @@ def test_one_range_everywhere() -> None:
         text = (ROOT / document).read_text()
         assert f"vLLM {' or '.join(short)}" in text, document
         assert {*re.findall(r"vLLM (\d+\.\d+)", text)} <= {*short}, document
-    assert f"FROM vllm/vllm-openai:v{newest}\n" in (ROOT / "docker/cuda/Dockerfile").read_text()
+    assert f"ARG VLLM_IMAGE=vllm/vllm-openai:v{newest}\n" in (ROOT / "docker/cuda/Dockerfile").read_text()
 
 
 Call = Callable[..., Any]

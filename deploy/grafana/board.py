@@ -31,12 +31,14 @@ class Panel:
     """One panel; its description ends with the metrics it shows.
 
     Attributes:
+        good: what a good value is.
         right: legend of the series that have the right axis, and its unit.
         width: of the 24 columns of a row.
     """
 
     title: str
     description: str
+    good: str
     queries: tuple[Query, ...]
     kind: Literal["stat", "timeseries", "heatmap"] = "timeseries"
     unit: str = "short"
@@ -78,6 +80,7 @@ SAVINGS = Row(
         Panel(
             "Visual tokens saved",
             "Visual tokens per second that pruning kept out of the engine. eadaprune_tokens_saved_total",
+            "more than zero wherever pictures come in",
             (Query(rate("eadaprune_tokens_saved_total")),),
             "stat",
             width=6,
@@ -85,6 +88,7 @@ SAVINGS = Row(
         Panel(
             "Kept",
             "Share of the visual tokens that entered the engine. eadaprune_visual_tokens_total",
+            "near the default target; well above it, pictures are denser than the reference ones",
             (Query(ratio(KEPT, ENCODED)),),
             "stat",
             "percentunit",
@@ -94,6 +98,7 @@ SAVINGS = Row(
             "Images and videos",
             "Images and videos per second of requests that were sent to the engine, cached ones included. "
             "eadaprune_images_total, eadaprune_videos_total",
+            "whatever the traffic is; zero beside requests with pictures means that none reaches the plugin",
             (Query(ITEMS),),
             "stat",
             width=6,
@@ -102,6 +107,7 @@ SAVINGS = Row(
             "KV cache not needed",
             "KV cache per second that the saved tokens would have taken; an upper bound, as vLLM allocates whole "
             "blocks and shares prefixes. eadaprune_kv_cache_bytes_saved_total",
+            "more than zero; it grows with traffic",
             (Query(rate("eadaprune_kv_cache_bytes_saved_total")),),
             "stat",
             "Bps",
@@ -110,12 +116,14 @@ SAVINGS = Row(
         Panel(
             "Visual tokens",
             "Visual tokens per second before and after pruning. eadaprune_visual_tokens_total",
+            "the second line well below the first",
             (Query(ENCODED, "before"), Query(KEPT, "after")),
         ),
         Panel(
             "Share kept, per image or video",
             "How many images and videos keep which share of their tokens: a dense band at the bottom is what blank "
             "pictures look like. eadaprune_kept_ratio",
+            "spread over several bands; one band alone means that the threshold tells nothing apart",
             (Query("sum by (le) (increase(eadaprune_kept_ratio_bucket{SEL}[RATE]))", "{{le}}"),),
             "heatmap",
             "percentunit",
@@ -123,6 +131,7 @@ SAVINGS = Row(
         Panel(
             "Energy thresholds in force",
             "Which thresholds images and videos were pruned with. eadaprune_energy_threshold",
+            "the default's band, and those that clients have reason to ask for",
             (Query("sum by (le) (increase(eadaprune_energy_threshold_bucket{SEL}[RATE]))", "{{le}}"),),
             "heatmap",
         ),
@@ -135,12 +144,14 @@ COST = Row(
             "Time of each stage, p95",
             "95th percentile of the time that a stage takes for one image or video; what is found in a cache skips "
             "stages. eadaprune_stage_seconds",
+            "spectrum and select together below a twentieth of encode",
             (Query(quantile(0.95, "eadaprune_stage_seconds", by="le, stage"), "{{stage}}"),),
             unit="s",
         ),
         Panel(
             "Time of all stages",
             "Quantiles of the time that encoding and pruning one image or video take. eadaprune_stage_seconds",
+            "near what encoding takes alone; p99 far above p50 means very large pictures",
             tuple(
                 Query(quantile(q, "eadaprune_stage_seconds", 'SEL,stage="total"'), f"p{q * 100:g}")
                 for q in (0.5, 0.95, 0.99)
@@ -151,6 +162,7 @@ COST = Row(
             "Cache hits",
             "Share of look-ups that vLLM's processor cache and prefix cache answered; an image found in the first is "
             "not encoded again. vllm:mm_cache_hits_total, vllm:prefix_cache_hits_total",
+            "as high as the traffic repeats itself; a fall after a roll-out is normal for some minutes",
             (
                 Query(ratio(rate("vllm:mm_cache_hits_total"), rate("vllm:mm_cache_queries_total")), "images"),
                 Query(ratio(rate("vllm:prefix_cache_hits_total"), rate("vllm:prefix_cache_queries_total")), "prefixes"),
@@ -167,6 +179,7 @@ ENGINE = Row(
             "KV cache in use, and not needed",
             "Share of the KV cache in use, and bytes per second that pruning kept out of it. "
             "vllm:kv_cache_usage_perc, eadaprune_kv_cache_bytes_saved_total",
+            "below 90 % in use; above it requests begin to wait or are preempted",
             (
                 Query("avg(vllm:kv_cache_usage_perc{SEL})", "in use"),
                 Query(rate("eadaprune_kv_cache_bytes_saved_total"), "not needed"),
@@ -178,6 +191,7 @@ ENGINE = Row(
             "Time to first token",
             "Quantiles of the time to first token; encoding and pruning are part of it. "
             "vllm:time_to_first_token_seconds",
+            "within your service level, and not above what stock vLLM had",
             tuple(Query(quantile(q, "vllm:time_to_first_token_seconds"), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)),
             unit="s",
         ),
@@ -185,6 +199,7 @@ ENGINE = Row(
             "Throughput",
             "Tokens per second through the engine; kept visual tokens are among those of prompts. "
             "vllm:prompt_tokens_total, vllm:generation_tokens_total",
+            "as high as demand; generated tokens should not fall when prompts rise",
             (
                 Query(rate("vllm:prompt_tokens_total"), "prompt"),
                 Query(rate("vllm:generation_tokens_total"), "generated"),
@@ -193,6 +208,7 @@ ENGINE = Row(
         Panel(
             "Requests",
             "Requests that run and that wait. vllm:num_requests_running, vllm:num_requests_waiting",
+            "none waiting for long",
             (
                 Query("sum(vllm:num_requests_running{SEL})", "running"),
                 Query("sum(vllm:num_requests_waiting{SEL})", "waiting"),
@@ -201,11 +217,13 @@ ENGINE = Row(
         Panel(
             "Preemptions",
             "Requests per second that lost their KV cache to others. vllm:num_preemptions_total",
+            "none",
             (Query(rate("vllm:num_preemptions_total"), "preempted"),),
         ),
         Panel(
             "Finished requests",
             "Requests per second, by how they ended. vllm:request_success_total",
+            "stop and length; next to no abort or error",
             (Query(rate("vllm:request_success_total", by="finished_reason"), "{{finished_reason}}"),),
         ),
     ),
@@ -217,6 +235,7 @@ TROUBLE = Row(
             "Rejected requests",
             "Requests per second refused for bad pruning options, or for features that are not finite. "
             "eadaprune_rejected_requests_total",
+            "none; features and engine are the server's fault, the others a client's",
             (Query(rate("eadaprune_rejected_requests_total", by="reason"), "{{reason}}"),),
             width=12,
         ),
@@ -224,6 +243,7 @@ TROUBLE = Row(
             "Budgets at a bound",
             "Share of images and videos whose budget was min_tokens, min_share or max_tokens; below a half, images are "
             "told apart. eadaprune_bound_total",
+            "below a half in all",
             tuple(
                 Query(ratio(rate("eadaprune_bound_total", f'SEL,bound="{bound}"'), ITEMS), bound)
                 for bound in ("min_tokens", "min_share", "max_tokens")
@@ -241,6 +261,7 @@ DEFAULTS = Row(
             "Target and floor",
             "Mean share of their tokens that images keep by default, 0 where a threshold was named, and the floor. "
             "All replicas of a model should have the same. eadaprune_default_target, eadaprune_default_min_share",
+            "what you chose, one value for all replicas",
             (
                 Query("max(eadaprune_default_target{SEL})", "target"),
                 Query("max(eadaprune_default_min_share{SEL})", "floor"),
@@ -252,6 +273,7 @@ DEFAULTS = Row(
         Panel(
             "Threshold",
             "Energy threshold in force by default. eadaprune_default_energy_threshold",
+            "one value for all replicas of a model",
             (Query("max(eadaprune_default_energy_threshold{SEL})"),),
             "stat",
             width=6,
@@ -260,6 +282,7 @@ DEFAULTS = Row(
             "Reference pictures",
             "What each kind of reference picture keeps of its tokens: they should differ. "
             "eadaprune_reference_kept_ratio",
+            "lines well apart, surfaces lowest",
             (Query("avg by (kind) (eadaprune_reference_kept_ratio{SEL})", "{{kind}}"),),
             unit="percentunit",
             max=1,
@@ -269,6 +292,7 @@ DEFAULTS = Row(
             "Reference pictures at a bound",
             "Share of the reference pictures that keep what a bound says: above a half the defaults hardly tell images "
             "apart. eadaprune_reference_at_bound_ratio",
+            "below a half",
             (Query("max(eadaprune_reference_at_bound_ratio{SEL})"),),
             "stat",
             "percentunit",
@@ -282,6 +306,7 @@ LOAD = Row(
         Panel(
             "Load level",
             "How far load lowers thresholds: 0 not at all, 1 down to the floor of the policy. eadaprune_load_level",
+            "0 most of the time; long at 1 calls for more replicas",
             (Query("max by (instance) (eadaprune_load_level{SEL})", "{{instance}}"),),
             unit="percentunit",
             max=1,
@@ -289,6 +314,7 @@ LOAD = Row(
         Panel(
             "Energy thresholds, mean",
             "What was asked for, and what was in force. eadaprune_energy_requested, eadaprune_energy_threshold",
+            "both lines together, apart from bursts",
             tuple(
                 Query(ratio(rate(f"eadaprune_energy_{which}_sum"), rate(f"eadaprune_energy_{which}_count")), legend)
                 for which, legend in (("requested", "asked for"), ("threshold", "in force"))
@@ -298,6 +324,7 @@ LOAD = Row(
         Panel(
             "Thresholds lowered",
             "Images and videos per second whose threshold was lowered under load. eadaprune_load_lowered_total",
+            "zero, apart from bursts",
             (Query(rate("eadaprune_load_lowered_total"), "lowered"),),
         ),
     ),

@@ -13,6 +13,7 @@ def install() -> None:
     async def collective_rpc_async(original: Any, llm: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         result = await original(llm, method, *args, **kwargs)
         if method in _CHANGE_WEIGHTS:
+            llm.renderer.mm_processor.front_end.new.clear()
             await llm.reset_mm_cache()
             await llm.reset_encoder_cache()
         return result
@@ -21,6 +22,7 @@ def install() -> None:
     def collective_rpc(original: Any, llm: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(llm, method, *args, **kwargs)
         if method in _CHANGE_WEIGHTS:
+            llm.renderer.mm_processor.front_end.new.clear()
             llm.reset_mm_cache()
             llm.reset_encoder_cache()
         return result

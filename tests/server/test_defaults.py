@@ -25,7 +25,7 @@ def server(start: Callable[..., Server]) -> Server:
 
 
 def test_it_says_at_start_what_the_target_comes_to(server: Server, logs: Path) -> None:
-    reference = httpx.get(server.url + "/v1/eadaprune/config").json()["reference"]
+    reference = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()["reference"]
     log = (logs / "targets.log").read_text()
     assert "eadaprune: target 0.33 is out of reach of this model" in log  # its features have 144 numbers
     assert f"eadaprune: energy {reference['options']['energy']:g} keeps {reference['kept']:.0%} of the tokens" in log
@@ -35,7 +35,7 @@ def test_it_says_at_start_what_the_target_comes_to(server: Server, logs: Path) -
 
 
 def test_every_front_end_has_the_same(server: Server) -> None:
-    found = {httpx.get(server.url + "/v1/eadaprune/config").text for _ in range(12)}
+    found = {httpx.get(server.url + "/v1/eadaprune/config", timeout=120).text for _ in range(12)}
     assert len(found) == 1
 
 
@@ -66,7 +66,7 @@ def test_a_share_that_no_threshold_keeps_is_a_400(server: Server) -> None:
 
 
 def test_metrics(server: Server) -> None:
-    reference = httpx.get(server.url + "/v1/eadaprune/config").json()["reference"]
+    reference = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()["reference"]
     assert server.metric("eadaprune_default_target") == reference["options"]["target"]
     assert server.metric("eadaprune_default_min_share") == pytest.approx(1 / 9, abs=1e-5)
     assert server.metric("eadaprune_default_energy_threshold") == reference["options"]["energy"]

@@ -49,7 +49,7 @@ def test_routes_sit_behind_the_key(guarded: Server, images: Images) -> None:
     for path in ("/v1/eadaprune/preview", "/v1/chat/completions"):
         assert guarded.post(path, body).status_code == 401
         assert guarded.post(path, body | {"max_tokens": 1}, **KEY).status_code == 200
-    assert httpx.get(f"{guarded.url}/v1/eadaprune/config").status_code == 401
+    assert httpx.get(f"{guarded.url}/v1/eadaprune/config", timeout=120).status_code == 401
 
 
 def test_the_page_asks_for_the_key_and_keeps_the_bounds(guarded: Server, images: Images, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_client_is_not_told_what_others_sent(guarded: Server, images: Images) 
 
 
 def test_config(guarded: Server) -> None:
-    found = httpx.get(f"{guarded.url}/v1/eadaprune/config", headers=KEY).json()
+    found = httpx.get(f"{guarded.url}/v1/eadaprune/config", headers=KEY, timeout=120).json()
     assert found["options"] == ServerOptions(**OPTIONS).model_dump()
     assert found["models"] == ["demo"]
     assert found["architecture"] == "LlavaForConditionalGeneration"
@@ -186,9 +186,8 @@ def test_a_preview_that_cannot_be_given(guarded: Server, change: Any, status: in
 
 def test_a_preview_of_what_is_no_json(guarded: Server) -> None:
     for body in ("{", "\ud800".encode("utf-8", "surrogatepass"), "[" * 100_000):
-        response = httpx.post(
-            f"{guarded.url}/v1/eadaprune/preview", content=body, headers=KEY | {"content-type": "application/json"}
-        )
+        headers = KEY | {"content-type": "application/json"}
+        response = httpx.post(f"{guarded.url}/v1/eadaprune/preview", content=body, headers=headers, timeout=120)
         assert response.status_code == 400
         assert response.json()["error"]["param"] == "body"
 
@@ -199,7 +198,7 @@ def test_a_preview_without_images(guarded: Server) -> None:
 
 
 def test_openapi_says_what_is_typed(guarded: Server) -> None:
-    paths = httpx.get(f"{guarded.url}/openapi.json").json()["paths"]
+    paths = httpx.get(f"{guarded.url}/openapi.json", timeout=120).json()["paths"]
     chat = paths["/v1/chat/completions"]["post"]
     schema = chat["requestBody"]["content"]["application/json"]["schema"]
     assert schema["$ref"] == "#/components/schemas/ChatCompletionRequest"

@@ -73,6 +73,6 @@ def test_it_serves(site: Path, start: Start) -> None:
     server = start("installed", "--plugin", "eadaprune", "--enforce-eager", model=demo_model, PYTHONPATH=str(site))
     report = server.ask(Image.new("RGB", (336, 336), (90, 120, 200))).model_dump()["eadaprune"]
     assert report["kept_tokens"] < report["visual_tokens"]
-    page = httpx.get(f"{server.url}/eadaprune")
+    page = httpx.get(f"{server.url}/eadaprune", timeout=120)
     assert page.headers["content-type"].startswith("text/html")
-    assert httpx.get(f"{server.url}/v1/eadaprune/config").json()["reference"]["kept"]
+    assert httpx.get(f"{server.url}/v1/eadaprune/config", timeout=120).json()["reference"]["kept"]

@@ -61,14 +61,14 @@ def test_a_paused_server(pruning: Server, images: Images) -> None:
     before = pruning.metric("eadaprune_images_total")
     refuses = hasattr(EngineCoreProc, "_reject_add_while_paused")
     with ThreadPoolExecutor() as pool:
-        assert httpx.post(f"{pruning.url}/pause").status_code == 200
+        assert httpx.post(f"{pruning.url}/pause", timeout=120).status_code == 200
         try:
             asked = [
                 pool.submit(pruning.post, path, body) for path in ("/v1/chat/completions", "/v1/eadaprune/preview")
             ]
             assert len(wait(asked, timeout=5).done) == (2 if refuses else 0)
         finally:
-            assert httpx.post(f"{pruning.url}/resume").status_code == 200
+            assert httpx.post(f"{pruning.url}/resume", timeout=120).status_code == 200
         assert [each.result().status_code for each in asked] == [503 if refuses else 200] * 2
     assert pruning.post("/v1/chat/completions", body).status_code == 200
     assert pruning.metric("eadaprune_images_total") == before + (1 if refuses else 2)
@@ -80,7 +80,7 @@ def test_openapi(pruning: Server) -> None:
     app.include_router(router)
     stock, ours = (
         document["paths"]["/v1/chat/completions"]["post"]
-        for document in (app.openapi(), httpx.get(f"{pruning.url}/openapi.json").json())
+        for document in (app.openapi(), httpx.get(f"{pruning.url}/openapi.json", timeout=120).json())
     )
     answers, our_answers = (operation["responses"]["200"]["content"] for operation in (stock, ours))
     assert our_answers.keys() == answers.keys()

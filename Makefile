@@ -40,7 +40,7 @@ serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
 test: $(STAMP) ## Run all tests but the slow ones, two files at a time (half an hour on 2 cores)
 	$(PY) -m pytest -m "not slow"
 
-test-unit: $(STAMP) ## Run the tests that start no vLLM (two minutes)
+test-unit: $(STAMP) ## Run the tests that start no vLLM (2:20 minutes on 2 cores)
 	$(PY) -m pytest -m "not server"
 
 test-slow: $(STAMP) ## Run the slow tests

@@ -37,7 +37,7 @@ demo: $(STAMP) ## Serve the embedded model, ask it about pictures, show what was
 serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
 
-test: $(STAMP) ## Run all tests but the slow ones, two files at a time (half an hour on 2 cores)
+test: $(STAMP) ## Run all tests but the slow ones, two files at a time (under an hour on 2 cores)
 	$(PY) -m pytest -m "not slow"
 
 test-unit: $(STAMP) ## Run the tests that start no vLLM (2:20 minutes on 2 cores)

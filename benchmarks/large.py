@@ -65,7 +65,8 @@ def main(
                         scene(hash((count, number)) % 2**32).resize((side, side)).save(image)
                         before = stages(server)
                         times.append(seconds(server, image, options))
-                        spent = {stage: stages(server)[stage] - before[stage] for stage in STAGES}
+                        after = stages(server)
+                        spent = {stage: after[stage] - before[stage] for stage in STAGES}
                     row: dict[str, Any] = {
                         "tokens": count,
                         "contender": contender,

@@ -1,9 +1,11 @@
 """Fixtures: the model, what a server should decide, images, and the servers that tests share."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test leaves in the environment, or what it calls does, no later test's processes inherit."""
+    with mock.patch.dict(os.environ):
         yield
 
 

@@ -66,9 +66,10 @@ def of_squares(name: str) -> Ways:
     }
 
 
-def minus(results: Results, ours: str, theirs: str) -> dict[str, Any]:
-    """By how much one setting is better than another, over all questions and by category and group, paired."""
-    gain = results.correct[ours].astype(float) - results.correct[theirs]
+def minus(results: Results, ours: str, theirs: str, others: Results | None = None) -> dict[str, Any]:
+    """By how much one setting is better than another, or than that of other results to the same questions, over all
+    questions and by category and group, paired."""
+    gain = results.correct[ours].astype(float) - (others or results).correct[theirs]
     images = np.array([question.image for question in results.questions])
     members = {"all": np.ones(len(images), np.bool_)}
     for attribute in ("category", "group"):

@@ -1,5 +1,5 @@
-"""Worker extension with which ``merging.py`` and ``baselines.py`` start their servers: what becomes of an image's
-tokens is, by ``EADAPRUNE_MERGE``, one of ``WAYS``.
+"""Worker extension with which ``merging.py``, ``baselines.py`` and ``windows.py`` start their servers: what becomes of
+an image's tokens is, by ``EADAPRUNE_MERGE``, one of ``WAYS``, or they are decided on in windows of at most so many.
 
 Merged: tokens that go join one that stays, the one whose features point most nearly where their own do. What the
 projector is fed with of a token that stays is then the ``mean`` of itself and all that joined it, or ``half`` itself
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
+from eadaprune_vllm import prune
 from eadaprune_vllm.engine import decide
 from eadaprune_vllm.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.wire import Decided
@@ -92,7 +93,10 @@ def answer(model: Any, question: Any, options: Any, encoded: Any) -> Decided:
     return decided
 
 
-_plain = decide._answer
-decide._answer = answer
-if WAY not in ("mean", "half"):
-    SELECTORS["uniform"] = middles
+if WAY.isdigit():
+    prune.WINDOW["tile"] = int(WAY)
+else:
+    _plain = decide._answer
+    decide._answer = answer
+    if WAY not in ("mean", "half"):
+        SELECTORS["uniform"] = middles

@@ -62,7 +62,8 @@ class PruneOptions(BaseModel):
     scope: Literal["tile", "image"] = Field(
         default="tile",
         description="What reaches the threshold: 'tile', each tile of an image and each temporal patch of a video by "
-        "itself; 'image', the whole image or video. min_tokens and max_tokens are of the whole one either way.",
+        "itself; 'image', the whole image or video. Of more than 1024 tokens (for 'image' 4096) each window of at most "
+        "so many does. min_tokens and max_tokens are of the whole image or video either way.",
     )
     enabled: bool = Field(default=True, description="False keeps every token, as energy 1.0 does.")
 

@@ -1,8 +1,8 @@
 """One image's pruning decision: the spectrum says how many tokens stay, the selector says which."""
 
+import math
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -12,6 +12,9 @@ from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import Bound, PruneOptions
 from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
+
+# Most tokens with one spectrum and one selection, by scope: these take time with the square and the cube of them.
+WINDOW = {"tile": 1024, "image": 4096}
 
 
 @dataclass(frozen=True)
@@ -83,33 +86,27 @@ class Encoding:
 
     tokens: VisualTokens
     layout: Layout
+    _parts: dict[str, list[tuple[torch.Tensor, VisualTokens]]] = field(default_factory=dict, repr=False)
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def parts(self) -> list[tuple[torch.Tensor, VisualTokens]]:
-        """The tokens of each part, after their indices ``[n]`` int64."""
-        part = self.layout.part
-        names = torch.unique(part)
-        if len(names) == 1:
-            return self.whole
-        members = [(part == name).nonzero()[:, 0] for name in names]
-        return [(indices, self.tokens.take(indices)) for indices in members]
-
-    @property
-    def whole(self) -> list[tuple[torch.Tensor, VisualTokens]]:
-        """All tokens as the only part."""
-        return [(torch.arange(self.tokens.num_tokens), self.tokens)]
-
-    def split(self, scope: str) -> list[tuple[torch.Tensor, VisualTokens]]:
-        """What the option ``scope`` gives a budget of its own."""
-        return self.whole if scope == "image" else self.parts
+    def parts(self, scope: str) -> list[tuple[torch.Tensor, VisualTokens]]:
+        """What the option ``scope`` gives a budget of its own: the tokens of each part, after their indices ``[n]``
+        int64, ascending. A part of too many tokens is cut into windows, equal runs in the order of the prompt."""
+        if scope not in self._parts:
+            part = self.layout.part if scope == "tile" else torch.zeros_like(self.layout.part)
+            members = [(part == name).nonzero()[:, 0] for name in torch.unique(part)]
+            windows = [own for all_ in members for own in all_.tensor_split(math.ceil(len(all_) / WINDOW[scope]))]
+            self._parts[scope] = [
+                (indices, self.tokens if len(windows) == 1 else self.tokens.take(indices)) for indices in windows
+            ]
+        return self._parts[scope]
 
     def spectrum(self, scope: str) -> Spectrum:
         """Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite.
         """
         if scope not in self._spectra:
-            self._spectra[scope] = Spectrum.of([tokens for _, tokens in self.split(scope)])
+            self._spectra[scope] = Spectrum.of([tokens for _, tokens in self.parts(scope)])
         return self._spectra[scope]
 
 
@@ -184,7 +181,7 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     else:
         chosen = [
             members[SELECTORS[selector](part, budget)]
-            for (members, part), budget in zip(encoding.split(options.scope), budgets, strict=True)
+            for (members, part), budget in zip(encoding.parts(options.scope), budgets, strict=True)
         ]
         indices = torch.cat(chosen).sort().values
     assert len(indices) == k

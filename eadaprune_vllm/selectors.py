@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 # Tokens that are chosen one by one. Of more, the rest are chosen at once, by what they are worth after these.
 GREEDY_STEPS = 1024
-# Tokens of which ``span`` chooses on the CPU, wherever the features are: a step is too little work for a GPU.
-MOST_ON_CPU = 1024
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,24 @@ class VisualTokens:
 
     @cached_property
     def token_gram(self) -> torch.Tensor:
-        """``X X^T``, ``[N, N]`` float32, shared by the spectrum and the ``span`` selector where N <= D."""
+        """``X X^T``, ``[N, N]`` float32, shared by spectrum and selection."""
         rows = self.features.float()
         return rows @ rows.T
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """The Gram matrix of the smaller side, ``[min(N, D)] * 2`` float32: of the same eigenvalues, zeros aside."""
+        if self.num_tokens <= self.features.shape[1]:
+            return self.token_gram
+        rows = self.features.float()
+        return rows.T @ rows
+
+    @property
+    def products(self) -> NDArray[np.float32]:
+        """``token_gram`` in NumPy: a step of a selector is a little work on vectors, which takes torch ten times as
+        long, and a GPU longer."""
+        products: NDArray[np.float32] = self.token_gram.cpu().numpy()
+        return products
 
     def take(self, indices: torch.Tensor) -> "VisualTokens":
         """Some of the tokens, by their indices ``[n]`` int64."""
@@ -67,9 +80,8 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
     it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order;
     after ``GREEDY_STEPS`` they are those with most left.
     """
-    if tokens.features.is_cuda and tokens.num_tokens > MOST_ON_CPU:
-        return _span_on_device(tokens, k)
-    products, residual = _products(tokens)
+    gram = tokens.products
+    residual = gram.diagonal().copy()
     # Below this a residual is rounding error of float32, not energy.
     floor = residual.max() * np.finfo(np.float32).eps * tokens.num_tokens
     steps = min(k, GREEDY_STEPS)
@@ -81,33 +93,11 @@ def span(tokens: VisualTokens, k: int) -> torch.Tensor:
             residual = np.where(residual == -np.inf, residual, 0)  # nothing is left of any
             break
         chosen.append(pivot)
-        row = (products(pivot) - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
+        row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
         factor[step] = row
         residual -= row * row
         residual[pivot] = -np.inf
     return _with_rest(chosen, -residual, k)
-
-
-def _span_on_device(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """``span`` where the features are, which is never waited for before the end."""
-    rows = tokens.features.float()
-    gram = tokens.token_gram if len(rows) <= rows.shape[1] else None
-    residual = rows.square().sum(1)
-    floor = residual.max() * torch.finfo(torch.float32).eps * len(rows)
-    steps = min(k, GREEDY_STEPS)
-    factor, most = residual.new_empty(steps, len(rows)), residual.new_empty(steps)
-    pivots = torch.empty(steps, dtype=torch.int64, device=rows.device)
-    for step in range(steps):
-        most[step], pivots[step] = residual.max(0)
-        pivot, known = pivots[step : step + 1], factor[:step]
-        products = rows @ rows.index_select(0, pivot)[0] if gram is None else gram.index_select(0, pivot)[0]
-        row = torch.addmv(products, known.T, known.index_select(1, pivot)[:, 0], alpha=-1)
-        torch.mul(row, most[step].clamp(min=floor).rsqrt(), out=factor[step])
-        residual.addcmul_(factor[step], factor[step], value=-1).index_fill_(0, pivot, -torch.inf)
-    chosen = pivots[: int((most > floor).sum())].cpu()
-    rank = -residual.cpu() if len(chosen) == steps else torch.zeros(len(rows))
-    rank[chosen] = torch.inf
-    return _with_rest(chosen.tolist(), rank.numpy(), k)
 
 
 def diversity(tokens: VisualTokens, k: int) -> torch.Tensor:
@@ -134,12 +124,12 @@ def random(tokens: VisualTokens, k: int) -> torch.Tensor:
 
 def _diverse(tokens: VisualTokens, k: int, chosen: list[int]) -> torch.Tensor:
     """``chosen``, and after them those that ``diversity`` would go on with."""
-    products, energy = _products(tokens)
+    gram = tokens.products
+    energy = gram.diagonal()
     norms = np.sqrt(np.where(energy > 0, energy, 1))
     chosen = list(chosen)
     if not chosen:
-        unit = tokens.features.float().cpu().numpy() / norms[:, None]
-        chosen.append(int((unit @ unit.sum(0)).argmin()))
+        chosen.append(int((gram @ (1 / norms) / norms).argmin()))
     # The cosine of each token with the chosen one that is most like it.
     nearest = np.full(tokens.num_tokens, -np.inf, np.float32)
     nearest[chosen] = np.inf
@@ -147,7 +137,7 @@ def _diverse(tokens: VisualTokens, k: int, chosen: list[int]) -> torch.Tensor:
         if step == len(chosen):
             chosen.append(int(nearest.argmin()))
         pivot = chosen[step]
-        nearest = np.maximum(nearest, products(pivot) / (norms * norms[pivot]))
+        nearest = np.maximum(nearest, gram[pivot] / (norms * norms[pivot]))
         nearest[pivot] = np.inf
     return _with_rest(chosen, nearest, k)
 
@@ -156,17 +146,6 @@ def _with_rest(chosen: list[int], rank: NDArray[np.float32], k: int) -> torch.Te
     """``k`` indices: those that are chosen, and after them others of the lowest rank."""
     rest = np.argsort(rank, kind="stable")[: max(k - len(chosen), 0)]
     return torch.tensor([*chosen[:k], *rest.tolist()], dtype=torch.int64)
-
-
-def _products(tokens: VisualTokens) -> tuple[Callable[[int], NDArray[np.float32]], NDArray[np.float32]]:
-    """The products of one token with all, ``[N]``, and the energy of each, ``[N]``. In NumPy: each step of a selector
-    is a little work on vectors, which takes torch ten times as long."""
-    rows: NDArray[np.float32] = tokens.features.float().cpu().numpy()
-    energy = np.square(rows).sum(1)
-    if tokens.num_tokens > rows.shape[1]:  # the Gram matrix would be larger than the features
-        return lambda pivot: rows @ rows[pivot], energy
-    gram: NDArray[np.float32] = tokens.token_gram.cpu().numpy()
-    return lambda pivot: gram[pivot], energy
 
 
 SELECTORS: dict[str, Selector] = {

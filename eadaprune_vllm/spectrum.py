@@ -45,14 +45,13 @@ class Spectrum:
         NonFiniteFeaturesError: if any feature is NaN or infinite, or their energy overflows float32.
         """
         needed_above, gains, totals = [], [], []
-        for tokens in parts:
-            share, total = _energies(tokens)
+        for tokens, (share, total) in zip(parts, _energies(parts), strict=True):
             before = torch.ones(tokens.num_tokens, dtype=torch.float64)
             before[: len(share)] = torch.cat((share.new_zeros(1), share.cumsum(0)[:-1])).clamp(max=1)
             needed_above.append(before)
             gains.append(torch.zeros_like(before))
             gains[-1][: len(share)] = share * total
-            totals.append(float(total))
+            totals.append(total)
         sizes = torch.tensor([tokens.num_tokens for tokens in parts])
         # Of tokens that are needed at once, those that hold more come first.
         gain = torch.cat(gains)
@@ -88,18 +87,19 @@ class Spectrum:
         return [(k, self.energy_at(k)) for k in sorted(steps)]
 
 
-def _energies(tokens: VisualTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared singular values as shares of the total, descending, ``[min(N, D)]`` float64, and the total."""
-    num_tokens, width = tokens.features.shape
-    if num_tokens <= width:
-        gram = tokens.token_gram
-    else:
-        rows = tokens.features.float()
-        gram = rows.T @ rows
-    total = gram.diagonal().double().sum().cpu()
-    if not torch.isfinite(total):
-        raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
-    eigenvalues = torch.linalg.eigvalsh(gram).cpu().flip(0).clamp(min=0).double()
-    if total > 0:
-        return eigenvalues / total, total
-    return torch.ones(1, dtype=torch.float64), total  # of a zero matrix one token holds everything
+def _energies(parts: Sequence[VisualTokens]) -> list[tuple[torch.Tensor, float]]:
+    """Of each its squared singular values as shares of their total, descending, ``[min(N, D)]`` float64, and the total.
+    Those of one size are computed together: many take a GPU little longer than one."""
+    grams = [tokens.gram for tokens in parts]
+    found: dict[int, tuple[torch.Tensor, float]] = {}
+    for size in {len(gram) for gram in grams}:
+        members = [index for index, gram in enumerate(grams) if len(gram) == size]
+        batch = torch.stack([grams[index] for index in members])
+        totals = batch.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
+        if not totals.isfinite().all():
+            raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
+        eigenvalues = torch.linalg.eigvalsh(batch).cpu().flip(1).clamp(min=0).double()
+        for index, values, total in zip(members, eigenvalues, totals.tolist(), strict=True):
+            # Of a zero matrix one token holds everything.
+            found[index] = values / total if total > 0 else torch.ones(1, dtype=torch.float64), total
+    return [found[index] for index in range(len(parts))]

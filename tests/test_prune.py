@@ -5,7 +5,7 @@ import torch
 
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Layout, Newlines, prune
+from eadaprune_vllm.prune import WINDOW, Encoding, Layout, Newlines, prune
 from eadaprune_vllm.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.spectrum import Spectrum
 
@@ -31,7 +31,7 @@ def tiles(*decays: float, length: int = 30) -> Encoding:
 def counts(encoding: Encoding, **options: object) -> list[int]:
     """Tokens kept of each part."""
     kept = prune(encoding, PruneOptions.model_validate(options))
-    return torch.bincount(encoding.layout.part[kept.indices], minlength=len(encoding.parts)).tolist()
+    return torch.bincount(encoding.layout.part[kept.indices], minlength=len(encoding.parts("tile"))).tolist()
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -74,7 +74,7 @@ def test_without_attention_the_selector_is_span() -> None:
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
 def test_each_part_has_the_budget_it_would_have_alone(energy: float) -> None:
     found = tiles(0.25, 0.75, 2)
-    alone = [Spectrum.of([part]).budget(energy) for _, part in found.parts]
+    alone = [Spectrum.of([part]).budget(energy) for _, part in found.parts("tile")]
     assert len(set(alone)) == 3
     assert counts(found, energy=energy, min_tokens=1) == alone
     # One budget for all of it is another matter.
@@ -84,7 +84,7 @@ def test_each_part_has_the_budget_it_would_have_alone(energy: float) -> None:
 
 def test_bounds_on_all_parts_move_the_threshold_common_to_them() -> None:
     found = tiles(0.25, 0.75, 2)
-    spectra = [Spectrum.of([part]) for _, part in found.parts]
+    spectra = [Spectrum.of([part]) for _, part in found.parts("tile")]
     for budget in range(1, 91):
         of_each = counts(found, energy=0.9, min_tokens=budget, max_tokens=budget)
         assert sum(of_each) == budget
@@ -97,11 +97,25 @@ def test_bounds_on_all_parts_move_the_threshold_common_to_them() -> None:
 def test_the_energy_reported_is_that_of_all_parts() -> None:
     found = tiles(0.25, 2)
     kept = prune(found, PruneOptions(energy=0.8, min_tokens=1))
-    spectra = [Spectrum.of([part]) for _, part in found.parts]
-    totals = [float(part.features.square().sum()) for _, part in found.parts]
+    spectra = [Spectrum.of([part]) for _, part in found.parts("tile")]
+    totals = [float(part.features.square().sum()) for _, part in found.parts("tile")]
     of_each = counts(found, energy=0.8, min_tokens=1)
     held = sum(total * spectrum.energy_at(k) for total, spectrum, k in zip(totals, spectra, of_each, strict=True))
     assert kept.energy == pytest.approx(held / sum(totals), rel=1e-5)
+
+
+def test_a_part_of_many_tokens_is_decided_on_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal runs of tokens, none across parts, each with the budget and the tokens it would have alone."""
+    monkeypatch.setitem(WINDOW, "tile", 12)
+    found = Encoding(tokens(40, 30), Layout(torch.tensor([0] * 30 + [1] * 10), ((5, 6), (2, 5))))
+    options = PruneOptions(energy=0.9, min_tokens=1)
+    runs = [range(0, 10), range(10, 20), range(20, 30), range(30, 40)]
+    assert [indices.tolist() for indices, _ in found.parts("tile")] == [[*run] for run in runs]
+    alone = [prune(Encoding(part, Layout.whole(1, 10)), options).indices for _, part in found.parts("tile")]
+    assert prune(found, options).indices.tolist() == [
+        run.start + index for run, kept in zip(runs, alone, strict=True) for index in kept.tolist()
+    ]
+    assert len(found.parts("image")) == 1
 
 
 def test_a_part_of_zeros_needs_one_token() -> None:

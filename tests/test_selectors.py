@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from eadaprune_vllm import selectors
 from eadaprune_vllm.selectors import SELECTORS, VisualTokens, attention, diversity, hybrid, span, uniform
 
 
@@ -28,23 +27,6 @@ def test_span_picks_the_token_with_most_energy_outside_the_span(shape: tuple[int
     for step, pick in enumerate(picks):
         residual = residual_energies(features, picks[:step])
         assert residual[pick] == pytest.approx(float(residual.max()), rel=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (40, 40)])
-@pytest.mark.parametrize("rank", [0, 1, 7, 50])
-@pytest.mark.parametrize("k", [1, 12, 20])
-def test_span_is_the_same_where_the_features_are(
-    shape: tuple[int, int], rank: int, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selectors, "GREEDY_STEPS", 15)  # so that of 20 some are chosen at once
-    features = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
-    assert selectors._span_on_device(tokens(features), k).tolist() == span(tokens(features), k).tolist()
-
-
-def test_span_is_the_same_with_and_without_the_gram_matrix() -> None:
-    """It is not made where it would be larger than the features; a zero column does not change the spectrum."""
-    features = torch.randn(40, 30)
-    assert span(tokens(features), 20).tolist() == span(tokens(torch.nn.functional.pad(features, (0, 30))), 20).tolist()
 
 
 def test_span_beyond_the_rank_takes_the_first_tokens_left() -> None:

@@ -102,6 +102,18 @@ def test_energy_at_is_the_share_of_the_top_k() -> None:
     assert spectrum(features).energy_at(99) == 1.0
 
 
+def test_parts_of_several_sizes_have_the_spectra_they_have_alone() -> None:
+    """Those of one size are computed together, and one of zeros among them."""
+    shapes = [(20, 30), (40, 30), (12, 30), (20, 30), (30, 30)]
+    features = [matrix("power law", *shape) for shape in shapes]
+    features[3] *= 0
+    parts = [VisualTokens(each, None) for each in features]
+    together = Spectrum.of(parts)
+    for energy in ENERGIES:
+        alone = [Spectrum.of([part]).budget(energy) for part in parts]
+        assert together.allocate(together.budget(energy)) == alone
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_non_finite_features_are_refused(bad: float) -> None:
     features = torch.randn(10, 12)

@@ -1,6 +1,7 @@
 """Fixtures: the model, what a server should decide, images, and the servers that tests share."""
 
 import functools
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from families import make_family
-from harness import DTYPE, MAX_DECODED, Server
+from harness import DTYPE, MAX_DECODED, OWN_PROCESS, Server
 from PIL import Image
 from shared import Reference, noise, photo
 from stub import Stub
@@ -29,6 +30,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:  # nothing was asked for
         config.option.markexpr = "not server and not slow"
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays, and need not be looked at in each collection
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -107,7 +112,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
     flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
     flags += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--enable-scale-out"]
-    flags += ["--eadaprune-report-cached"]
+    flags += ["--eadaprune-report-cached", *OWN_PROCESS]
     env = {"VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES": str(MAX_DECODED), "VLLM_SERVER_DEV_MODE": "1"}  # which can pause it
     server = Server(logs / "pruning.log", model, *flags, **env)
     yield server
@@ -117,7 +122,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def stock(logs: Path, model: Path) -> Iterator[Server]:
     """vLLM with this package installed and not named."""
-    server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", DTYPE)
+    server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", DTYPE, *OWN_PROCESS)
     yield server
     server.close()
 

@@ -25,6 +25,12 @@ BLOCK_SIZE = 32  # the smallest that attention on a CPU takes
 KV_BYTES = 2 * 2 * 2 * 32 * getattr(torch, DTYPE).itemsize
 
 
+# Without it vLLM for CPU always gives the worker a process. That process would set its number of threads.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+# Flags for a process of the worker's own, as where there are several ranks.
+OWN_PROCESS = ["--distributed-executor-backend", "mp"]
+
+
 def environment(**extra: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "EADAPRUNE_"))}
     ours = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -37,7 +43,9 @@ class Server(PlainServer):
     def __init__(self, log: Path, model: Path, *flags: str, **env: str) -> None:
         sizes = ["--max-model-len", "2048", "--block-size", str(BLOCK_SIZE)]
         sizes += ["--kv-cache-memory-bytes", "256M"]  # many servers run at a time
-        env = environment(**env)
+        # The worker is in the engine's process, as where there is one GPU, and not in one that has to start, too.
+        sizes += ["--distributed-executor-backend", "uni"]
+        env = environment(**ONE_PROCESS | env)
         del env["VLLM_CPU_KVCACHE_SPACE"]  # which would have precedence
         super().__init__(log, model, *sizes, *flags, env=env)
         self.client = OpenAI(

@@ -2,6 +2,8 @@
 that process too. Reads the batches of chats from standard input, prints one JSON object."""
 
 import base64
+import functools
+import gc
 import io
 import json
 import sys
@@ -57,13 +59,18 @@ def video_url(frames: list[bytes]) -> str:
     return "data:video/jpeg;base64," + ",".join(base64.b64encode(frame).decode() for frame in frames)
 
 
+@functools.cache
+def scene_url(name: str) -> str:
+    return data_url(SCENES[name])
+
+
 def message(words: list[str], options: dict[str, Any] | None) -> dict[str, Any]:
     """One chat message; every image and video in it has these options."""
     own = {} if options is None else {"eadaprune": options}
 
     def part(word: str) -> dict[str, Any]:
         if word in SCENES:
-            return {"type": "image_url", "image_url": {"url": data_url(SCENES[word])}} | own
+            return {"type": "image_url", "image_url": {"url": scene_url(word)}} | own
         if word in CLIPS:
             return {"type": "video_url", "video_url": {"url": video_url(CLIPS[word])}} | own
         return {"type": "text", "text": word}
@@ -88,6 +95,7 @@ def answers(llm: LLM, batch: list[tuple[str, dict[str, Any] | None]]) -> list[di
 
 
 if __name__ == "__main__":
+    gc.freeze()  # vLLM collects garbage several times for each model, and what is imported is none
     work: dict[str, list[Any]] = json.load(sys.stdin)  # model's folder -> batches
     result: dict[str, Any] = {}
     for folder, batches in work.items():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from conftest import Start
-from harness import Server, content
+from harness import OWN_PROCESS, Server, content
 from PIL import Image
 from shared import noise
 
@@ -68,6 +68,7 @@ def test_ranks_keep_what_one_worker_keeps(start: Start, alone: Server, images: I
         ranks,
         *FLAGS,
         *RANKS[ranks],
+        *OWN_PROCESS,
         **({"VLLM_CPU_OMP_THREADS_BIND": "auto"} if ranks.startswith("dp") else TWO_WORKERS),
     )
     try:

@@ -2,14 +2,17 @@
 
 Each contender decides on the budget of the same feature matrices, in turns; the randomized ones find budgets of up to
 ``K_MAX`` tokens. What the plugin runs is timed with the selection of tokens, the others without; once of a third of the
-tokens, as at the default target, whatever the budget. The matrices have a dominant direction, a steep head and a flat
-tail, as those of vision towers do. Writes ``budget.json``, ``budget.png``.
+tokens, as at the default target, whatever the budget. It decides on windows of large images, which have budgets of
+their own. The matrices have a dominant direction, a steep head and a flat tail, as those of vision towers do. Times are
+also shares of what the tower of such an image would take, if it ran as fast as one product of large matrices does here.
+Writes ``budget.json``, ``budget.png``.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,19 +29,61 @@ from threadpoolctl import ThreadpoolController
 
 from eadaprune_vllm.budget import TIE_TOLERANCE
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Layout, prune
+from eadaprune_vllm.prune import WINDOW, Encoding, Layout, prune
 from eadaprune_vllm.selectors import VisualTokens
 
 ENERGY = 0.95
 K_MAX, OVERSAMPLING = 192, 10
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer.
+
+    Attributes:
+        layers: that are used, of which ``full`` let each patch attend to all others.
+        width: of a patch.
+        hidden: width within its perceptrons, which have ``matrices``.
+        patches: that become a token.
+    """
+
+    layers: int
+    full: int
+    width: int
+    hidden: int
+    matrices: int = 2
+    patches: int = 1
+
+    def operations(self, tokens: int) -> float:
+        """Additions and multiplications for an image, without attention within windows and what makes tokens of
+        patches."""
+        patches = tokens * self.patches
+        weights = self.layers * (4 * self.width**2 + self.matrices * self.width * self.hidden)
+        return 2.0 * patches * weights + 4.0 * self.full * patches**2 * self.width
+
+
+QWEN = Tower(32, 4, 1280, 3420, matrices=3, patches=4)
 SIZES = {
-    "LLaVA-1.5 (576 x 1024)": (576, 1024),
-    "SigLIP-384 (729 x 1152)": (729, 1152),
-    "LLaVA-NeXT, 5 tiles as one (2880 x 1024)": (2880, 1024),
-    "Qwen2.5-VL, 4096 tokens (4096 x 3584)": (4096, 3584),
+    "LLaVA-1.5 (576 x 1024)": (576, 1024, Tower(23, 23, 1024, 4096)),
+    "SigLIP-384 (729 x 1152)": (729, 1152, Tower(27, 27, 1152, 4304)),
+    "Qwen2.5-VL, 1024 tokens (1024 x 3584)": (1024, 3584, QWEN),
+    "Qwen2.5-VL, 4096 tokens (4096 x 3584)": (4096, 3584, QWEN),
+    "Qwen2.5-VL, 16384 tokens (16384 x 3584)": (16384, 3584, QWEN),
 }
 THREADS = ThreadpoolController()
 SECONDS = 8.0  # of each contender with each size and batch; at least three times
+
+
+def rate(device: str) -> float:
+    """Additions and multiplications per second of a product of large matrices, in the type that towers run in there."""
+    side = 4096
+    one = torch.randn(side, side, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        float((one @ one)[0, 0])  # waits for it
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times)
 
 
 def features(count: int, rows: int, columns: int, device: str) -> torch.Tensor:
@@ -150,29 +195,34 @@ def main(
 ) -> None:
     console = Console()
     found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
-    for size, (rows, columns) in SIZES.items():
+    best = rate(device)
+    for size, (rows, columns, tower) in SIZES.items():
         found[size] = {}
-        for count in batch if rows * columns < 10**7 else batch[:1]:
+        encoding = 1000 * tower.operations(rows) / best
+        for count in batch if rows <= WINDOW["tile"] else batch[:1]:
             with console.status(f"{size}, {count} at a time"):
                 found[size][count] = measure(features(count, rows, columns, device))
             table = Table(
                 title=f"{size}, {count} at a time: milliseconds per image; budgets are {ENERGY} of the energy"
             )
-            for heading in ("contender", "ms", "x svdvals", "x randomized", "budget off by"):
+            for heading in ("contender", "ms", "x svdvals", "x randomized", "% of tower", "budget off by"):
                 table.add_column(heading, justify="left" if heading == "contender" else "right")
             each = found[size][count]
             for name, row in each.items():
-                ratios = [each[other]["milliseconds"] / row["milliseconds"] for other in ("svdvals", "randomized SVD")]
+                row["share_of_tower"] = row["milliseconds"] / encoding
+                other = name == A_THIRD or (name.startswith("eadaprune") and rows > WINDOW["tile"])
+                ratios = [each[than]["milliseconds"] / row["milliseconds"] for than in ("svdvals", "randomized SVD")]
                 table.add_row(
                     name,
                     f"{row['milliseconds']:.2f}",
                     *(f"{r:.2f}" for r in ratios),
-                    "" if name == A_THIRD else f"{min(row['deviation'])} to {max(row['deviation'])}",
+                    f"{100 * row['share_of_tower']:.2f}",
+                    "" if other else f"{min(row['deviation'])} to {max(row['deviation'])}",
                 )
             console.print(table)
     name = "budget" if device == "cpu" else f"budget-{device}"
     output.mkdir(exist_ok=True)
-    settings = {"energy": ENERGY, "k_max": K_MAX, "computed_on": device}
+    settings = {"energy": ENERGY, "k_max": K_MAX, "computed_on": device, "operations_per_second": best}
     (output / f"{name}.json").write_text(json.dumps({"about": about() | settings, "found": found}, indent=1) + "\n")
     draw(found, output / f"{name}.png")
 

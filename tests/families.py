@@ -18,6 +18,8 @@ from transformers import (
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vImageProcessor,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
     Glm4vProcessor,
     Glm4vVideoProcessor,
     Glm46VImageProcessor,
@@ -325,6 +327,14 @@ _MOE = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+_GLM_MOE = {
+    "head_dim": 32,
+    "n_routed_experts": 4,
+    "use_qk_norm": False,  # checkpoints say it; transformers does not know it, and vLLM has no default
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+}
 _GLM4V = (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
 FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava": lambda: _llava(CLIPVisionConfig),
@@ -342,6 +352,9 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
         Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, _MOE | {"shared_expert_intermediate_size": 64}
     ),
     "glm4v": lambda: _glm(Glm4vForConditionalGeneration, Glm4vConfig, _GLM4V, {}, {"intermediate_size": 96}),
+    "glm4v_moe": lambda: _glm(
+        Glm4vMoeForConditionalGeneration, Glm4vMoeConfig, _GLM4V, _GLM_MOE, {"intermediate_size": 96}
+    ),
     "glm_ocr": _glm_ocr,
     "paddleocr_vl": _paddleocr,
 }
@@ -352,7 +365,7 @@ WITHOUT_IMAGE = ("llava_next_video",)
 WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl", "gemma3", "mistral3")
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
 NOT_TOGETHER = ("llava_onevision",)  # are videos of different lengths: vLLM, stock or not, fails over both in a step
-ONE_VIDEO = ("glm4v", "glm_ocr")  # is the most that vLLM lets them have in a prompt
+ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
 
 
 def _hub(name: str, weight: torch.Tensor, tower: str) -> tuple[str, torch.Tensor]:

@@ -10,6 +10,12 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
     GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -54,6 +60,17 @@ def _named(tokens: dict[str, str], *others: str) -> PreTrainedTokenizerFast:
 GEMMA = _named(
     {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
     *("\n" * count for count in range(1, 5)),
+)
+GEMMA4 = _named(
+    {
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+        "audio_token": "<|audio|>",
+        "video_token": "<|video|>",
+    }
 )
 INTERN = _named(
     {
@@ -108,6 +125,45 @@ def _gemma3() -> tuple[Any, Any, Any]:
         image_seq_length=tokens,
     )
     return Gemma3ForConditionalGeneration, config, processor
+
+
+def _gemma4() -> tuple[Any, Any, Any]:
+    """Nine patches are a token."""
+    tokens = 70  # at most, of an image or a frame; the fewest that its processor allows
+    text = {"head_dim": 32, "global_head_dim": 32, "sliding_window": 4096}
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "position_embedding_size": 1024,
+        "default_output_length": tokens,
+    }
+    config = Gemma4Config(
+        vision_config=vision,
+        text_config=text_settings(GEMMA4)
+        | text
+        # vLLM takes it for granted that the token which stands for images is the first.
+        | {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16, "pad_token_id": 0},
+        boi_token_id=GEMMA4.boi_token_id,
+        eoi_token_id=GEMMA4.eoi_token_id,
+        image_token_id=GEMMA4.image_token_id,
+        boa_token_id=GEMMA4.boa_token_id,
+        eoa_token_index=GEMMA4.eoa_token_id,
+        audio_token_id=GEMMA4.audio_token_id,
+        video_token_id=GEMMA4.video_token_id,
+    )
+    processor = Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(max_soft_tokens=tokens),
+        GEMMA4,
+        Gemma4VideoProcessor(max_soft_tokens=tokens),
+        chat_template=TEMPLATE.format(image="<|image|>", video="<|video|>"),
+        image_seq_length=tokens,
+    )
+    return Gemma4ForConditionalGeneration, config, processor
 
 
 def _internvl() -> tuple[Any, Any, Any]:
@@ -167,6 +223,7 @@ def _idefics3() -> tuple[Any, Any, Any]:
 
 GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "internvl": _internvl,
     "llava_next_video": _llava_next_video,
     "mistral3": _mistral3,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from generic_families import GENERIC
 from PIL import Image
-from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AttentionInterface, AttentionMaskInterface, AutoImageProcessor, AutoModelForImageTextToText
 from transformers.image_processing_utils import select_best_resolution
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
 
 from eadaprune_vllm.options import PruneOptions
@@ -32,6 +33,7 @@ def _attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *ar
 
 
 AttentionInterface.register("watched", _attend)
+AttentionMaskInterface.register("watched", sdpa_mask)  # or padding would be attended to
 
 
 @contextmanager

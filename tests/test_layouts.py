@@ -17,7 +17,7 @@ from eadaprune_vllm.prune import Layout
 
 TILED = {"llava_next": LlavaNextModel, "llava_onevision": LlavaOnevisionModel}
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
-OTHER_GRIDS = ["glm4v", "glm_ocr", "paddleocr_vl"]
+OTHER_GRIDS = ["glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"]
 LENGTHS = (1, 2, 5, 20, 90, 111, 112, 113, 224, 333, 448, 640, 800, 5000)
 SIZES = list(itertools.product(LENGTHS, LENGTHS))
 NEWLINE = -7.0

@@ -54,7 +54,8 @@ def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         ModelRegistry.register_model(architecture, path)
     store = tmp_path_factory.mktemp("ranks") / "store"
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
-        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as a worker on a CPU does, and the next
+        patch.setattr(torch.accelerator, "get_memory_info", lambda: (2**30, 2**30))
         patch.setattr(loader, "_MODEL_ARCH_BY_HASH", {})  # what tests of stock models found for the same folders
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         initialize_model_parallel()

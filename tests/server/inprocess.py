@@ -109,7 +109,7 @@ if __name__ == "__main__":
                 enforce_eager=True,
                 max_model_len=4096,
                 # Images are cut over several steps, but for Gemma's, which vLLM never cuts.
-                max_num_batched_tokens=512 if name == "gemma3" else 64,
+                max_num_batched_tokens=512 if name.startswith("gemma") else 64,
                 block_size=32,
                 limit_mm_per_prompt={"image": 5, "video": videos},
             )

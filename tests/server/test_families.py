@@ -98,9 +98,9 @@ class Family:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.transformers = transformers_model(folder, torch.float32)
         # vLLM's experts on a CPU are not as exact as the rest of it, stock or pruned; Gemma's logits are large numbers.
-        self.noise = 3e-3 if "moe" in name else 1e-4 if name == "gemma3" else 1e-5
+        self.noise = 3e-3 if "moe" in name else 1e-4 if name.startswith("gemma") else 1e-5
         # With such logits its likeliest tokens stay what they are.
-        self.told = "first" if name == "gemma3" else "tokens"
+        self.told = "first" if name.startswith("gemma") else "tokens"
 
     @cache  # noqa: B019
     def kept(self, word: str, options: str) -> Kept:

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,17 +39,18 @@ REFERENCES = [f"{way}, fixed" for way in (*OF_SQUARES, "span")] + ["span, adapti
 Ways = dict[tuple[int, str], Setting]  # by mean budget and what it is called, which ends with its kind
 
 
-def chosen(curves: list[Curve], selectors: list[str]) -> Ways:
+def chosen(curves: list[Curve], selectors: list[str], floors: Sequence[int] = FLOORS) -> Ways:
     """What a server can be asked for as it is.
 
     Args:
         curves: of the image of each question.
-        selectors: to choose by, at every mean budget; least numbers are tried with the first.
+        selectors: to choose by, at every mean budget.
+        floors: least numbers, which are tried with the first of these; with the others only the first of them.
     """
     found: Ways = {}
     for selector, tokens in itertools.product(selectors, MEANS):
         (found[tokens, f"{selector}, fixed"],) = fixed([tokens], [selector])
-        for least in FLOORS if selector == selectors[0] else FLOORS[:1]:
+        for least in floors if selector == selectors[0] else floors[:1]:
             if least < tokens < MOST:
                 share = tokens / len(curves[0].needed_above)
                 energy = solve(curves, share, PruneOptions(min_tokens=least)).energy

@@ -32,13 +32,13 @@ def ask(how: str, folder: Path, scenes: int) -> Results:
     with served(folder, how) as server:
         model = ServedModel(server.url)
         curves = {image: curve(model, image, read(image)) for image in dict.fromkeys(asked)}
-        ways = chosen([curves[image] for image in asked], ["span"])
+        ways = chosen([curves[image] for image in asked], ["span"], [1])
         asyncio.run(run(results, server.url, list(ways.values())))
     return results
 
 
 def main(
-    scenes: Annotated[int, typer.Option(help="About nine questions are asked of each.")] = 220,
+    scenes: Annotated[int, typer.Option(help="About nine questions are asked of each.")] = 80,
     output: Annotated[Path, typer.Option(help="Folder that takes the result.")] = RESULTS,
 ) -> None:
     console, rows = Console(), list[dict[str, Any]]()

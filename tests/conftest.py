@@ -28,6 +28,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # as in the servers beside it
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:  # nothing was asked for
         config.option.markexpr = "not server and not slow"
 

@@ -25,8 +25,8 @@ BLOCK_SIZE = 32  # the smallest that attention on a CPU takes
 KV_BYTES = 2 * 2 * 2 * 32 * getattr(torch, DTYPE).itemsize
 
 
-# Without it vLLM for CPU always gives the worker a process. That process would set its number of threads.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+# Without it vLLM for CPU always gives the worker a process.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Flags for a process of the worker's own, as where there are several ranks.
 OWN_PROCESS = ["--distributed-executor-backend", "mp"]
 
@@ -34,6 +34,7 @@ OWN_PROCESS = ["--distributed-executor-backend", "mp"]
 def environment(**extra: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "EADAPRUNE_"))}
     ours = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    ours["OMP_NUM_THREADS"] = "1"  # models are small, and threads of several processes would wait for one another
     if worker := inherited.get("PYTEST_XDIST_WORKER"):  # or else vLLM binds the workers of all servers to the same core
         ours["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % (os.cpu_count() or 1))
     return inherited | ours | extra

@@ -71,7 +71,6 @@ SIZES = {
     "Qwen2.5-VL, 16384 tokens (16384 x 3584)": (16384, 3584, QWEN),
 }
 THREADS = ThreadpoolController()
-SECONDS = 8.0  # of each contender with each size and batch; at least three times
 
 
 def rate(device: str) -> float:
@@ -167,10 +166,10 @@ CONTENDERS: dict[str, Callable[[torch.Tensor], list[int]]] = {
 }
 
 
-def measure(batch: torch.Tensor) -> dict[str, dict[str, Any]]:
+def measure(batch: torch.Tensor, seconds: float) -> dict[str, dict[str, Any]]:
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     budgets: dict[str, list[int]] = {}
-    while pending := [name for name, spent in times.items() if len(spent) < 3 or sum(spent) < SECONDS / 2]:
+    while pending := [name for name, spent in times.items() if len(spent) < 3 or sum(spent) < seconds]:
         for name in pending:
             start = time.perf_counter()
             budgets[name] = CONTENDERS[name](batch)  # on the CPU at the end, so that a GPU is waited for
@@ -191,17 +190,21 @@ def measure(batch: torch.Tensor) -> dict[str, dict[str, Any]]:
 def main(
     device: Annotated[str, typer.Option(help="Where features are, and contenders compute.")] = "cpu",
     batch: Annotated[list[int], typer.Option(help="Images at a time.")] = [1, 8, 32],  # noqa: B006
+    seconds: Annotated[float, typer.Option(help="For each contender, size and batch; at least three times.")] = 4,
+    most_tokens: Annotated[int, typer.Option(help="Of an image; larger ones are left out.")] = 16384,
     output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
 ) -> None:
     console = Console()
     found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
     best = rate(device)
     for size, (rows, columns, tower) in SIZES.items():
+        if rows > most_tokens:
+            continue
         found[size] = {}
         encoding = 1000 * tower.operations(rows) / best
         for count in batch if rows <= WINDOW["tile"] else batch[:1]:
             with console.status(f"{size}, {count} at a time"):
-                found[size][count] = measure(features(count, rows, columns, device))
+                found[size][count] = measure(features(count, rows, columns, device), seconds)
             table = Table(
                 title=f"{size}, {count} at a time: milliseconds per image; budgets are {ENERGY} of the energy"
             )

@@ -29,6 +29,7 @@ SERVING = ["serving.py", "--images", "1"]
 LOADS = ["--language-model", "7b", "--rounds", "2", "--requests", "16", *SHARED_GPU]
 LOADS += ["--concurrency", "1", "--concurrency", "16", "--concurrency", "64"]
 TINY_LOADS = [*CPU, "--rounds", "1", "--requests", "2", "--concurrency", "1", "--concurrency", "2"]
+SMALL = ["--batch", "1", "--most-tokens", "1024"]
 BATCHES = [part for batch in (1, 4, 16, 32) for part in ("--batch", str(batch))]
 
 
@@ -54,7 +55,7 @@ class Part:
 PARTS = {
     "serving-32": Part([*SERVING, "--output-tokens", "32"], LOADS, TINY_LOADS, "serving.json", 420),
     "serving-1": Part([*SERVING, "--output-tokens", "1"], LOADS, TINY_LOADS, "serving.json", 300),
-    "budget": Part(["budget.py"], ["--device", "cuda", *BATCHES], ["--batch", "1"], "budget*.json", 240),
+    "budget": Part(["budget.py", "--seconds", "1"], ["--device", "cuda", *BATCHES], SMALL, "budget*.json", 240),
     "large": Part(["large.py"], SHARED_GPU, [*CPU, "--tokens", "256", "--requests", "1"], "large.json", 240),
     "capacity": Part(["capacity.py"], [], [], "capacity.json", 120),
 }

@@ -196,6 +196,7 @@ def summarize(config: LlavaConfig, runs: list[dict[str, Any]]) -> list[dict[str,
     contenders = [*dict.fromkeys(["stock", "energy 1", *(run["contender"] for run in runs)])]
     turns = Counter((run["images"], run["concurrency"], run["round"]) for run in runs)
     runs = [run for run in runs if turns[run["images"], run["concurrency"], run["round"]] == len(contenders)]
+    columns = [column for column in COLUMNS if all(run[column] for run in runs)]  # nothing is between a single token
     cells = sorted({Cell(run["images"], run["concurrency"], run["requests"]) for run in runs}, key=astuple)
     rows = []
     for cell, contender in itertools.product(cells, contenders):
@@ -204,7 +205,7 @@ def summarize(config: LlavaConfig, runs: list[dict[str, Any]]) -> list[dict[str,
             return [run for run in runs if run["contender"] == name and asdict(cell).items() <= run.items()]
 
         row: dict[str, Any] = {"contender": contender, "images": cell.images, "concurrency": cell.concurrency}
-        for column in COLUMNS:
+        for column in columns:
             ratios = [
                 run[column] / stock[column] if column == "requests_per_second" else stock[column] / run[column]
                 for run, stock in zip(of(contender), of("stock"), strict=True)
@@ -229,7 +230,10 @@ def report(console: Console, rows: list[dict[str, Any]]) -> None:
         table.add_column(heading, justify="left" if heading == "contender" else "right")
     for row in rows:
         ratios = [
-            f"{row[f'{c}_speedup']:.2f} ({row[f'{c}_spread'][0]:.2f} to {row[f'{c}_spread'][1]:.2f})" for c in COLUMNS
+            f"{row[f'{c}_speedup']:.2f} ({row[f'{c}_spread'][0]:.2f} to {row[f'{c}_spread'][1]:.2f})"
+            if f"{c}_speedup" in row
+            else ""
+            for c in COLUMNS
         ]
         start = (str(row["images"]), str(row["concurrency"]), row["contender"])
         table.add_row(*start, f"{row['prompt_tokens']:.0f}", f"{row['limit']:.2f}", *ratios)

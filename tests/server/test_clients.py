@@ -88,7 +88,7 @@ def test_openai_async_and_streaming(pruning: Server, reference: Reference, image
     for energy, (first, *others) in zip((0.8, 0.99, 1.0), asyncio.run(together()), strict=True):
         kept = len(reference.kept(images["coffee"], energy=energy))
         assert first.model_extra["eadaprune"]["kept_tokens"] == kept
-        assert others  # as many as the server had time for
+        assert others[-1].choices[0].finish_reason == "length"  # tokens that wait for a slow client come together
         assert not any("eadaprune" in (chunk.model_extra or {}) for chunk in others)
 
 

@@ -24,6 +24,7 @@ class Newlines:
     Attributes:
         mask: ``[placeholders]`` bool, which of the unpruned prompt's placeholders are newlines.
         line: ``[N]`` int64, which of these newlines ends the line of the picture that a token is in; -1 for none.
+            What ends no token's line separates pictures.
     """
 
     mask: torch.Tensor
@@ -58,8 +59,7 @@ class Layout:
         return self.newlines.mask if self.newlines else torch.zeros(len(self.part), dtype=torch.bool)
 
     def placeholders(self, indices: torch.Tensor) -> torch.Tensor:
-        """Which placeholders stay with some of the tokens: these, and the newlines of lines that keep any; with all
-        tokens all newlines do, also those of lines without any.
+        """Which placeholders stay with some of the tokens: these, separators, and the newlines of lines that keep any.
 
         Args:
             indices: ``[k]`` int64, of the tokens.
@@ -70,8 +70,9 @@ class Layout:
         is_newline = self.is_newline
         stays = is_newline.clone()
         stays[(~is_newline).nonzero()[:, 0][indices]] = True
-        if self.newlines and len(indices) < len(self.part):
-            stays[is_newline] = torch.isin(torch.arange(int(is_newline.sum())), self.newlines.line[indices])
+        if self.newlines:
+            ends, line = torch.arange(int(is_newline.sum())), self.newlines.line
+            stays[is_newline] = torch.isin(ends, line[indices]) | torch.isin(ends, line, invert=True)
         return stays.nonzero()[:, 0]
 
 

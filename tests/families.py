@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
+from internvl_chat import opengvlab
 from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -361,6 +362,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
+OWN_CODE = ("internvl_chat",)  # comes with these checkpoints
 WITHOUT_IMAGE = ("llava_next_video",)
 WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl", "gemma3", "mistral3")
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
@@ -400,6 +402,8 @@ def make_family(name: str, folder: Path) -> Path:
         weights = {later_name(stored): weight for stored, weight in weights.items()}
     save_torch_state_dict(weights, folder, max_shard_size="300KB" if name in LATER else "5GB")
     processor.save_pretrained(folder)
+    if name in OWN_CODE:
+        opengvlab(folder)
     return folder
 
 

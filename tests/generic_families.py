@@ -78,7 +78,8 @@ INTERN = _named(
         "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
-    }
+    },
+    "<|video_pad|>",
 )
 MISTRAL = byte_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 
@@ -170,7 +171,7 @@ def _internvl() -> tuple[Any, Any, Any]:
     """Four patches are a token."""
     tokens, size = (SIDE // PATCH) ** 2, {"height": 2 * SIDE, "width": 2 * SIDE}
     config = InternVLConfig(
-        vision_config=tower_config(InternVLVisionConfig, 2 * SIDE),
+        vision_config=tower_config(InternVLVisionConfig, 2 * SIDE, attention_bias=True),
         text_config=Qwen2Config(**text_settings(INTERN)),
         image_token_id=INTERN.context_image_token_id,
         image_seq_length=tokens,
@@ -225,6 +226,7 @@ GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "gemma3": _gemma3,
     "gemma4": _gemma4,
     "internvl": _internvl,
+    "internvl_chat": _internvl,
     "llava_next_video": _llava_next_video,
     "mistral3": _mistral3,
 }

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from generic_families import GENERIC
+from internvl_chat import original, processor
 from PIL import Image
-from transformers import AttentionInterface, AttentionMaskInterface, AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
 from transformers.image_processing_utils import select_best_resolution
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -48,7 +49,7 @@ def _watched() -> Iterator[Weights]:
 
 def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     """What transformers makes of a checkpoint, where vLLM computes the same otherwise in vLLM's way."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForImageTextToText.from_pretrained(original(folder), dtype=dtype).eval()
     if model.config.model_type == "paddleocr_vl":
         model.model.visual.vision_model.embeddings.interpolation_align_corners = False
     return model
@@ -64,7 +65,7 @@ class Reference:
 
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
         self.model = transformers_model(model, dtype).model
-        self.image_processor = AutoImageProcessor.from_pretrained(model)
+        self.image_processor = processor(model).image_processor
         self._tower = self.model.visual if hasattr(self.model, "visual") else self.model.vision_tower
         self._tower.set_attn_implementation("watched")
         self._dtype = dtype

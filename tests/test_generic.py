@@ -35,6 +35,11 @@ def test_our_classes_are_in_front_of_vllms() -> None:
     assert sys.modules[ours.__module__] is sys.modules[made.processor.__module__] is generic
 
 
+def test_what_reads_pages_keeps_all_of_them_by_default() -> None:
+    assert generic.LightOnOCRForConditionalGeneration.eadaprune_energy == 1.0
+    assert generic.Gemma3ForConditionalGeneration.eadaprune_energy is None
+
+
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "__path__", "Nothing"])
 def test_there_is_no_class_for_what_vllm_has_no_multimodal_model_of(name: str) -> None:
     assert not hasattr(generic, name)

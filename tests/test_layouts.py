@@ -147,6 +147,47 @@ def test_frames_are_the_parts_of_a_video() -> None:
     assert found.placeholders(torch.tensor([20])).tolist() == [20, 48]
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+def test_tiles_of_a_page_are_one_picture_before_the_whole_and_a_separator(columns: int, rows: int) -> None:
+    """As vLLM's own model arranges them, whose towers are left out: features say where tokens come from."""
+    cls = adapter("DeepseekOCRForCausalLM")
+    tiles = columns * rows if columns * rows > 1 else 0
+    pixels, crops = torch.zeros(1, 3, 1024, 1024), torch.ones(tiles, 3, 640, 640)
+    crop = torch.tensor([columns, rows])
+
+    def towers(seen: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        """The number of each tile, and of the token in it, for all their tokens, after a CLS token's."""
+        count, length = len(seen), (seen.shape[-1] // 64) ** 2
+        numbers = torch.stack([torch.arange(count)[:, None].expand(-1, length), torch.arange(length).expand(count, -1)])
+        return torch.nn.functional.pad(numbers.permute(1, 2, 0).float(), (0, 0, 1, 0))
+
+    stock = object.__new__(cls)
+    torch.nn.Module.__init__(stock)
+    vars(stock).update(
+        sam_model=lambda seen: torch.zeros(len(seen), 0, (seen.shape[-1] // 64) ** 2, 1),
+        vision_model=towers,
+        projector=lambda features: features,
+        image_newline=torch.full((2,), NEWLINE),
+        view_seperator=torch.full((2,), NEWLINE - 1),
+    )
+    (placeholders,) = stock._pixel_values_to_embedding(pixels, crops, crop[None])
+    data = {"pixel_values": pixels[0], "images_crop": crops, "images_spatial_crop": crop}
+    found = cls.eadaprune_layout(None, "image", data, len(placeholders))
+
+    assert torch.equal(found.is_newline, placeholders[:, 0] <= NEWLINE)
+    of_tiles, of_whole = (placeholders[~found.is_newline][found.part == part] for part in (0, 1))
+    assert found.grids == ((10 * rows, 10 * columns),) * bool(tiles) + ((16, 16),)
+    whole = of_whole if tiles else of_tiles
+    assert torch.equal(whole[:, 1], torch.arange(256.0))
+    if tiles:
+        lines = of_tiles[:, 0].view(10 * rows, 10 * columns)
+        assert lines.unique().numel() == tiles
+        assert lines[-1, -1] == tiles - 1
+    one = found.placeholders(torch.tensor([0]))
+    width = 10 * columns if tiles else 16
+    assert one.tolist() == [0, width, len(placeholders) - 1]
+
+
 @pytest.mark.parametrize("name", ["llava", "llava_siglip"])
 def test_embeddings_of_a_client_are_no_grid(name: str) -> None:
     assert layout(name, 64, pixel_values=torch.zeros(3, 112, 112)).grids == ((8, 8),)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, WITHOUT_IMAGE, WITHOUT_VIDEO
+from families import FAMILIES, OWN_CODE, WITHOUT_IMAGE, WITHOUT_VIDEO
 from generic_families import GENERIC
 from inprocess import SCENES
+from internvl_chat import processor
 from reference import Reference
-from transformers import AutoProcessor
 from vllm import ModelRegistry
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -74,7 +74,10 @@ class Loaded:
     """
 
     def __init__(self, name: str, folder: Path) -> None:
-        args = EngineArgs(str(folder), max_model_len=4096, dtype="float32", enforce_eager=True)
+        own_code = name in OWN_CODE
+        args = EngineArgs(
+            str(folder), max_model_len=4096, dtype="float32", enforce_eager=True, trust_remote_code=own_code
+        )
         self.config = args.create_engine_config()
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
@@ -111,8 +114,7 @@ class Loaded:
     @property
     def clip(self) -> Any:
         """The clip as transformers' processor has it."""
-        processor = AutoProcessor.from_pretrained(self._folder).video_processor
-        return processor(CLIP, do_sample_frames=False, return_tensors="pt")
+        return processor(self._folder).video_processor(CLIP, do_sample_frames=False, return_tensors="pt")
 
     def expected(self, **options: Any) -> list[Kept]:
         """The reference's decisions about all images and the clip, as far as it takes any."""

@@ -125,7 +125,7 @@ def test_a_part_of_zeros_needs_one_token() -> None:
 
 
 def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
-    """Two tokens without a line, then lines of three tokens, of none, and of three again, a newline after each."""
+    """Two tokens without a line, then a line of three tokens, a separator, and a line of three again."""
     mask = torch.zeros(11, dtype=torch.bool)
     mask[torch.tensor([5, 6, 10])] = True
     line = torch.tensor([-1, -1, 0, 0, 0, 2, 2, 2])
@@ -137,8 +137,8 @@ def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
     kept = prune(encoding, PruneOptions(min_tokens=2, max_tokens=2, selector="attention"))
     assert kept.unpruned == 11
     assert kept.indices.tolist() == [1, 3]
-    assert kept.placeholders.tolist() == [1, 3, 5]
-    assert kept.newlines == 1
+    assert kept.placeholders.tolist() == [1, 3, 5, 6]
+    assert kept.newlines == 2
     assert len(kept) == 2  # newlines are not in the budget
 
     full = prune(encoding, PruneOptions(energy=1.0))

@@ -7,6 +7,7 @@ from typing import Any
 _GENERIC = "eadaprune_vllm.models.generic"
 _ANY = "EADAPRUNE_ANY_MODEL"  # in the environment: children of a process know by it
 ARCHITECTURES = {
+    "DeepseekOCRForCausalLM": "eadaprune_vllm.models.deepseek_ocr:PrunedDeepseekOCRForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_GENERIC}:Gemma3ForConditionalGeneration",
     "Gemma4ForConditionalGeneration": f"{_GENERIC}:Gemma4ForConditionalGeneration",
     "Glm4vForConditionalGeneration": "eadaprune_vllm.models.glm4_1v:PrunedGlm4vForConditionalGeneration",

@@ -87,7 +87,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                 if may_prune(options):
                     mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key})
                 of[modality].append(Item(image_hash, mm_hash, options, choice.options.threshold))
-        return Items(of)
+        return Items(of, weights=self.front_end.weights)
 
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
         """Process, one by one, items that neither the cache has nor were read before, for this request or another: no
@@ -103,6 +103,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         assert self.front_end
         cache, fewest, room = inputs.cache, len(inputs.prompt), self.front_end.asker.most
         all_read = True
+        if items.weights != self.front_end.weights:
+            items.weights = self.front_end.weights
+            items.new.clear()
         if any(of_each.get_passthrough_data() for of_each in inputs.mm_data_items.values()):
             cache = None  # as vLLM has it
         for modality, of_each in items.of.items():
@@ -118,12 +121,12 @@ class PruningProcessor(BaseMultiModalProcessor):
                     items.new[item.mm_hash] = self.front_end.new[item.mm_hash] = new
                     room -= new.question.num_placeholders
                 fewest += items.new[item.mm_hash].fewest(item.options) - 1  # the prompt has one token in its place
-                self._check_length(fewest)
+                self.check_length(fewest)
         if cache:
             cache.release_sender_touches()
         return all_read
 
-    def _check_length(self, fewest: int) -> None:
+    def check_length(self, fewest: int) -> None:
         """Raises:
         VLLMValidationError: if a prompt of at least so many tokens can never fit.
         """

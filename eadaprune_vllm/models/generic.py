@@ -59,7 +59,8 @@ def __getattr__(name: str) -> Any:
     factory = stock._processor_factory
     own = {"__module__": __name__}
     processor = type(f"Pruned{name}Processor", (PruningProcessor, factory.processor), own)
-    model = type(f"Pruned{name}", (RowPerPlaceholder, stock), own)
+    reads = {"eadaprune_energy": 1.0} if "OCR" in name.upper() else {}  # pages of text would lose most
+    model = type(f"Pruned{name}", (RowPerPlaceholder, stock), own | reads)
     registered = MULTIMODAL_REGISTRY.register_processor(processor, info=factory.info, dummy_inputs=factory.dummy_inputs)
     globals().update({processor.__name__: processor, name: registered(model)})
     return model

@@ -21,6 +21,11 @@ from eadaprune_vllm.report import ItemReport, Pruning, Timing
 from eadaprune_vllm.wire import Answer, Decided, Failed, Question
 
 
+def digest(placeholders: torch.Tensor) -> str:
+    """What tells a decision from others about the same image or video: ``[p]`` int64, the placeholders that stay."""
+    return "-" + hashlib.blake2b(placeholders.numpy().data, digest_size=8).hexdigest()
+
+
 @dataclass
 class PrunedDetails(PromptUpdateDetails):
     """Placeholders of one item, with what a cache hit repeats.
@@ -50,9 +55,7 @@ class PrunedDetails(PromptUpdateDetails):
     @property
     def digest(self) -> str:
         """Of what is kept; empty if that is everything, as vLLM sends it."""
-        if self.kept is None:
-            return ""
-        return "-" + hashlib.blake2b(self.kept.placeholders.numpy().data, digest_size=8).hexdigest()
+        return "" if self.kept is None else digest(self.kept.placeholders)
 
     def report(self, item: "Item") -> ItemReport:
         kept, num_placeholders = self.kept, int(self.embeds.sum())
@@ -162,6 +165,7 @@ class Items:
     Attributes:
         of: each, by modality.
         new: what is made of those that are not cached, by ``mm_hash``.
+        weights: with what number of weights, as ``FrontEnd`` counts them.
         reports: of each, by modality, once vLLM has processed them.
         identifiers: by ``mm_hash``, by which the engine tells what it encodes of each from others: the image or video,
             and the kept tokens, whatever options they come from.
@@ -170,6 +174,7 @@ class Items:
 
     of: Mapping[str, list[Item]]
     new: dict[str, New] = field(default_factory=dict)
+    weights: int = 0
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     identifiers: dict[str, str] = field(default_factory=dict)
     skipped: int = 0

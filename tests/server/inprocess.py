@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from families import HYBRID, ONE_VIDEO, WITHOUT_VIDEO
+from families import HYBRID, ONE_VIDEO, OWN_CODE, WITHOUT_VIDEO
 from PIL import Image
 from shared import noise, photo
 from vllm import LLM, SamplingParams
@@ -107,6 +107,7 @@ if __name__ == "__main__":
                 folder,
                 dtype="bfloat16" if name in ("awq", *HYBRID) else "float32",  # AWQ knows no float32
                 enforce_eager=True,
+                trust_remote_code=name in OWN_CODE,
                 max_model_len=4096,
                 # Images are cut over several steps, but for Gemma's, which vLLM never cuts.
                 max_num_batched_tokens=512 if name.startswith("gemma") else 64,

@@ -18,9 +18,9 @@ import torch
 from families import FAMILIES, HYBRID, NOT_TOGETHER, ONE_VIDEO, WITHOUT_IMAGE, WITHOUT_VIDEO, quantize
 from harness import environment
 from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
+from internvl_chat import processor
 from PIL import Image
 from reference import Reference, transformers_model
-from transformers import AutoProcessor
 
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept, prune
@@ -95,7 +95,7 @@ class Family:
         self.null, self.some, self.again = (dict(zip(self.chats, batch, strict=True)) for batch in batches[:3])
         self.various = batches[3]
         self.reference = Reference(folder, torch.float32)
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor = processor(folder)
         self.transformers = transformers_model(folder, torch.float32)
         # vLLM's experts on a CPU are not as exact as the rest of it, stock or pruned; Gemma's logits are large numbers.
         self.noise = 3e-3 if "moe" in name else 1e-4 if name.startswith("gemma") else 1e-5

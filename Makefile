@@ -20,7 +20,7 @@ setup: $(STAMP) ## Install everything into .venv (vLLM for CPU, unless EADAPRUNE
 
 .venv/.installed: pyproject.toml $(wildcard docker/cpu/*.sh docker/cpu/vllm-bridge/*)
 	$(PYTHON) -m venv .venv
-	@echo "Installing into .venv; 3 minutes on a fast connection:"
+	@echo "Installing into .venv; 3 to 6 minutes on a fast connection:"
 	@docker/cpu/install.sh .venv/bin/python
 	@echo "This project and its tools"
 	@.venv/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev]'
@@ -37,13 +37,13 @@ demo: $(STAMP) ## Serve the embedded model, ask it about pictures, show what was
 serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
 
-test: $(STAMP) ## Run all tests but the slow ones, two files at a time (under an hour on 2 cores)
+test: $(STAMP) ## Run all tests but the slow ones, two files at a time (half an hour on 2 cores)
 	$(PY) -m pytest -m "not slow"
 
 test-unit: $(STAMP) ## Run the tests that start no vLLM (2:20 minutes on 2 cores)
 	$(PY) -m pytest -m "not server"
 
-test-slow: $(STAMP) ## Run the slow tests
+test-slow: $(STAMP) ## Run the slow tests (45 minutes on 2 cores)
 	$(PY) -m pytest -m slow -n 0
 
 test-versions: $(STAMP) ## Run unit tests and a smoke on each release of vLLM and each Python (installs them; an hour)

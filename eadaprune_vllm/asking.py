@@ -1,9 +1,9 @@
-"""Asking the engine what to keep: questions of all requests that wait travel together, one call at a time."""
+"""Asking the engines what to keep: questions of all requests that wait travel together, one call at a time to each."""
 
 import asyncio
 import concurrent.futures
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +43,11 @@ class Asker:
     def __init__(self, most: int) -> None:
         self.most = most
         self._ask: Callable[[bytes], bytes] | None = None
-        self._ask_async: Callable[[bytes], Awaitable[bytes]] | None = None
+        self._ask_async: AsyncEngines | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._requests: deque[_Waiting] = deque()
         self._open: WeakValueDictionary[int, _Asked] = WeakValueDictionary()  # not answered, by the question's id
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def connect(self, client: Any) -> None:
         """Ask by this engine client of vLLM's."""
@@ -66,8 +66,10 @@ class Asker:
         """
         self._loop = asyncio.get_running_loop()
         promises = self._enter(questions, self._loop)
-        if not self._task or self._task.done():
-            self._task = asyncio.create_task(self._run())
+        assert self._ask_async, "images and videos come after the engine"
+        self._tasks = {task for task in self._tasks if not task.done()}
+        if len(self._tasks) < self._ask_async.at_once:
+            self._tasks.add(asyncio.create_task(self._run()))
         found: list[Answer] = await asyncio.gather(*promises)
         return found
 
@@ -98,12 +100,13 @@ class Asker:
             try:
                 payload = await asyncio.to_thread(pack, [asked.question for asked in batch])
                 found = await asyncio.to_thread(answers, await self._ask_async(payload))
+                answered = list(zip(batch, found, strict=True))
             except Exception as error:
                 for asked in batch:
                     for promise in self._close(asked):
                         promise.set_exception(error)
                 continue
-            for asked, answer in zip(batch, found, strict=True):
+            for asked, answer in answered:
                 for promise in self._close(asked):
                     promise.set_result(answer)
 

@@ -14,12 +14,14 @@ from PIL.Image import DecompressionBombError
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.datastructures import State
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from eadaprune_vllm import __version__, page
+from eadaprune_vllm.models.items import New
 from eadaprune_vllm.naming import NAME
-from eadaprune_vllm.options import SELECTOR_NAMES, request_schema
+from eadaprune_vllm.options import KEY, SELECTOR_NAMES, request_schema
 from eadaprune_vllm.preview import look_at, previews
 from eadaprune_vllm.report import Config, Preview, Reference
 from eadaprune_vllm.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers, told
@@ -116,24 +118,42 @@ async def config(request: Request) -> Config:
     )
 
 
-@router.post("/preview", responses={code: {"model": ErrorResponse} for code in (400, 404, 500)})
-async def preview(body: PreviewRequest, request: Request) -> Preview:
+@router.post("/preview", response_model=Preview, responses={code: {"model": ErrorResponse} for code in (400, 404, 500)})
+async def preview(body: PreviewRequest, request: Request) -> Any:
     """What pruning would make of the images and videos of a chat request, without generating anything."""
+    return await _preview(body, request) or Response(status_code=499)
+
+
+@with_cancellation  # type: ignore[untyped-decorator]
+async def _preview(body: PreviewRequest, request: Request) -> Preview:
+    """What it is, unless the client goes away."""
     state = request.app.state
     models = state.openai_serving_models
     if body.model and not models.is_base_model(body.model) and body.model not in models.lora_requests:
         raise VLLMNotFoundError(f"The model `{body.model}` does not exist.")
     processor = state.eadaprune
     messages = [message.model_dump() for message in body.messages]
+    extra = body.model_extra or {}
     with refusals(processor.front_end):
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
-        layers = request_layers(context, (body.model_extra or {}).get("mm_processor_kwargs"))
+        layers = request_layers(context, extra.get("mm_processor_kwargs"))
         choices = choose(processor.server_options, layers, messages, context.met)
+    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+        given = extra.get(name)
+        if given and not (isinstance(given, dict) and given.keys() == {KEY}):
+            raise VLLMValidationError(
+                f"a preview is of images as the server processes them by default: leave {name} out", parameter=name
+            )
     items = await _fetch(state.eadaprune_renderer.model_config, messages)
     found, looked_at = look_at(processor, items, choices), []
+    unasked: list[New] = []
     while each := await on_render_thread(state.eadaprune_renderer, next, found, None):
         looked_at.append(each)
-    await processor.front_end.ask([each.new for each in looked_at])
+        unasked.append(each.new)
+        if sum(new.question.num_placeholders for new in unasked) >= processor.front_end.asker.most:
+            await processor.front_end.ask(unasked)  # which lets go of their pixels
+            unasked = []
+    await processor.front_end.ask(unasked)
     pruning = await asyncio.to_thread(previews, processor, looked_at, body.overlay, body.spectrum)
     return Preview.of([told(processor.server_options, pruning)])
 

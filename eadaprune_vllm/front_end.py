@@ -33,6 +33,7 @@ class FrontEnd:
 
     Attributes:
         new: by ``mm_hash``, what requests in progress have read, for others with the same image at the same time.
+        weights: the number of the model's weights, which counts up when they change.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class FrontEnd:
         self._in_force: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._lock = Lock()
         self.new: WeakValueDictionary[str, New] = WeakValueDictionary()
+        self.weights = 0
         metrics.declare(model_name)
 
     def connect(self, client: Any, options: ServerOptions) -> None:
@@ -57,6 +59,11 @@ class FrontEnd:
         """
         self.asker.connect(client)
         self.metrics.set_defaults(self.model_name, Reference.of(options))
+
+    def forget(self) -> None:
+        """Let no request that is in progress use what other weights made."""
+        self.weights += 1
+        self.new.clear()
 
     async def ask(self, new: Sequence[New]) -> None:
         """Have all of them decided."""

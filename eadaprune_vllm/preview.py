@@ -66,11 +66,16 @@ def look_at(processor: PruningProcessor, items: Mapping[str, Any], choices: Choi
         processor: of a front end.
         items: as vLLM fetches them, by modality.
         choices: for each.
+
+    Raises:
+        VLLMValidationError: if no prompt with all of them can ever fit.
     """
-    inputs = ProcessorInputs([], processor.info.parse_mm_data(items))
+    inputs, fewest = ProcessorInputs([], processor.info.parse_mm_data(items)), 0
     for modality, of_each in choices.items():
         for index, choice in enumerate(of_each):
             new = processor.read(inputs, modality, index, choice.options)
+            fewest += new.fewest(choice.options)
+            processor.check_length(fewest)
             new.asks = new.question.explain = True
             view = functools.partial(processor.view, inputs.mm_data_items[modality].get(index))
             yield LookedAt(view, choice.options, new)

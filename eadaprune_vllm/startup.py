@@ -30,6 +30,14 @@ from eadaprune_vllm.server_options import ServerOptions
 
 logger = logging.getLogger("vllm." + __name__)
 MOST_AT_BOUND = 0.5  # of the reference pictures, before it is worth a warning
+_HAND_OVER = {
+    "MoRIIOConnector",
+    "MooncakeConnector",
+    "NixlConnector",
+    "NixlPullConnector",
+    "NixlPushConnector",
+    "P2pNcclConnector",
+}
 
 # What vLLM can be told that pruning cannot honour: (is it so in the multimodal configuration, or in the whole one?,
 # why not).
@@ -88,6 +96,10 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "--ec-transfer-config is not supported: other instances do not know what is kept of an image",
     ),
     (
+        lambda mm, c: c.kv_transfer_config and _hands_over(c.kv_transfer_config),
+        "this --kv-transfer-config is not supported: other instances would decide again about the images of a request",
+    ),
+    (
         lambda mm, c: c.lora_config and c.lora_config.enable_tower_connector_lora,
         "--enable-tower-connector-lora is not supported: images are encoded before it is known for which adapter",
     ),
@@ -103,6 +115,14 @@ def _has_prompts_of_its_own(model: Any) -> bool:
     stock = next(base for base in model._processor_factory.processor.__mro__ if base.__module__.startswith("vllm."))
     names = ("_cached_apply_hf_processor", "_maybe_apply_prompt_updates")
     return any(getattr(stock, name) is not getattr(BaseMultiModalProcessor, name) for name in names)
+
+
+def _hands_over(kv_transfer: Any) -> bool:
+    """Whether blocks of a request go from one instance to another. Other connectors store blocks by their hashes, in
+    which what is kept of an image is."""
+    several = kv_transfer.kv_connector_extra_config.get("connectors", [])
+    names = {kv_transfer.kv_connector, *(connector.get("kv_connector") for connector in several)}
+    return bool(names & _HAND_OVER)
 
 
 def _decodes_on_gpu(video: dict[str, Any]) -> bool:

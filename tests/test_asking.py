@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.core_engines = [b"first"]
+        self.client_index = 0
         self.resources = SimpleNamespace(engine_dead=False)
         self.calls: list[list[int]] = []
         self.at_once = self.most_at_once = 0
@@ -296,8 +299,66 @@ def test_several_engines_are_asked_in_turn() -> None:
         engines = AsyncEngines(client)
         assert [await engines(payload) for payload in (b"1", b"2", b"3", b"4")] == [b"1", b"2", b"3", b"4"]
 
+        client.client_index = 2  # front ends do not all begin with the same
+        assert await AsyncEngines(client)(b"5") == b"5"
+
     asyncio.run(test())
-    assert asked == [b"a", b"b", b"c", b"a"]
+    assert asked == [b"a", b"b", b"c", b"a", b"c"]
+
+
+def test_an_engine_that_is_idle_is_asked_before_one_that_is_not() -> None:
+    """One call at a time to each."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.core_engines = [b"a", b"b"]
+        used: list[bytes] = []
+        call = engine._call_utility_async
+
+        async def noted(method: str, payload: bytes, engine: bytes) -> bytes:
+            used.append(engine)
+            return await call(method, payload, engine)
+
+        engine._call_utility_async = noted  # type: ignore[method-assign]
+        engine.held.clear()
+        tasks = []
+        for number in range(4):
+            tasks.append(asked(asker, 10 * number, 1))
+            await asyncio.sleep(0.05)
+        assert used == [b"a", b"b"]
+        engine.held.set()
+        assert [names(await task) for task in tasks] == [[0], [10], [20], [30]]
+        assert engine.calls == [[0], [10], [20, 30]]
+        assert engine.most_at_once == 2
+
+    run(test)
+
+
+def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> None:
+    """Whatever thread asks."""
+    from vllm.v1.engine.core_client import InprocClient
+
+    client = object.__new__(InprocClient)
+    order: list[str] = []
+
+    def step() -> Any:
+        order.append("step")
+        time.sleep(0.2)
+        order.append("done")
+        return {}, False
+
+    def answer(payload: bytes) -> bytes:
+        order.append("asked")
+        return payload
+
+    client.engine_core = SimpleNamespace(step_fn=step, post_step=lambda model_executed: None, eadaprune_ask=answer)
+    ask = seam.blocking(client)
+    assert ask
+    with ThreadPoolExecutor(2) as pool:
+        stepping = pool.submit(seam._alone, InprocClient.get_output, client)
+        time.sleep(0.05)
+        assert pool.submit(ask, b"1").result() == b"1"
+        stepping.result()
+    assert order == ["step", "done", "asked"]
 
 
 def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from eadaprune_vllm.engine import attention
 from eadaprune_vllm.engine.attention import drawn, observing
@@ -15,7 +16,7 @@ HEADS, SIZE = 3, 5
 class Layer(torch.nn.Module):
     """Attention, as vLLM's towers call it."""
 
-    head_size, scale = SIZE, 0.4
+    head_size, scale, attn_backend = SIZE, 0.4, AttentionBackendEnum.TORCH_SDPA
 
     def forward(self, query: Any, key: Any, value: Any, cu_seqlens: Any = None, max_seqlen: Any = None) -> Any:
         return value
@@ -106,3 +107,13 @@ def test_heads_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
         tower.layers[1](rows, rows, rows)
     own = weights(heads(rows[0]), heads(rows[0])).mean((0, 1))
     torch.testing.assert_close(found(), (own + others) / 2)
+
+
+def test_where_sequences_end_in_a_way_of_its_own_nothing_is_observed() -> None:
+    tower = Tower(has_cls=False)
+    for layer in tower.layers:
+        layer.attn_backend = AttentionBackendEnum.FLASHINFER
+    with observing(tower, wanted=True) as attention:
+        tower.layers[0](*torch.randn(3, 1, 4, HEADS, SIZE))
+        tower.layers[1](*torch.randn(3, 1, 4, HEADS, SIZE), torch.tensor([0, 60, 30, 90]))
+    assert attention() is None

@@ -57,13 +57,13 @@ def asked(rows: torch.Tensor, modality: str = "image", explain: bool = False, **
     return Question(modality, item(modality, rows=rows), chosen.key, len(rows), explain)
 
 
-def answered(model: Model, *questions: Question, tp_mode: str = "weights") -> list[Answer]:
+def answered(model: Model, *questions: Question, tp_mode: str = "weights", answers: bool = True) -> list[Answer]:
     multimodal = SimpleNamespace(mm_encoder_tp_mode=tp_mode)
     config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
     runner = SimpleNamespace(
         get_model=lambda: model, device=torch.device("cpu"), vllm_config=config, encoder_cudagraph_manager=None
     )
-    return decide(runner, questions)
+    return decide(runner, questions, answers)
 
 
 def as_decided(answer: Answer) -> Decided:
@@ -181,12 +181,25 @@ def test_memory_that_runs_out_over_one_leaves_the_others(model: Model, monkeypat
     assert found[1].reason == "engine"
 
 
-def test_rows_that_vllm_does_not_expect_are_an_error(model: Model) -> None:
+def test_rows_that_vllm_does_not_expect_fail_alone(model: Model) -> None:
     question = asked(rows(20))
     question.num_placeholders = 19
-    model.eadaprune_layout = lambda *_: Layout.whole(1, 19)  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="20 rows were encoded where vLLM expects 19"):
-        answered(model, question)
+    model.eadaprune_layout = lambda *_: Layout.whole(1, len(_[2]["rows"]))  # type: ignore[method-assign]
+    good, failed = answered(model, asked(rows(20)), question)
+    assert isinstance(good, Decided)
+    assert failed == Failed("this image could not be encoded: 20 rows were encoded where vLLM expects 19 placeholders")
+
+
+def test_nothing_at_all_fails_alone(model: Model) -> None:
+    """Embeddings of a client may be none."""
+    good, failed = answered(model, asked(rows(20)), asked(rows(0)))
+    assert isinstance(good, Decided)
+    assert isinstance(failed, Failed)
+
+
+def test_ranks_that_do_not_answer_encode_all_the_same(model: Model) -> None:
+    assert answered(model, asked(rows(20)), asked(rows(21), "video"), answers=False) == []
+    assert model.batches == [("image", [20]), ("video", [21])]
 
 
 def test_what_a_decision_rests_on_comes_in_the_place_of_rows(model: Model) -> None:

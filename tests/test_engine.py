@@ -70,12 +70,13 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def seen(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> list[list[int]]:
     """What workers were asked to decide about."""
     calls: list[list[int]] = []
 
-    def decide(runner: Any, asked: list[Question]) -> list[Answer]:
+    def decide(runner: Any, asked: list[Question], answers: bool) -> list[Answer]:
         assert runner == "runner"
+        assert answers == (ranks.rank == 0)
         calls.append([name_of(each) for each in asked])
         if 13 in calls[-1]:
             raise ValueError("thirteen")
@@ -198,6 +199,14 @@ def test_an_error_goes_to_who_asked(core: Any) -> None:
     with pytest.raises(RuntimeError, match="a worker died"):
         bad.result()
     assert good.result() == b"answer to good"
+
+
+def test_without_a_loop_an_engine_that_sleeps_says_so() -> None:
+    """What encodes would read memory that is not there."""
+    core = Core()
+    core.model_executor.is_sleeping = True
+    with pytest.raises(RuntimeError, match="the engine is asleep"):
+        seam._ask(core, b"1")
 
 
 def test_without_a_loop_the_answer_is_there_at_once() -> None:

@@ -1,6 +1,7 @@
 """Items of a request: their placeholders, their reports, and their names in caches."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_pru
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept
 from eadaprune_vllm.report import Timing
+from eadaprune_vllm.seams import admission
 from eadaprune_vllm.wire import Answer, Failed, Question
 
 IMAGE, TIME = 7, 60
@@ -34,6 +36,20 @@ def new(*, asks: bool = True, own: bool = False) -> New:
     content = placeholders(TIME, *[IMAGE] * 4, TIME)
     update = ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [IMAGE], content)
     return New(Question("image", data, "{}", 4), update, asks, own)
+
+
+def test_what_was_rendered_before_is_known_by_what_was_kept() -> None:
+    """As images are that are decided on here."""
+    whole, pruned = new(), new()
+    pruned.take(decided(2))
+    data, update = pruned.result()
+    features = [
+        SimpleNamespace(modality="image", identifier="a", data=data),
+        SimpleNamespace(modality="image", identifier="b", data=whole.question.item),
+        SimpleNamespace(modality="image", identifier="c", data=None),
+    ]
+    admission._identify(features)
+    assert [feature.identifier for feature in features] == ["a" + update.content.digest, "b", "c"]
 
 
 def test_tokens_are_placeholders_unless_it_says_which() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness import environment
 from transformers import PixtralVisionConfig
+from vllm.config import KVTransferConfig
 from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
@@ -104,7 +105,12 @@ def test_models_of_modelscope_are_vllms_business(config: Any, monkeypatch: pytes
 
 def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> None:
     startup.check(config)
+    kv_transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+    several = {"connectors": [{"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}]}
+    both = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=several)
     for owner, name, value, words in (
+        (config, "kv_transfer_config", kv_transfer, "--kv-transfer-config is not supported"),
+        (config, "kv_transfer_config", both, "--kv-transfer-config is not supported"),
         (config, "ec_transfer_config", object(), "--ec-transfer-config is not supported"),
         (config.parallel_config, "distributed_executor_backend", "external_launcher", "external launcher"),
         (config.model_config.multimodal_config, "mm_encoder_only", True, "--mm-encoder-only is not supported"),
@@ -114,6 +120,7 @@ def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> 
         with pytest.raises(StartupError, match=words):
             startup.check(config)
         setattr(owner, name, before)
+    config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
     startup.check(config)
 
 

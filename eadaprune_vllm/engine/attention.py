@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import MMEncoderAttention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 _WEIGHTS = 2**24  # how many attention weights are held at a time
 
@@ -14,7 +15,7 @@ _WEIGHTS = 2**24  # how many attention weights are held at a time
 @contextmanager
 def observing(model: Any, wanted: bool) -> Iterator[Callable[[], torch.Tensor | None]]:
     """While open, attention in the last layer of the model's tower is observed, unless its layers run as one compiled
-    piece.
+    piece, or where sequences end is told in FlashInfer's own way.
 
     Args:
         model: one of ours.
@@ -25,6 +26,7 @@ def observing(model: Any, wanted: bool) -> Iterator[Callable[[], torch.Tensor | 
         over heads and queries; in towers with a CLS token, attention of this token. None if nothing was observed.
     """
     layers = [module for module in model.modules() if isinstance(module, MMEncoderAttention)] if wanted else []
+    layers = [layer for layer in layers if layer.attn_backend is not AttentionBackendEnum.FLASHINFER]
     found: list[torch.Tensor] = []
 
     def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

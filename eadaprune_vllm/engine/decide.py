@@ -1,6 +1,7 @@
 """Encoding images and videos with vLLM's own model, in batches, and the decision about each."""
 
 import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from eadaprune_vllm.prune import Encoding, finite, prune
 from eadaprune_vllm.seams.graphs import encode
 from eadaprune_vllm.selectors import BY_ATTENTION, VisualTokens
 from eadaprune_vllm.wire import Answer, Decided, Failed, Grounds, Question
+
+logger = logging.getLogger("vllm." + __name__)
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,14 @@ class Encoded:
 
 
 @torch.inference_mode()
-def decide(runner: Any, questions: Sequence[Question]) -> list[Answer]:
+def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> list[Answer]:
     """Args:
         runner: vLLM's model runner, whose model is one of ours.
         questions: what to encode; together no more than the encoder's memory was measured with.
+        answers: whether this rank answers. The others encode only, as all do together.
 
     Returns:
-        An answer each. What fails alone says so.
+        An answer each, if it does. What fails alone says so.
     """
     model = runner.get_model()
     options = [PruneOptions.model_validate_json(question.options) for question in questions]
@@ -52,17 +56,22 @@ def decide(runner: Any, questions: Sequence[Question]) -> list[Answer]:
     tp_mode = runner.vllm_config.model_config.multimodal_config.mm_encoder_tp_mode
     seen = model.eadaprune_observes and tp_mode != "data"
     observed = [seen and each.selector in BY_ATTENTION for each in options]
-    answers: dict[int, Answer] = {}
+    found: dict[int, Answer] = {}
     for index, encoded in _encoded(runner, questions, observed):
+        if not answers:
+            continue
         try:
             # Selectors do a little work at a time, which NumPy's threads would mostly wait for one another with.
             with _threads().limit(limits=1, user_api="blas"):
-                answers[index] = _answer(model, questions[index], options[index], encoded)
+                found[index] = _answer(model, questions[index], options[index], encoded)
         except NonFiniteFeaturesError as error:
-            answers[index] = Failed(str(error), "features")
+            found[index] = Failed(str(error), "features")
         except torch.OutOfMemoryError:
-            answers[index] = Failed("there is too little memory to decide about this image")
-    return [answers[index] for index in range(len(questions))]
+            found[index] = Failed("there is too little memory to decide about this image")
+        except Exception as error:
+            logger.exception("Nothing could be decided about an image")
+            found[index] = Failed(f"this image could not be encoded: {error}")
+    return [found[index] for index in range(len(questions))] if answers else []
 
 
 @functools.cache

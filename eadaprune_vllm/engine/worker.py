@@ -5,7 +5,7 @@ import logging
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.wire import Answer, Failed, pack, questions
+from eadaprune_vllm.wire import Failed, Question, pack, questions
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -27,12 +27,14 @@ class DecidingWorker:
         """
         if not get_pp_group().is_first_rank:
             return b""
-        asked = questions(payload)
+        answers = get_tensor_model_parallel_rank() == 0
+        asked = list[Question]()
         try:
+            asked = questions(payload)
             if getattr(self, "_weight_update_active", False):
                 raise RuntimeError("the model's weights are being updated")
-            answers: list[Answer] = decide(self.model_runner, asked)  # type: ignore[attr-defined]
+            packed = pack(decide(self.model_runner, asked, answers))  # type: ignore[attr-defined]
         except Exception as error:
             logger.exception("Images could not be encoded")
-            answers = [Failed(f"this image could not be encoded: {error}") for _ in asked]
-        return pack(answers) if get_tensor_model_parallel_rank() == 0 else b""
+            packed = pack([Failed(f"this image could not be encoded: {error}") for _ in asked])
+        return packed if answers else b""

@@ -3,15 +3,17 @@ each, so that requests in progress go on."""
 
 import asyncio
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from threading import RLock
 from typing import Any
 
 from eadaprune_vllm.seams.wrap import wrap
 
 _ASK = "eadaprune_ask"
 _WAITING = "_eadaprune_waiting"
+_LOCK = "_eadaprune_lock"
 _CORE = "vllm.v1.engine.core"
 _WATCH_SECONDS = 1.0
 REFUSED = b""
@@ -33,6 +35,9 @@ def install() -> None:
         while _answer_next(core):
             pass
 
+    for path in ("SyncMPClient._send_input", "InprocClient.get_output"):
+        wrap(f"vllm.v1.engine.core_client:{path}")(_alone)
+
     for path in ("async_llm:AsyncLLM", "llm_engine:LLMEngine"):
 
         @wrap(f"vllm.v1.engine.{path}.__init__")
@@ -42,12 +47,21 @@ def install() -> None:
             processor.front_end.connect(llm.engine_core, processor.server_options)
 
 
+def _alone(original: Any, client: Any, *args: Any, **kwargs: Any) -> Any:
+    """LLM.embed and its like render, and ask, on a thread of their own while another one steps the engine. What is not
+    made for two threads, a socket or an engine in this process, is of one at a time."""
+    with _lock(client):
+        return original(client, *args, **kwargs)
+
+
 def _ask(core: Any, payload: bytes) -> Any:
     """Utility of the engine core: what rank 0 answers. Unless there is no loop that would come to it later, a promise
     of it, which is kept once the engine is neither paused nor asleep."""
     from vllm.v1.engine.core import EngineCoreProc
 
     if not isinstance(core, EngineCoreProc):
+        if core.model_executor.is_sleeping:
+            raise RuntimeError("the engine is asleep; wake it up before it is sent images or videos")
         return ask_workers(core, payload)
     if _refuses(core):
         return REFUSED
@@ -84,14 +98,25 @@ def ask_workers(core: Any, payload: bytes) -> bytes:
 def blocking(client: Any) -> Callable[[bytes], bytes] | None:
     """How to ask by an engine client of vLLM's that blocks; None if it does not."""
     if core := getattr(client, "engine_core", None):  # in this process
-        return lambda payload: getattr(core, _ASK)(payload)
+
+        def ask(payload: bytes) -> Any:
+            with _lock(client):
+                return getattr(core, _ASK)(payload)
+
+        return ask
     if call := getattr(client, "call_utility", None):
         return lambda payload: call(_ASK, payload)
     return None
 
 
+def _lock(client: Any) -> RLock:
+    """Of a client, for whoever uses it or its engine."""
+    lock: RLock = vars(client).setdefault(_LOCK, RLock())
+    return lock
+
+
 class AsyncEngines:
-    """Asks by an engine client that does not block; of several engines one after the other.
+    """Asks by an engine client that does not block; of several engines the one that answers fewest of its questions.
 
     Args:
         client: of vLLM's.
@@ -99,7 +124,13 @@ class AsyncEngines:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._number = itertools.count()
+        self._number = itertools.count(client.client_index)
+        self._busy: Counter[bytes] = Counter()
+
+    @property
+    def at_once(self) -> int:
+        """How many questions may be asked at a time."""
+        return len(self._client.core_engines)
 
     async def __call__(self, payload: bytes) -> bytes:
         """Raises:
@@ -109,8 +140,10 @@ class AsyncEngines:
         from vllm.exceptions import RetryableRequestError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        engines = self._client.core_engines
-        engine = engines[next(self._number) % len(engines)]
+        engines, first = self._client.core_engines, next(self._number)
+        in_turn = (engines[(first + number) % len(engines)] for number in range(len(engines)))
+        engine = min(in_turn, key=self._busy.__getitem__)
+        self._busy[engine] += 1
         call = asyncio.ensure_future(self._client._call_utility_async(_ASK, payload, engine=engine))
         try:
             while not call.done():
@@ -122,4 +155,5 @@ class AsyncEngines:
                 raise RetryableRequestError("Generation is paused. Please retry after it resumes.")
             return answer
         finally:
+            self._busy[engine] -= 1
             call.cancel()

@@ -169,7 +169,6 @@ def test_a_burst_that_overflows_the_kv_cache_is_over_sooner(tmp_path: Path) -> N
             prometheus.close()
     # There may be more preemptions: where the burst is too much all the same, more requests run at once.
     assert stay["preemptions"] > 0
-    assert follow["mean_queue_seconds"] < stay["mean_queue_seconds"] / 2
     assert follow["seconds"] < stay["seconds"]
     assert min(answer["energy"] for answer in stay["answers"]) == 1
     (levels,), (lowered,), (requested, in_force) = (

@@ -176,6 +176,8 @@ def patch_shown(picture: Image.Image, index: int) -> bool:
             "an image or video could not be read",
         ),
         ({"messages": [{"content": [{"image_url": "data:,", "uuid": "a"}] * 3}]}, 400, "At most 2 image(s)"),
+        ({"mm_processor_kwargs": {"max_pixels": 9}}, 400, "leave mm_processor_kwargs out"),
+        ({"media_io_kwargs": "video"}, 400, "leave media_io_kwargs out"),
     ],
 )
 def test_a_preview_that_cannot_be_given(guarded: Server, change: Any, status: int, words: str) -> None:

@@ -1,12 +1,13 @@
 """A little of everything, for releases of vLLM and Pythons on which not every test is run."""
 
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 
 import httpx
 from fastapi import FastAPI
 from harness import Server, content
 from PIL import Image
-from shared import Reference
+from shared import Reference, noise
 from test_doors import anthropic
 from vllm.entrypoints.openai.chat_completion.api_router import router
 from vllm.v1.engine.core import EngineCoreProc
@@ -55,10 +56,13 @@ def test_messages(pruning: Server, images: Images) -> None:
     assert [image["energy_threshold"] for image in report] == [0.9, 0.9]
 
 
-def test_a_paused_server(pruning: Server, images: Images) -> None:
-    """Until 0.32 requests wait, and with them questions about images; since then both are refused."""
-    body = {"model": "demo", "messages": [{"role": "user", "content": content(images["moon"])}], "max_tokens": 1}
+def test_a_paused_server(pruning: Server) -> None:
+    """Until 0.32 requests wait, and with them questions about images, unless their client goes away; since then both
+    are refused."""
+    body = {"model": "demo", "messages": [{"role": "user", "content": content(noise(7002))}], "max_tokens": 1}
+    given_up = {"messages": [{"role": "user", "content": content(noise(7001))}]}
     before = pruning.metric("eadaprune_images_total")
+    encoded = pruning.metric("eadaprune_stage_seconds_count", stage="encode")
     refuses = hasattr(EngineCoreProc, "_reject_add_while_paused")
     with ThreadPoolExecutor() as pool:
         assert httpx.post(f"{pruning.url}/pause", timeout=120).status_code == 200
@@ -66,12 +70,15 @@ def test_a_paused_server(pruning: Server, images: Images) -> None:
             asked = [
                 pool.submit(pruning.post, path, body) for path in ("/v1/chat/completions", "/v1/eadaprune/preview")
             ]
+            with suppress(httpx.ReadTimeout):
+                httpx.post(f"{pruning.url}/v1/eadaprune/preview", json=given_up, timeout=3)
             assert len(wait(asked, timeout=5).done) == (2 if refuses else 0)
         finally:
             assert httpx.post(f"{pruning.url}/resume", timeout=120).status_code == 200
         assert [each.result().status_code for each in asked] == [503 if refuses else 200] * 2
     assert pruning.post("/v1/chat/completions", body).status_code == 200
     assert pruning.metric("eadaprune_images_total") == before + (1 if refuses else 2)
+    assert pruning.metric("eadaprune_stage_seconds_count", stage="encode") == encoded + (1 if refuses else 2)
 
 
 def test_openapi(pruning: Server) -> None:

@@ -77,7 +77,7 @@ def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
 
 def board() -> str:
     """The dashboard as JSON."""
-    images = "eadaprune_images_total"
+    served = "vllm:num_requests_running"  # also by servers without the plugin, to compare with
     builder = (
         dashboard.Dashboard("vLLM / EAdaPrune")
         .uid("vllm-eadaprune")
@@ -88,10 +88,10 @@ def board() -> str:
         .tooltip(DashboardCursorSync.CROSSHAIR)
         .link(dashboard.DashboardLink("vLLM").type(DashboardLinkType.DASHBOARDS).tags(["vllm"]).as_dropdown(True))
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(variable("job", "Job", f"label_values({images}, job)"))
-        .with_variable(variable("model_name", "Model", f'label_values({images}{{job=~"$job"}}, model_name)'))
+        .with_variable(variable("job", "Job", f"label_values({served}, job)"))
+        .with_variable(variable("model_name", "Model", f'label_values({served}{{job=~"$job"}}, model_name)'))
         .with_variable(
-            variable("instance", "Instance", f"label_values({images}{{{MATCHERS.rsplit(',', 1)[0]}}}, instance)")
+            variable("instance", "Instance", f"label_values({served}{{{MATCHERS.rsplit(',', 1)[0]}}}, instance)")
         )
         .with_variable(dashboard.AdHocVariable("filters").label("Filters").datasource(DATASOURCE))
     )

@@ -13,7 +13,8 @@ from eadaprune_vllm.report import Pruning, Reference
 
 LABEL = "model_name"
 _RATIOS = [i / 20 for i in range(1, 21)]
-_THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999, 1.0]
+_THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99]
+_THRESHOLDS += [0.995, 0.999, 0.9995, 0.9999, 0.99999, 1.0]
 _SECONDS = [mantissa * 10.0**exponent for exponent in range(-4, 1) for mantissa in (1, 2, 5)] + [10.0]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from prometheus import Prometheus
 from shared import noise
 
-RECORDED = ["items:rate5m", "tokens_saved:rate5m", "kept:ratio5m", "spectrum_seconds:p95_5m"]
+RECORDED = ["items:rate5m", "tokens_saved:rate5m", "kept:ratio5m", "decision_seconds:p95_5m"]
 
 
 @pytest.fixture(scope="module")

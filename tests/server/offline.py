@@ -92,9 +92,20 @@ def whims(llm: LLM) -> dict[str, Any]:
     return {"whims": found, "fixed": [*ask(*(prompt(image, **fixed(k)) for k in budgets))]}
 
 
+def embeddings(model: str, settings: dict[str, Any]) -> list[tuple[int, list[float]]]:
+    """Of more images than fit in at once, each twice: vLLM renders them on a thread of its own, which asks the engine
+    while another one steps it."""
+    llm = LLM(model, runner="pooling", convert="embed", max_num_seqs=4, **settings)
+    found = llm.embed([prompt(noise(number % 20), energy=0.9) for number in range(40)], use_tqdm=False)
+    return [(len(out.prompt_token_ids), out.outputs.embedding) for out in found]
+
+
 if __name__ == "__main__":
     what, model = sys.argv[1:]
     settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "dtype": DTYPE, "block_size": 32}
+    if what == "embed":
+        print("RESULT", json.dumps({"embeddings": embeddings(model, settings)}))
+        sys.exit()
     llm = LLM(model, mm_processor_kwargs={"eadaprune": DEFAULTS}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from harness import environment
-from shared import Reference, photo
+from shared import Reference, noise, photo
 
 Found = tuple[dict[str, Any], dict[str, Any]]
 SCRIPT = Path(__file__).with_name("offline.py")
@@ -72,3 +72,12 @@ def test_two_decisions_about_one_image_never_meet(found: Found) -> None:
     assert {tokens for tokens, _ in inside["whims"]} == fixed.keys()
     assert len(inside["whims"]) == 90
     assert all(answer == fixed[tokens] for tokens, answer in inside["whims"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_process", ["1", "0"])
+def test_embeddings_of_many_images(model: Path, reference: Reference, own_process: str) -> None:
+    found = run("embed", model, VLLM_ENABLE_V1_MULTIPROCESSING=own_process)["embeddings"]
+    assert found[:20] == found[20:]
+    kept = [len(reference.kept(noise(number), energy=0.9, min_tokens=16)) for number in range(20)]
+    assert len({tokens - own for (tokens, _), own in zip(found, kept, strict=False)}) == 1

@@ -222,6 +222,7 @@ def evaluate(
     url: Annotated[str, typer.Option(help="Of a server that runs with --plugin eadaprune.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Name of the served model; by default its first.")] = None,
     energy: Annotated[list[float], typer.Option(help="Threshold; may be given several times.")] = [],  # noqa: B006
+    target: Annotated[list[float], typer.Option(help="Target; may be given several times.")] = [],  # noqa: B006
     tokens: Annotated[list[int], typer.Option(help="Fixed budget; may be given several times.")] = [],  # noqa: B006
     selector: Annotated[list[str], typer.Option(help="May be given several times; by default the server's.")] = [],  # noqa: B006
     matched: Annotated[bool, typer.Option(help="Add a fixed budget of the same mean for each threshold.")] = True,
@@ -231,13 +232,14 @@ def evaluate(
         "quality.json"
     ),
 ) -> None:
-    """Measure how often a server answers right, without pruning and under thresholds, budgets and selectors."""
+    """Measure how often a server answers right, without pruning, by default, and under other options."""
     from eadaprune_vllm.tools import evaluate as tool
     from eadaprune_vllm.tools.plots import accuracy
 
     with _refused():
         results = tool.Results(tool.read_questions(questions))
-        settings = [tool.UNPRUNED, *tool.adaptive(energy, selector), *tool.fixed(tokens, selector)]
+        pruned = [*tool.default(selector), *tool.adaptive(energy, selector, target), *tool.fixed(tokens, selector)]
+        settings = [tool.UNPRUNED, *pruned]
         asyncio.run(
             tool.run(results, url, settings, with_matched=matched, model=model, suffix=suffix, concurrency=concurrency)
         )

@@ -241,6 +241,9 @@ def test_without_a_selector_the_servers_own_is_asked() -> None:
     found = results([1, 0], setting=setting)
     (same,) = evaluate.matched(found)
     assert same.options == evaluate.exactly(10)
+    (of_target,) = evaluate.matched(results([1, 0], setting=evaluate.adaptive([], [], [0.2])[0]))
+    assert of_target.options == evaluate.exactly(10)
+    assert [one.options for one in evaluate.default(["span"])] == [{"selector": "span"}]
     assert [one.name for one in evaluate.fixed([5], ["span", "random"])] == ["5 tokens, span", "5 tokens, random"]
 
 

@@ -175,9 +175,16 @@ def normalized(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def adaptive(energies: Iterable[float], selectors: Sequence[str]) -> list[Setting]:
-    """Thresholds with each selector, or with the server's if there is none."""
-    return _settings("adaptive", [(f"energy {energy:g}", {"energy": energy}) for energy in energies], selectors)
+def adaptive(energies: Iterable[float], selectors: Sequence[str], targets: Iterable[float] = ()) -> list[Setting]:
+    """Thresholds and targets with each selector, or with the server's if there is none."""
+    named = [(f"energy {energy:g}", {"energy": energy}) for energy in energies]
+    named += [(f"target {target:g}", {"target": target}) for target in targets]
+    return _settings("adaptive", named, selectors)
+
+
+def default(selectors: Sequence[str]) -> list[Setting]:
+    """What the server does unasked, with each selector, or with its own if there is none."""
+    return _settings("adaptive", [("the server's default", {})], selectors)
 
 
 def fixed(tokens: Iterable[int], selectors: Sequence[str]) -> list[Setting]:
@@ -201,7 +208,8 @@ def matched(results: Results) -> list[Setting]:
         if setting.kind == "adaptive":
             count = round(float(results.kept[setting.name].mean()))
             name = f"{count} tokens, {setting.selector} (as {setting.name})"
-            found.append(Setting(name, "fixed", setting.options | exactly(count), setting.name))
+            others = {key: value for key, value in setting.options.items() if key != "target"}  # exactly() has energy
+            found.append(Setting(name, "fixed", others | exactly(count), setting.name))
     return found
 
 

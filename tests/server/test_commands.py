@@ -199,11 +199,12 @@ def test_evaluate_asks_under_every_setting(pruning: Server, folder: Path, images
     questions = tmp_path / "questions.jsonl"
     questions.write_text("\n".join(map(json.dumps, lines)))
     output = tmp_path / "quality.json"
-    settings = ["--energy", 0.9, "--energy", 0.99, "--tokens", 33, "--selector", "attention", "--selector", "uniform"]
+    settings = ["--energy", 0.9, "--energy", 0.99, "--target", 0.2, "--tokens", 33]
+    settings += ["--selector", "attention", "--selector", "uniform"]
     done = run("evaluate", questions, "--url", pruning.url, "--output", output, "--concurrency", 1, *settings)
     rows: list[dict[str, Any]] = json.loads(output.read_text())["settings"]
     by_name = {row["setting"]: row for row in rows}
-    assert len(rows) == 1 + 2 * 2 + 2 + 2 * 2  # none, adaptive, fixed, fixed at the means of the adaptive ones
+    assert len(rows) == 1 + 4 * 2 + 2 + 4 * 2  # none, adaptive, fixed, fixed at the means of the adaptive ones
     whole = by_name["no pruning"]
     assert (whole["accuracy"], whole["mean_tokens"]) == (0.75, 576)
     assert whole["group"]["page"]["accuracy"] == 1
@@ -211,6 +212,11 @@ def test_evaluate_asks_under_every_setting(pruning: Server, folder: Path, images
     adaptive = by_name["energy 0.99, uniform"]
     assert adaptive["group"]["page"]["mean_tokens"] == kept(pruning, images["page"], energy=0.99, selector="uniform")
     assert by_name["33 tokens, attention"]["mean_tokens"] == 33
+    default = by_name["the server's default, uniform"]
+    assert default["group"]["page"]["mean_tokens"] == kept(pruning, images["page"], selector="uniform")
+    assert by_name["target 0.2, uniform"]["group"]["page"]["mean_tokens"] == kept(
+        pruning, images["page"], target=0.2, selector="uniform"
+    )
     matched = [row for row in rows if "adaptive_minus_fixed" in row]
     assert {row["setting"].split("(as ")[1] for row in matched} == {
         f"{row['setting']})" for row in rows if row["kind"] == "adaptive"

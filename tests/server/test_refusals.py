@@ -64,7 +64,7 @@ CASES = [
         change=other_version,
     ),
     Case(
-        "the architecture LlamaForCausalLM is not supported; supported are Gemma3ForConditionalGeneration",
+        "the architecture LlamaForCausalLM is not supported; supported are DeepseekOCRForCausalLM",
         [*PRUNING, "--load-format", "dummy", "--skip-tokenizer-init"],
         change=llama,
     ),

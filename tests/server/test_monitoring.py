@@ -79,7 +79,7 @@ def test_every_rule_is_evaluated(prometheus: Prometheus) -> None:
     assert prometheus.waits_for(lambda: all(rule["health"] != "unknown" for rule in rules_of()))
     rules = rules_of()
     assert [(rule["name"], rule.get("lastError", "")) for rule in rules if rule["health"] != "ok"] == []
-    assert len(rules) == 4 + 9
+    assert len(rules) == 4 + 10
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -135,5 +135,5 @@ def test_metrics() -> None:
 
 def test_the_documents_list_what_is_supported() -> None:
     models = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
-    listed = re.findall(r"^\| `(\w+(?:ForConditionalGeneration|ChatModel))` \|", models, re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+(?:ForConditionalGeneration|ForCausalLM|ChatModel))` \|", models, re.MULTILINE)
     assert listed == list(ARCHITECTURES)

@@ -149,7 +149,9 @@ def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
     assert "largest image" not in video
     assert "largest video" in video
     assert pages["default"] == "energy 1, which keeps every token"
-    assert llama["model"].startswith("failed: the architecture LlamaForCausalLM is not supported; supported are Deepseek")
+    assert llama["model"].startswith(
+        "failed: the architecture LlamaForCausalLM is not supported; supported are Deepseek"
+    )
     assert nowhere["model"].startswith("failed: ")
     assert "nowhere" in nowhere["model"]
 

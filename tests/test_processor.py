@@ -1,0 +1,110 @@
+"""The processor half of an adapter, with vLLM's own processor of the embedded model, and no engine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from prometheus_client import CollectorRegistry
+from samples import decided
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from eadaprune_vllm import preview
+from eadaprune_vllm.asking import Asker
+from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.models import adapter
+from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.options import KEY
+from eadaprune_vllm.request import Choices
+from eadaprune_vllm.server_options import Choice, ServerOptions
+
+Images = dict[str, Image.Image]
+LEAST, MAX_MODEL_LEN = 64, 150  # tokens that an image keeps at least, and that a prompt has at most
+
+
+@pytest.fixture
+def processor(model: Path) -> PruningProcessor:
+    config = EngineArgs(str(model), max_model_len=MAX_MODEL_LEN, limit_mm_per_prompt={"image": 4}).create_model_config()
+    setattr(config.get_multimodal_config(), KEY, ServerOptions(energy=0.5, min_share=0, min_tokens=LEAST))
+    context = MULTIMODAL_REGISTRY._create_processing_ctx(config)
+    made: PruningProcessor = adapter("LlavaForConditionalGeneration")._processor_factory.build_processor(context)
+    made.front_end = FrontEnd(Asker(most=10_000), Metrics(CollectorRegistry()), "m", 1)
+    return made
+
+
+def inputs(processor: PruningProcessor, items: Any, *images: Image.Image) -> ProcessorInputs:
+    """A prompt of these images, with the options of a request or what became of them."""
+    tokens = [processor.info.get_hf_config().image_token_index] * len(images)
+    parsed = processor.info.parse_mm_data({"image": list(images)})
+    return ProcessorInputs(tokens, parsed, hf_processor_mm_kwargs={KEY: items})
+
+
+def apply(processor: PruningProcessor, items: Any, *images: Image.Image) -> Any:
+    return processor.apply(inputs(processor, items, *images), TimingContext(enabled=False))
+
+
+def test_what_is_asked_becomes_a_prompt(processor: PruningProcessor, images: Images) -> None:
+    items = apply(processor, {"energy": 0.25}, images["coffee"], images["moon"])
+    asked = items.undecided()
+    assert [(each.question.modality, each.question.num_placeholders) for each in asked] == [("image", 576)] * 2
+    for each, k in zip(asked, (2, 3), strict=True):
+        each.take(decided(k))
+    made = apply(processor, items, images["coffee"], images["moon"])
+    assert [place.length for place in made["mm_placeholders"]["image"]] == [2, 3]
+    assert len(made["prompt_token_ids"]) == 5
+    assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 3]
+
+
+def test_nothing_is_asked_about_what_keeps_everything(processor: PruningProcessor, images: Images) -> None:
+    made = apply(processor, {"energy": 1.0}, images["coffee"])
+    assert [place.length for place in made["mm_placeholders"]["image"]] == [576]
+    assert "pixel_values" in made["mm_kwargs"]["image"][0]
+
+
+def test_one_image_of_two_requests_is_read_once(processor: PruningProcessor, images: Images) -> None:
+    first = apply(processor, {}, images["coffee"])
+    assert apply(processor, {}, images["coffee"]).undecided() == first.undecided()
+    assert apply(processor, {"energy": 0.25}, images["coffee"]).undecided() != first.undecided()
+
+
+def test_no_more_is_read_in_one_turn_than_one_question_holds(processor: PruningProcessor, images: Images) -> None:
+    assert processor.front_end
+    processor.front_end.asker.most = 576
+    items, taken = apply(processor, {}, images["coffee"], images["moon"]), 0
+    for taken in (1, 2):
+        (asked,) = items.undecided()
+        asked.take(decided(2))
+        assert len(items.new) == taken
+        made = apply(processor, items, images["coffee"], images["moon"])
+    assert len(made["prompt_token_ids"]) == 4
+
+
+def test_nothing_that_old_weights_made_goes_on(processor: PruningProcessor, images: Images) -> None:
+    """Neither to the request that asked about it, nor to others with the same image."""
+    assert processor.front_end
+    items = apply(processor, {}, images["coffee"])
+    (old,) = items.undecided()
+    old.take(decided(2))
+    processor.front_end.forget()
+    assert apply(processor, items, images["coffee"]) is items
+    (new,) = items.undecided()
+    assert new is not old
+    assert apply(processor, {}, images["coffee"]).undecided() == [new]
+
+
+def test_more_than_can_ever_fit_is_not_asked_about(processor: PruningProcessor, images: Images) -> None:
+    """Nor shown: each keeps 64 tokens at least, and there is room for 150."""
+    three = [images[name] for name in ("coffee", "moon", "rocket")]
+    assert len(apply(processor, {}, *three[:2]).undecided()) == 2
+    with pytest.raises(VLLMValidationError, match="length is 150 tokens, and this request has at least 192, however"):
+        apply(processor, {}, *three)
+    choices = Choices({"image": (Choice(processor.server_options.defaults),) * 3})
+    looked_at = preview.look_at(processor, {"image": three}, choices)
+    assert [next(looked_at).new.asks for _ in range(2)] == [True] * 2
+    with pytest.raises(VLLMValidationError, match="at least 192, however"):
+        next(looked_at)

@@ -12,6 +12,7 @@ from eadaprune_vllm.load import LoadPolicy
 # The options' name wherever they travel: request field, attribute of vLLM's multimodal config, cache key.
 KEY = "eadaprune"
 MODALITIES = ("image", "video")  # what can be pruned, as vLLM calls it
+CHUNK = "vision_chunk"  # what vLLM calls both in models that take them as one
 # The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
 SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
 Bound = Literal["min_tokens", "min_share", "max_tokens"]  # what may decide on a budget in the threshold's place

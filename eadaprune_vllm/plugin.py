@@ -32,6 +32,7 @@ def activate() -> None:
         configuration,
         engine,
         graphs,
+        pooling,
         reference,
         rendering,
         run_batch,
@@ -40,5 +41,18 @@ def activate() -> None:
     )
 
     models.register()
-    for seam in (configuration, engine, reference, graphs, rendering, run_batch, admission, sent, weights, anthropic):
+    seams = (
+        admission,
+        anthropic,
+        configuration,
+        engine,
+        graphs,
+        pooling,
+        reference,
+        rendering,
+        run_batch,
+        sent,
+        weights,
+    )
+    for seam in seams:
         seam.install()

@@ -12,7 +12,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import draw
 from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.items import Item, New
+from eadaprune_vllm.models.items import Item, New, to_client
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.report import ItemPreview, Pruning
 from eadaprune_vllm.request import Choices
@@ -24,9 +24,11 @@ class LookedAt:
     """One image or video, and what is asked about it.
 
     Attributes:
+        modality: to the client.
         view: what the grid of a number lies over, of so many.
     """
 
+    modality: str
     view: Callable[[int, int], Image.Image]
     options: PruneOptions
     new: New
@@ -50,7 +52,7 @@ class LookedAt:
     def preview(self, overlay: bool, spectrum: bool) -> ItemPreview:
         """What the endpoint says of it, with or without a drawing and the whole spectrum."""
         content = self.new.update.content.pruned(self.new.decided().kept)
-        report = content.report(Item("", "", self.options, self.options.threshold)).model_dump()
+        report = content.report(Item(self.modality, "", "", self.options, self.options.threshold)).model_dump()
         return ItemPreview(
             **report,
             curve=self.grounds.curve,
@@ -64,21 +66,21 @@ def look_at(processor: PruningProcessor, items: Mapping[str, Any], choices: Choi
 
     Args:
         processor: of a front end.
-        items: as vLLM fetches them, by modality.
+        items: as vLLM fetches them, by its modality.
         choices: for each.
 
     Raises:
         VLLMValidationError: if no prompt with all of them can ever fit.
     """
     inputs, fewest = ProcessorInputs([], processor.info.parse_mm_data(items)), 0
-    for modality, of_each in choices.items():
-        for index, choice in enumerate(of_each):
+    for modality, names in to_client(inputs.mm_data_items).items():
+        for index, (name, choice) in enumerate(zip(names, choices.along(names), strict=True)):
             new = processor.read(inputs, modality, index, choice.options)
             fewest += new.fewest(choice.options)
             processor.check_length(fewest)
             new.asks = new.question.explain = True
             view = functools.partial(processor.view, inputs.mm_data_items[modality].get(index))
-            yield LookedAt(view, choice.options, new)
+            yield LookedAt(name, view, choice.options, new)
 
 
 def previews(processor: PruningProcessor, looked_at: Iterable[LookedAt], overlay: bool, spectrum: bool) -> Pruning:
@@ -95,6 +97,6 @@ def previews(processor: PruningProcessor, looked_at: Iterable[LookedAt], overlay
     of: dict[str, list[ItemPreview]] = defaultdict(list)
     seconds = 0.0
     for each in looked_at:
-        of[each.new.question.modality].append(each.preview(overlay, spectrum))
+        of[each.modality].append(each.preview(overlay, spectrum))
         seconds += sum(each.new.decided().seconds.values())
     return Pruning(of, seconds, processor.front_end.kv_bytes_per_token)

@@ -63,7 +63,7 @@ class Timing:
     """When one image or video was pruned.
 
     Attributes:
-        modality: ``image`` or ``video``.
+        modality: vLLM's, mostly ``image`` or ``video``.
         started: nanoseconds since the epoch.
         stages: seconds that each took, one after the other; stages whose result was at hand are missing.
     """

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.options import KEY, MODALITIES
+from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.report import Pruning, Report
 from eadaprune_vllm.server_options import Choice, Layer, ServerOptions
 
@@ -47,6 +48,14 @@ _KEYS = ("image_url", "image_pil", "image_embeds", "video_embeds", "video_url")
 
 class Choices(dict[str, tuple[Choice, ...]]):
     """What was chosen for each image and each video of a prompt, by modality, all modalities present."""
+
+    def along(self, modalities: Iterable[str]) -> Iterator[Choice]:
+        """Those for items of these modalities, in their order. What is neither image nor video is not ours to prune."""
+        left = {modality: iter(of_each) for modality, of_each in self.items()}
+        return (next(left.get(modality, _whole)) for modality in modalities)
+
+
+_whole = repeat(Choice(PruneOptions(enabled=False)))
 
 
 @dataclass

@@ -287,8 +287,8 @@ def _metrics() -> Metrics:
 
 
 def kv_bytes_per_token(vllm_config: Any) -> int:
-    """KV cache of one token: a key and a value per KV head and layer that has any, in the cache's dtype; 0 if vLLM does
-    not say how large that is."""
+    """KV cache of one token: a key and a value per KV head, or the one latent vector of MLA, for each layer that has
+    any, in the cache's dtype; 0 if vLLM does not say how large that is."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     model = vllm_config.model_config
@@ -298,6 +298,7 @@ def kv_bytes_per_token(vllm_config: Any) -> int:
     except KeyError:
         logger.warning("The size of the KV cache's dtype %s is not known, so kv_cache_bytes_saved will be 0", name)
         return 0
-    heads, layers = model.get_total_num_kv_heads(), model.get_total_num_hidden_layers()
+    vectors = 1 if model.use_mla else 2 * model.get_total_num_kv_heads()
+    layers = model.get_total_num_hidden_layers()
     layers -= (getattr(model.hf_text_config, "layer_types", None) or []).count("linear_attention")
-    return int(2 * layers * heads * model.get_head_size() * dtype.itemsize)
+    return int(layers * vectors * model.get_head_size() * dtype.itemsize)

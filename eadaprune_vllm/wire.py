@@ -21,7 +21,7 @@ class Question(msgspec.Struct):
     """One image or video that the engine is to encode and decide about.
 
     Attributes:
-        modality: ``image`` or ``video``.
+        modality: vLLM's, mostly ``image`` or ``video``.
         item: as vLLM would send it unpruned.
         options: resolved ``PruneOptions`` as JSON.
         num_placeholders: how many it has unpruned.

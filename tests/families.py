@@ -11,6 +11,7 @@ import torch
 from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
 from internvl_chat import opengvlab
+from kimi_k25 import hub_name, moonshot
 from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -364,8 +365,12 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 LATER = ("llava_next_mistral", "qwen2_vl")
 OWN_CODE = ("internvl_chat",)  # comes with these checkpoints
 WITHOUT_IMAGE = ("llava_next_video",)
-WITHOUT_VIDEO = ("llava", "llava_siglip", "llava_next", "llava_next_mistral", "paddleocr_vl", "gemma3", "mistral3")
+WITHOUT_VIDEO = (
+    *("llava", "llava_siglip", "llava_next", "llava_next_mistral"),
+    *("gemma3", "kimi_k25", "mistral3", "paddleocr_vl"),
+)
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
+LATENT = ("kimi_k25",)  # whose attention vLLM has without chunks and prefix cache on a CPU, and of one size
 NOT_TOGETHER = ("llava_onevision",)  # are videos of different lengths: vLLM, stock or not, fails over both in a step
 ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
 
@@ -376,6 +381,8 @@ def _hub(name: str, weight: torch.Tensor, tower: str) -> tuple[str, torch.Tensor
         weight = weight.transpose(1, 2).contiguous()
     if tower in ("clip_vision_model", "siglip_vision_model"):
         name = name.replace("vision_tower.", "vision_tower.vision_model.")
+    if tower == "kimi_k25_vision":
+        name = hub_name(name)
     return name, weight
 
 
@@ -404,6 +411,8 @@ def make_family(name: str, folder: Path) -> Path:
     processor.save_pretrained(folder)
     if name in OWN_CODE:
         opengvlab(folder)
+    if name == "kimi_k25":
+        moonshot(folder)
     return folder
 
 

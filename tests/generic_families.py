@@ -6,6 +6,7 @@ from typing import Any
 from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
 from transformers import (
     CLIPVisionConfig,
+    DeepseekV3Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
@@ -27,6 +28,11 @@ from transformers import (
     InternVLProcessor,
     InternVLVideoProcessor,
     InternVLVisionConfig,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
+    Kimi_K25ImageProcessor,
+    Kimi_K25Processor,
+    Kimi_K25VideoProcessor,
     LlamaConfig,
     LlavaNextImageProcessor,
     LlavaNextVideoConfig,
@@ -80,6 +86,12 @@ INTERN = _named(
         "video_token": "<video>",
     },
     "<|video_pad|>",
+)
+KIMI = _named(
+    {"image_token": "<|media_pad|>", "video_token": "<|kimi_k25_video_placeholder|>"},
+    "<|media_begin|>",
+    "<|media_content|>",
+    "<|media_end|>",
 )
 MISTRAL = byte_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 
@@ -187,6 +199,37 @@ def _internvl() -> tuple[Any, Any, Any]:
     return InternVLForConditionalGeneration, config, processor
 
 
+def _kimi_k25() -> tuple[Any, Any, Any]:
+    """Four patches are a token, and the language model has multi-head latent attention."""
+    latent = {"kv_lora_rank": 512, "q_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    rope = {"rope_type": "yarn", "rope_theta": 50000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    text = (
+        text_settings(KIMI) | latent | {"num_key_value_heads": 4, "first_k_dense_replace": 3, "rope_parameters": rope}
+    )
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = Kimi_K25Config(
+        vision_config=vision | {"pos_emb_height": 16, "pos_emb_width": 16},
+        text_config=DeepseekV3Config(**text),
+        projection_hidden_size=64,
+        image_token_id=KIMI.image_token_id,
+        video_token_id=KIMI.video_token_id,
+        vision_start_token_id=KIMI.convert_tokens_to_ids("<|media_begin|>"),
+        vision_end_token_id=KIMI.convert_tokens_to_ids("<|media_end|>"),
+        tie_word_embeddings=False,
+    )
+    processor = Kimi_K25Processor(
+        Kimi_K25ImageProcessor(),
+        KIMI,
+        Kimi_K25VideoProcessor(),
+        chat_template=TEMPLATE.format(
+            image="<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+            video="<|kimi_k25_video_placeholder|>",
+        ),
+    )
+    return Kimi_K25ForConditionalGeneration, config, processor
+
+
 def _mistral3() -> tuple[Any, Any, Any]:
     """Four patches are a token."""
     config = Mistral3Config(
@@ -227,6 +270,7 @@ GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "gemma4": _gemma4,
     "internvl": _internvl,
     "internvl_chat": _internvl,
+    "kimi_k25": _kimi_k25,
     "llava_next_video": _llava_next_video,
     "mistral3": _mistral3,
 }

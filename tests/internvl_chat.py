@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, BatchFeature
+from transformers import BatchFeature
 from vllm.transformers_utils.processors.internvl import InternVLImageProcessor, InternVLVideoProcessor
 
 ORIGINAL = "transformers"  # where within its folder the checkpoint is that it was made of
@@ -109,7 +109,7 @@ def _name(name: str) -> str:
     return name
 
 
-class _Images:
+class Images:
     """vLLM's pixels of images, as transformers' processor has them."""
 
     def __init__(self, side: int) -> None:
@@ -123,7 +123,7 @@ class _Images:
         return images
 
 
-class _Videos:
+class Videos:
     """The same of a video."""
 
     def __init__(self, side: int) -> None:
@@ -131,12 +131,3 @@ class _Videos:
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
         return BatchFeature({"pixel_values_videos": self._make(videos)["pixel_values_flat_video"][None]})
-
-
-def processor(folder: Path) -> Any:
-    """transformers' for a checkpoint, with vLLM's pixels where these are others."""
-    made = AutoProcessor.from_pretrained(original(folder))
-    if original(folder) != folder:
-        side = made.image_processor.size["height"]
-        made.image_processor, made.video_processor = _Images(side), _Videos(side)
-    return made

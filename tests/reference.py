@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from generic_families import GENERIC
-from internvl_chat import original, processor
+from internvl_chat import original
 from PIL import Image
+from processors import processor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
 from transformers.image_processing_utils import select_best_resolution
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -106,8 +107,8 @@ class Reference:
             (made,) = self.model.get_video_features(pixels[None]).pooler_output
         else:
             places = inputs.get("image_position_ids", inputs.get("video_position_ids"))
-            given = {"image_sizes": inputs.get("image_sizes"), "image_position_ids": places}
-            given = {name: value for name, value in given.items() if value is not None}
+            given = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
+            given |= {} if places is None else {"image_position_ids": places}
             made = self.model.get_image_features(pixels, **given).pooler_output
         of_tiles = [*made]
         part = torch.arange(len(of_tiles)).repeat_interleave(len(of_tiles[0]))

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from samples import decided, item, kept
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
 
-from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split
+from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split, still, to_client
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept
 from eadaprune_vllm.report import Timing
@@ -27,7 +28,7 @@ def placeholders(*full: int) -> PrunedDetails:
 
 def one(**options: Any) -> Item:
     chosen = PruneOptions.model_validate(options)
-    return Item("image", "image-options", chosen, chosen.threshold)
+    return Item("image", "image", "image-options", chosen, chosen.threshold)
 
 
 def new(*, asks: bool = True, own: bool = False) -> New:
@@ -172,7 +173,7 @@ def test_what_may_lose_tokens(options: dict[str, Any], may: bool) -> None:
 def items(*names: str, energy: float = 0.5) -> Items:
     """One image of each name."""
     options = PruneOptions(energy=energy)
-    return Items({"image": [Item(name, f"{name}-options", options, energy) for name in names]})
+    return Items({"image": [Item("image", name, f"{name}-options", options, energy) for name in names]})
 
 
 def test_those_that_are_missing_share_what_is_known_of_all() -> None:
@@ -210,7 +211,7 @@ def test_what_became_of_a_request() -> None:
         made.take(answer)
         made.timing = Timing("image", 0, {"encode": 0.5, "select": 0.25})
     for each, decision in zip(found.of["image"], decisions, strict=True):
-        found.done("image", each, PrunedDetails([IMAGE] * 4).pruned(decision))
+        found.done(each, PrunedDetails([IMAGE] * 4).pruned(decision))
     pruning = found.pruning(kv_bytes_per_token=10)
     assert [report.kept_tokens for report in pruning.of("image")] == [1, 2]
     assert (pruning.seconds, len(pruning.timings), pruning.kv_bytes_per_token) == (1.5, 2, 10)
@@ -219,6 +220,26 @@ def test_what_became_of_a_request() -> None:
     assert first.startswith("a-")
     assert second.startswith("b-")
     assert first[1:] != second[1:]
+
+
+def test_chunks_are_what_a_client_sent() -> None:
+    chunks = [{"type": "image"}, {"type": "video_chunk"}, {"type": "image"}]
+    given: dict[str, list[Any]] = {"vision_chunk": chunks, "audio": [None]}
+    assert to_client(given) == {"vision_chunk": ["image", "video", "image"], "audio": ["audio"]}
+    assert to_client({"image": [None, 1], "video": []}) == {"image": ["image"] * 2, "video": []}
+
+
+@pytest.mark.parametrize(
+    ("limits", "modality"),
+    [({"vision_chunk": 9}, "vision_chunk"), ({"image": 1, "video": 1}, "image"), ({"image": 0, "video": 1}, "video")],
+)
+def test_a_picture_is_what_a_model_takes(limits: dict[str, int], modality: str) -> None:
+    picture = Image.new("RGB", (6, 4))
+    ((found, item),) = still(picture, limits).items()
+    assert found == modality
+    if modality == "video":
+        item = Image.fromarray(item[0][3])
+    assert (item["image"] if modality == "vision_chunk" else item).size == (6, 4)
 
 
 def test_vllm_never_sees_our_items() -> None:

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, OWN_CODE, WITHOUT_IMAGE, WITHOUT_VIDEO
 from generic_families import GENERIC
 from inprocess import SCENES
-from internvl_chat import processor
+from processors import processor
 from reference import Reference
 from vllm import ModelRegistry
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -30,7 +30,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from eadaprune_vllm.engine.decide import decide
 from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.models.items import New
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.options import CHUNK, PruneOptions
 from eadaprune_vllm.prune import Kept, prune
 from eadaprune_vllm.wire import Decided, answers, pack, questions
 
@@ -90,6 +90,8 @@ class Loaded:
     def read(self, items: dict[str, Any], **options: Any) -> list[New]:
         """What a front end makes of images and videos."""
         chosen = PruneOptions.model_validate(options)
+        if CHUNK in self._processor.info.allowed_mm_limits:
+            items = {CHUNK: [{"type": "image", "image": image} for image in items["image"]]}
         inputs = ProcessorInputs([], self._processor.info.parse_mm_data(items))
         return [
             self._processor.read(inputs, modality, index, chosen)

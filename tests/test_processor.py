@@ -1,5 +1,6 @@
 """The processor half of an adapter, with vLLM's own processor of the embedded model, and no engine."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from prometheus_client import CollectorRegistry
 from samples import decided
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import TimingContext
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdateDetails, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import preview
@@ -27,12 +29,32 @@ Images = dict[str, Image.Image]
 LEAST, MAX_MODEL_LEN = 64, 150  # tokens that an image keeps at least, and that a prompt has at most
 
 
-@pytest.fixture
-def processor(model: Path) -> PruningProcessor:
+class Numbering(BaseMultiModalProcessor):  # type: ignore[misc]
+    """As of models in whose prompts images are numbered."""
+
+    def _get_prompt_updates(self, *args: Any) -> Any:
+        (update,) = super()._get_prompt_updates(*args)
+        of = update.replacement
+        return [replace(update, replacement=lambda index: self._numbered(index, of(index)))]
+
+    def _recompute_cached_prompt_update(self, cached_update: Any, new_item_idx: int) -> Any:
+        update = super()._recompute_cached_prompt_update(cached_update, new_item_idx)
+        return update.with_content(self._numbered(new_item_idx, cached_update.content.full[1:]))
+
+    def _numbered(self, index: int, tokens: Any) -> PromptUpdateDetails:
+        return PromptUpdateDetails.select_token_id([index, *tokens], tokens[0])
+
+
+@pytest.fixture(params=[False])
+def processor(model: Path, request: pytest.FixtureRequest) -> PruningProcessor:
     config = EngineArgs(str(model), max_model_len=MAX_MODEL_LEN, limit_mm_per_prompt={"image": 4}).create_model_config()
     setattr(config.get_multimodal_config(), KEY, ServerOptions(energy=0.5, min_share=0, min_tokens=LEAST))
     context = MULTIMODAL_REGISTRY._create_processing_ctx(config)
-    made: PruningProcessor = adapter("LlavaForConditionalGeneration")._processor_factory.build_processor(context)
+    factory = adapter("LlavaForConditionalGeneration")._processor_factory
+    if request.param:
+        bases = (PruningProcessor, Numbering, LlavaMultiModalProcessor)
+        factory = replace(factory, processor=type("NumberedProcessor", bases, {}))
+    made: PruningProcessor = factory.build_processor(context)
     made.front_end = FrontEnd(Asker(most=10_000), Metrics(CollectorRegistry()), "m", 1)
     return made
 
@@ -58,6 +80,17 @@ def test_what_is_asked_becomes_a_prompt(processor: PruningProcessor, images: Ima
     assert [place.length for place in made["mm_placeholders"]["image"]] == [2, 3]
     assert len(made["prompt_token_ids"]) == 5
     assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 3]
+
+
+@pytest.mark.parametrize("processor", [True], indirect=True)
+def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(processor: PruningProcessor, images: Images) -> None:
+    items = apply(processor, {}, images["coffee"], images["moon"])
+    for each in items.undecided():
+        each.take(decided(2))
+    made = apply(processor, items, images["coffee"], images["moon"])
+    image = processor.info.get_hf_config().image_token_index
+    assert made["prompt_token_ids"] == [0, image, image, 1, image, image]
+    assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 2]
 
 
 def test_nothing_is_asked_about_what_keeps_everything(processor: PruningProcessor, images: Images) -> None:

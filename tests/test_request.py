@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.request import RequestContext, choose, request_layers
-from eadaprune_vllm.server_options import ServerOptions
+from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.request import Choices, RequestContext, choose, request_layers
+from eadaprune_vllm.server_options import Choice, ServerOptions
 
 SERVER = ServerOptions(energy=0.9, detail_low={"energy": 0.5})
 
@@ -105,3 +106,11 @@ def test_what_cannot_be_honoured_is_refused(
     with pytest.raises(InvalidOptionsError, match=re.escape(words)) as error:
         energies(*messages, **settings)
     assert error.value.field == field
+
+
+def test_choices_go_along_with_items() -> None:
+    first, second, third = (Choice(PruneOptions(energy=energy)) for energy in (0.1, 0.2, 0.3))
+    choices = Choices(image=(first, second), video=(third,))
+    assert list(choices.along(["image", "video", "image"])) == [first, third, second]
+    (none,) = choices.along(["audio"])
+    assert not none.options.enabled

@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "GlmOcrForConditionalGeneration": "eadaprune_vllm.models.glm_ocr:PrunedGlmOcrForConditionalGeneration",
     "InternVLChatModel": f"{_GENERIC}:InternVLChatModel",
     "InternVLForConditionalGeneration": f"{_GENERIC}:InternVLForConditionalGeneration",
+    "KimiK25ForConditionalGeneration": "eadaprune_vllm.models.kimi_k25:PrunedKimiK25ForConditionalGeneration",
     "LlavaForConditionalGeneration": "eadaprune_vllm.models.llava:PrunedLlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": "eadaprune_vllm.models.llava_next:PrunedLlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration": f"{_GENERIC}:LlavaNextVideoForConditionalGeneration",

@@ -6,6 +6,7 @@ positions and report are all made from that decision, and travel with its cache 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -20,10 +21,10 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import adapter
-from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split
+from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split, to_client
 from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.request import Choices, RequestContext, refusals, request_layers
-from eadaprune_vllm.server_options import Choice, ServerOptions
+from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.wire import Question
 
 
@@ -66,7 +67,9 @@ class PruningProcessor(BaseMultiModalProcessor):
     def _items(self, inputs: ProcessorInputs, given: object, others: dict[str, Any]) -> Items:
         """The images and videos of a request, with the options that are in force for each from now on."""
         assert self.front_end
-        counts = {modality: inputs.mm_data_items.get_count(modality, strict=False) for modality in MODALITIES}
+        names = to_client(inputs.mm_data_items)
+        of_all = [*chain(*names.values())]
+        counts = {modality: of_all.count(modality) for modality in MODALITIES}
         if not isinstance(given, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
             with refusals(self.front_end):
                 layers = request_layers(RequestContext(), {KEY: given})
@@ -76,17 +79,16 @@ class PruningProcessor(BaseMultiModalProcessor):
             raise VLLMServerError(f"options for {given} where there are {counts}")
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        whole = Choice(PruneOptions(enabled=False))
         of: dict[str, list[Item]] = {}
         for modality, of_each in inputs.mm_data_items.items():
             of[modality] = []
-            choices = given.get(modality, (whole,) * len(of_each))  # what is of another one is not ours to prune
-            for choice, image_hash, data in zip(choices, hashes[modality], of_each, strict=True):
+            choices = given.along(names[modality])
+            for name, choice, image_hash, data in zip(names[modality], choices, hashes[modality], of_each, strict=True):
                 options = self.front_end.in_force(choice, image_hash, choice.answered or data is None)
                 mm_hash = image_hash
                 if may_prune(options):
                     mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key})
-                of[modality].append(Item(image_hash, mm_hash, options, choice.options.threshold))
+                of[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
         return Items(of, weights=self.front_end.weights)
 
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
@@ -184,7 +186,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         if items is not None:
             for modality, updates in result.prompt_updates.items():
                 for (update,), item in zip(updates, items.of.get(modality, ()), strict=True):
-                    items.done(modality, item, update.content)
+                    items.done(item, update.content)
         return result
 
     @override
@@ -236,8 +238,16 @@ class PruningProcessor(BaseMultiModalProcessor):
         for modality, of_each in items.of.items():
             results = [items.new[item.mm_hash].result() for item in of_each]
             out_mm_kwargs[modality] = [item for item, _ in results]  # what vLLM goes on with
-            updates[modality] = [[replace(update, item_idx=index)] for index, (_, update) in enumerate(results)]
+            updates[modality] = [
+                [self._recompute_cached_prompt_update(update, index)] for index, (_, update) in enumerate(results)
+            ]
         return updates
+
+    @override
+    def _recompute_cached_prompt_update(self, cached_update: Any, new_item_idx: int) -> Any:
+        update = super()._recompute_cached_prompt_update(cached_update, new_item_idx)
+        known, content = cached_update.content, update.content  # which is another if it tells the number
+        return replace(update, content=replace(known, full=content.full, is_embed=content.is_embed))
 
     @override
     def _get_prompt_updates(
@@ -267,6 +277,8 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def view(self, item: Any, count: int, number: int) -> Image.Image:
         """What one of ``count`` grids lies over: the image each time, or the frames of a video at equal distances."""
+        if isinstance(item, dict):
+            item = item["image"]  # of a chunk
         if isinstance(item, Image.Image):
             return item
         frames = item[0] if isinstance(item, tuple) else item

@@ -2,23 +2,27 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
+from PIL import Image
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
 from eadaprune_vllm.models.pruned import KEPT, ROWS
-from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
+from eadaprune_vllm.options import CHUNK, KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.prune import Kept
 from eadaprune_vllm.report import ItemReport, Pruning, Timing
 from eadaprune_vllm.wire import Answer, Decided, Failed, Question
+
+_FRAMES = 4  # of a still picture as a video
 
 
 def digest(placeholders: torch.Tensor) -> str:
@@ -79,6 +83,7 @@ class Item:
     """One image or video, from its options to its report.
 
     Attributes:
+        modality: to the client.
         image_hash: by which vLLM tells it from others, our options aside.
         mm_hash: the same with the options, where these may take tokens away.
         options: in force.
@@ -86,6 +91,7 @@ class Item:
         cached: whether vLLM's processor cache has it.
     """
 
+    modality: str
     image_hash: str
     mm_hash: str
     options: PruneOptions
@@ -163,7 +169,7 @@ class Items:
     """The images and videos of one request.
 
     Attributes:
-        of: each, by modality.
+        of: each, by vLLM's modality.
         new: what is made of those that are not cached, by ``mm_hash``.
         weights: with what number of weights, as ``FrontEnd`` counts them.
         reports: of each, by modality, once vLLM has processed them.
@@ -198,10 +204,10 @@ class Items:
         vars(missing)["are_read_first"] = self.are_read_first
         return missing
 
-    def done(self, modality: str, item: Item, content: PrunedDetails) -> None:
+    def done(self, item: Item, content: PrunedDetails) -> None:
         """Note what became of an item, from now on the next of its modality."""
-        if modality in MODALITIES:
-            self.reports[modality].append(content.report(item))
+        if item.modality in MODALITIES:
+            self.reports[item.modality].append(content.report(item))
         self.identifiers[item.mm_hash] = item.image_hash + content.digest
         self.skipped += content.kept.skipped if content.kept else 0
 
@@ -209,6 +215,31 @@ class Items:
         timings = [new.timing for new in self.new.values() if new.timing]
         seconds = sum(sum(timing.stages.values()) for timing in timings)
         return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers)
+
+
+def to_client(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
+    """What each item of each of vLLM's modalities is to a client: a chunk is an image, or a part of a video."""
+    return {
+        modality: [data["type"].removesuffix("_chunk") if modality == CHUNK else modality for data in of_each]
+        for modality, of_each in items.items()
+    }
+
+
+def still(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, Any]:
+    """A picture as vLLM's renderer hands an item over, after its modality: as an image, or to models that take none, as
+    a video that stands still.
+
+    Args:
+        picture: RGB.
+        limits: how many items of each modality the model takes.
+    """
+    if limits.get(CHUNK):
+        return {CHUNK: {"type": "image", "image": picture, "uuid": None}}
+    if limits.get("image"):
+        return {"image": picture}
+    frames = np.stack([np.asarray(picture)] * _FRAMES)
+    metadata = {"fps": 1.0, "frames_indices": [*range(_FRAMES)], "total_num_frames": _FRAMES, "do_sample_frames": False}
+    return {"video": (frames, metadata)}
 
 
 def may_prune(options: PruneOptions) -> bool:

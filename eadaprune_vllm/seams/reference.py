@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import msgspec
 import numpy as np
-from PIL import Image
 
 from eadaprune_vllm import startup
 from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.options import KEY, MODALITIES
+from eadaprune_vllm.models.items import still
+from eadaprune_vllm.options import CHUNK, KEY, MODALITIES
 from eadaprune_vllm.reference import pictures
 from eadaprune_vllm.seams.engine import ask_workers
 from eadaprune_vllm.seams.wrap import wrap
@@ -21,7 +21,6 @@ from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.wire import Answer, Decided, Failed, answers, pack
 
 _TOLD = "_eadaprune_told"
-_FRAMES = 4  # of a still picture as a video
 
 
 def install() -> None:
@@ -76,16 +75,15 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
     model_config = vllm_config.model_config
     processor = cast(PruningProcessor, MULTIMODAL_REGISTRY.create_processor(model_config))
     limits = processor.info.allowed_mm_limits
-    modality = next((each for each in MODALITIES if limits.get(each)), None)
-    if modality is None:
+    if not any(limits.get(modality) for modality in (*MODALITIES, CHUNK)):
         raise StartupError(f"{model_config.architecture} takes neither images nor videos, so there is nothing to prune")
     # A selector whose choice is found at once.
     options = ServerOptions.of(model_config.multimodal_config).defaults.model_copy(update={"selector": "uniform"})
     curves, failed = list[Curve](), Failed("there is no reference picture")
     for kind, picture in pictures():
-        item = picture if modality == "image" else _still(picture)
         answer: Answer
         try:
+            ((modality, item),) = still(picture, limits).items()
             inputs = ProcessorInputs([], processor.info.parse_mm_data({modality: [item]}))
             new = processor.read(inputs, modality, 0, options)
             new.question.explain = True
@@ -102,9 +100,3 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
     if not curves:
         raise StartupError(f"{model_config.architecture} cannot be pruned: {failed.error}")
     return curves
-
-
-def _still(picture: Image.Image) -> tuple[Any, dict[str, Any]]:
-    """A video of it, as vLLM's loader gives one."""
-    metadata = {"fps": 1.0, "frames_indices": [*range(_FRAMES)], "total_num_frames": _FRAMES, "do_sample_frames": False}
-    return np.stack([np.asarray(picture)] * _FRAMES), metadata

@@ -1,8 +1,6 @@
 """Rendering: where vLLM makes engine inputs of requests, and the options of their images and videos are resolved."""
 
 import asyncio
-import functools
-from contextvars import copy_context
 from typing import Any
 
 from eadaprune_vllm import request as requests
@@ -45,11 +43,6 @@ def install() -> None:
         ) -> Any:
             requests.refuse_options(renderer, prompts, prompt_extras)
             return original(renderer, prompts, *args, prompt_extras=prompt_extras, **kwargs)
-
-    # Pooling renders on a thread, which must find the request's context.
-    @wrap("vllm.entrypoints.pooling.base.io_processor:make_async")
-    def make_async(original: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
-        return lambda *a, **k: original(functools.partial(copy_context().run, func), *args, **kwargs)(*a, **k)
 
     # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they
     # are resolved, so they may pass; it judges the rest.

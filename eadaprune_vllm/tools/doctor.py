@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from eadaprune_vllm import __version__
 from eadaprune_vllm.naming import NAME, named_plugins
-from eadaprune_vllm.options import MODALITIES
+from eadaprune_vllm.options import CHUNK, MODALITIES
 from eadaprune_vllm.seams import window
 
 State = Literal["ok", "warning", "failed"]
@@ -180,7 +180,7 @@ def of_model(model: str, dtype: str | None = None, revision: str | None = None) 
     kind = f"{served.architecture} in {str(served.dtype).removeprefix('torch.')}"
     yield Finding("model", f"{kind}, prompts of up to {served.max_model_len} tokens", "ok")
     yield Finding("KV cache", f"{per_token} bytes per token")
-    for modality in MODALITIES:
+    for modality in (*MODALITIES, CHUNK):
         if tokens := most.get(modality):
             floor, size = min(options.floor(tokens), tokens), tokens * per_token / 2**20
             text = f"{tokens} tokens, {size:.1f} MiB of KV cache; never cut below {floor} by default"

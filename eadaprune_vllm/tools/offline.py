@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMServerError
 from vllm.multimodal.media import ImageMediaIO
 
 from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.models.items import still
 from eadaprune_vllm.naming import NAME, name_plugins
 from eadaprune_vllm.preview import look_at
 from eadaprune_vllm.report import ItemPreview
@@ -53,7 +54,8 @@ class OfflineModel:
         processor: PruningProcessor = self._engine.llm_engine.renderer.mm_processor
         assert processor.front_end
         chosen = processor.server_options.choose(Layer("options", given))
-        (looked_at,) = look_at(processor, {"image": [picture]}, Choices(image=(chosen,), video=()))
+        items = {modality: [item] for modality, item in still(picture, processor.info.allowed_mm_limits).items()}
+        (looked_at,) = look_at(processor, items, Choices(image=(chosen,), video=(chosen,)))
         processor.front_end.ask_and_wait([looked_at.new])
         try:
             return looked_at.preview(overlay, spectrum)

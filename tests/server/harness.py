@@ -12,12 +12,14 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from eadaprune_vllm.demo.server import DTYPE, VLLM
+from eadaprune_vllm.demo.server import VLLM
 from eadaprune_vllm.demo.server import Server as PlainServer
 from eadaprune_vllm.draw import data_url
 
 __all__ = ["BLOCK_SIZE", "DTYPE", "KV_BYTES", "MAX_DECODED", "VLLM", "PlainServer", "Server", "content", "environment"]
 
+# On every machine: half the digits round otherwise in other company, and decisions are compared to the token.
+DTYPE = "float32"
 FRESH = {"connection": "close"}  # a new connection per request, so that several API servers share them
 MAX_DECODED = 20_000_000  # bytes of pictures that the main server takes in one request, at four a pixel
 BLOCK_SIZE = 32  # the smallest that attention on a CPU takes

@@ -10,12 +10,14 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from families import HYBRID, ONE_VIDEO, OWN_CODE, WITHOUT_VIDEO
+from families import HYBRID, LATENT, ONE_VIDEO, OWN_CODE, WITHOUT_VIDEO
 from PIL import Image
 from shared import noise, photo
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.triton_utils import dispatcher
 
 from eadaprune_vllm.draw import data_url
 
@@ -94,7 +96,16 @@ def answers(llm: LLM, batch: list[tuple[str, dict[str, Any] | None]]) -> list[di
     ]
 
 
+def rebind_kernels(overrides: Any, original: Any = dispatcher._rebind_kernels) -> None:
+    """vLLM for CPU looks for its kernels in all modules, and stumbles over those of the compiler of Kimi's pixels."""
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+            del sys.modules[name]
+        original(overrides)
+
+
 if __name__ == "__main__":
+    dispatcher._rebind_kernels = rebind_kernels
     gc.freeze()  # vLLM collects garbage several times for each model, and what is imported is none
     work: dict[str, list[Any]] = json.load(sys.stdin)  # model's folder -> batches
     result: dict[str, Any] = {}
@@ -109,9 +120,9 @@ if __name__ == "__main__":
                 enforce_eager=True,
                 trust_remote_code=name in OWN_CODE,
                 max_model_len=4096,
-                # Images are cut over several steps, but for Gemma's, which vLLM never cuts.
-                max_num_batched_tokens=512 if name.startswith("gemma") else 64,
-                block_size=32,
+                # Images are cut over several steps, but for Gemma's, which vLLM never cuts, and with latent attention.
+                max_num_batched_tokens=4096 if name in LATENT else 512 if name.startswith("gemma") else 64,
+                block_size=16 if name in LATENT else 32,
                 limit_mm_per_prompt={"image": 5, "video": videos},
             )
             result[folder] = [answers(llm, batch) for batch in batches]

@@ -4,13 +4,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from harness import DTYPE, Server
+from harness import Server
 from rich.console import Console
 
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import CATEGORIES, write_questions
 from eadaprune_vllm.demo.run import SCENES, SETTINGS, demo_pictures, run_demo
 from eadaprune_vllm.demo.scenes import make_scene
+from eadaprune_vllm.demo.server import DTYPE
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, read_questions, run
 
 

@@ -1,0 +1,19 @@
+"""transformers' processors of small checkpoints, with vLLM's pixels where these are others."""
+
+from pathlib import Path
+from typing import Any
+
+import internvl_chat
+import kimi_k25
+from transformers import AutoProcessor
+
+
+def processor(folder: Path) -> Any:
+    if folder.name == "kimi_k25":
+        return kimi_k25.processor(folder)
+    original = internvl_chat.original(folder)
+    made = AutoProcessor.from_pretrained(original)
+    if original != folder:
+        side = made.image_processor.size["height"]
+        made.image_processor, made.video_processor = internvl_chat.Images(side), internvl_chat.Videos(side)
+    return made

@@ -29,7 +29,7 @@ from threadpoolctl import ThreadpoolController
 
 from eadaprune_vllm.budget import TIE_TOLERANCE
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import WINDOW, Encoding, Layout, prune
+from eadaprune_vllm.prune import WINDOW, Encoding, Layout, compute_spectra, prune
 from eadaprune_vllm.selectors import VisualTokens
 
 ENERGY = 0.95
@@ -132,15 +132,14 @@ def ours(selector: str, share: float | None = None) -> Callable[[torch.Tensor], 
     options = PruneOptions(energy=ENERGY, min_tokens=1, selector=selector)
 
     def decide(batch: torch.Tensor) -> list[int]:
-        """One image after the other, as the engine does it."""
-        kept = []
-        for rows in batch:
-            fixed = {"min_tokens": int(share * len(rows)), "max_tokens": int(share * len(rows))} if share else {}
-            tokens = VisualTokens(rows, torch.arange(len(rows)).float())
-            encoding = Encoding(tokens, Layout.whole(1, len(rows)))
-            with THREADS.limit(limits=1, user_api="blas"):
-                kept.append(len(prune(encoding, options.model_copy(update=fixed))))
-        return kept
+        """All spectra at once and one selection after the other, as the engine does it."""
+        num_tokens = batch.shape[1]
+        fixed = {"min_tokens": int(share * num_tokens), "max_tokens": int(share * num_tokens)} if share else {}
+        own, layout = options.model_copy(update=fixed), Layout.whole(1, num_tokens)
+        encodings = [Encoding(VisualTokens(rows, torch.arange(num_tokens).float()), layout) for rows in batch]
+        compute_spectra(encodings, [own] * len(encodings))
+        with THREADS.limit(limits=1, user_api="blas"):
+            return [len(prune(encoding, own)) for encoding in encodings]
 
     return decide
 

@@ -86,17 +86,24 @@ WAYS: dict[str, Callable[[Any, Any, torch.Tensor], torch.Tensor]] = {
 WAY = os.environ["EADAPRUNE_MERGE"]
 
 
-def answer(model: Any, question: Any, options: Any, encoded: Any) -> Decided:
+def encoding(model: Any, question: Any, encoded: Any) -> prune.Encoding:
+    """What the engine decides on; the model is noted."""
+    _models[:] = [model]
+    return _encoding(model, question, encoded)
+
+
+def answer(question: Any, options: Any, encoding: Any, encoded: Any) -> Decided:
     """What the engine answers, of a LLaVA-1.5."""
-    decided = _plain(model, question, options, encoded)
-    decided.rows = WAYS[WAY](model, encoded, decided.kept.indices)
+    decided = _answer(question, options, encoding, encoded)
+    decided.rows = WAYS[WAY](_models[-1], encoded, decided.kept.indices)
     return decided
 
 
 if WAY.isdigit():
     prune.WINDOW["tile"] = int(WAY)
 else:
-    _plain = decide._answer
-    decide._answer = answer
+    _models: list[Any] = []
+    _encoding, _answer = decide._encoding, decide._answer
+    decide._encoding, decide._answer = encoding, answer
     if WAY not in ("mean", "half"):
         SELECTORS["uniform"] = middles

@@ -26,10 +26,11 @@ from eadaprune_vllm.draw import png
 from eadaprune_vllm.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.tools.calibrate import solve
-from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, adaptive, read_questions, run
+from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, adaptive, run
 from eadaprune_vllm.tools.examiner import Examiner
 from eadaprune_vllm.tools.offline import OfflineModel
 from eadaprune_vllm.tools.plots import accuracy
+from eadaprune_vllm.tools.questions import read_questions
 
 TARGETS = (96, 48, 24, 12)  # features have 144 numbers: below energy 1.0 no budget is larger
 CALIBRATION = 200  # scenes

@@ -235,9 +235,10 @@ def evaluate(
     """Measure how often a server answers right, without pruning, by default, and under other options."""
     from eadaprune_vllm.tools import evaluate as tool
     from eadaprune_vllm.tools.plots import accuracy
+    from eadaprune_vllm.tools.questions import read_questions
 
     with _refused():
-        results = tool.Results(tool.read_questions(questions))
+        results = tool.Results(read_questions(questions))
         pruned = [*tool.default(selector), *tool.adaptive(energy, selector, target), *tool.fixed(tokens, selector)]
         settings = [tool.UNPRUNED, *pruned]
         asyncio.run(

@@ -147,12 +147,14 @@ async def _preview(body: PreviewRequest, request: Request) -> Preview:
     items = await _fetch(state.eadaprune_renderer.model_config, messages)
     found, looked_at = look_at(processor, items, choices), []
     unasked: list[New] = []
+    room = processor.front_end.asker.most
     while each := await on_render_thread(state.eadaprune_renderer, next, found, None):
         looked_at.append(each)
         unasked.append(each.new)
-        if sum(new.question.num_placeholders for new in unasked) >= processor.front_end.asker.most:
+        room -= each.new.question.num_placeholders
+        if room <= 0:
             await processor.front_end.ask(unasked)  # which lets go of their pixels
-            unasked = []
+            unasked, room = [], processor.front_end.asker.most
     await processor.front_end.ask(unasked)
     pruning = await asyncio.to_thread(previews, processor, looked_at, body.overlay, body.spectrum)
     return Preview.of([told(processor.server_options, pruning)])

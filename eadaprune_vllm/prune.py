@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -11,7 +12,7 @@ from eadaprune_vllm.budget import clamped
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import Bound, PruneOptions
 from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
-from eadaprune_vllm.spectrum import Spectrum
+from eadaprune_vllm.spectrum import Spectrum, spectra
 
 # Most tokens with one spectrum and one selection, by scope: these take time with the square and the cube of them.
 WINDOW = {"tile": 1024, "image": 4096}
@@ -146,6 +147,24 @@ class Kept:
         return len(self.placeholders) - len(self.indices)
 
 
+def compute_spectra(encodings: Sequence[Encoding], options: Sequence[PruneOptions]) -> None:
+    """Compute the spectra that ``prune`` goes by with these options, all at once."""
+    wanting = [
+        (encoding, each.scope)
+        for encoding, each in zip(encodings, options, strict=True)
+        if _by_spectrum(encoding.tokens, each)
+    ]
+    parts = [[tokens for _, tokens in encoding.parts(scope)] for encoding, scope in wanting]
+    for (encoding, scope), spectrum in zip(wanting, spectra(parts), strict=True):
+        if spectrum:  # or else ``prune`` says why not
+            encoding._spectra[scope] = spectrum
+
+
+def _by_spectrum(tokens: VisualTokens, options: PruneOptions) -> bool:
+    fewer = options.max_tokens is not None and options.max_tokens < tokens.num_tokens
+    return options.enabled and (options.energy < 1 or fewer)
+
+
 def finite(rows: torch.Tensor) -> bool:
     """Whether all are, in a twentieth of the time that ``isfinite`` takes in 16 bit: otherwise their sum is not."""
     return bool(rows.float().sum().isfinite())
@@ -161,12 +180,11 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         NonFiniteFeaturesError: if any feature is NaN or infinite.
     """
     tokens = encoding.tokens
-    start = time.perf_counter()
     if not finite(tokens.features):
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
-    k, energy, budgets = tokens.num_tokens, 1.0, None
+    k, energy, budgets, seconds = tokens.num_tokens, 1.0, None, 0.0
     bound: Bound | None = None
-    if options.enabled and (options.energy < 1 or (options.max_tokens or k) < k):
+    if _by_spectrum(tokens, options):
         spectrum = encoding.spectrum(options.scope)
         needed = spectrum.budget(options.energy)
         k = int(clamped(needed, tokens.num_tokens, options))
@@ -174,8 +192,8 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
             bound = "min_tokens" if options.floor(tokens.num_tokens) == options.min_tokens else "min_share"
         elif k < needed:
             bound = "max_tokens"
-        energy, budgets = spectrum.energy_at(k), spectrum.allocate(k)
-    measured = time.perf_counter()
+        energy, budgets, seconds = spectrum.energy_at(k), spectrum.allocate(k), spectrum.seconds
+    start = time.perf_counter()
     selector = "span" if tokens.attention is None and options.selector in BY_ATTENTION else options.selector
     if budgets is None or k == tokens.num_tokens:
         indices = torch.arange(k)
@@ -187,7 +205,6 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         indices = torch.cat(chosen).sort().values
     assert len(indices) == k
     layout = encoding.layout
-    seconds = measured - start, time.perf_counter() - measured
     return Kept(
         indices,
         layout.placeholders(indices),
@@ -196,5 +213,6 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         energy,
         bound,
         selector,
-        *seconds,
+        seconds,
+        time.perf_counter() - start,
     )

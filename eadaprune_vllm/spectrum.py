@@ -12,6 +12,9 @@ k-th token is then needed at every threshold above E(k-1), the energy of those b
 tokens of all parts make one list, of which any threshold, and any number of tokens, is a beginning.
 """
 
+import math
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,35 +35,24 @@ class Spectrum:
         cumulative: ``[N]`` float64; entry k-1 is the share of all parts' energy that the first k tokens of this list
             hold, 1.0 for zero matrices.
         num_parts: number of parts.
+        seconds: the time it took.
     """
 
     needed_above: torch.Tensor
     part: torch.Tensor
     cumulative: torch.Tensor
     num_parts: int
+    seconds: float = 0
 
     @classmethod
     def of(cls, parts: Sequence[VisualTokens]) -> "Spectrum":
         """Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite, or their energy overflows float32.
         """
-        needed_above, gains, totals = [], [], []
-        for tokens, (share, total) in zip(parts, _energies(parts), strict=True):
-            before = torch.ones(tokens.num_tokens, dtype=torch.float64)
-            before[: len(share)] = torch.cat((share.new_zeros(1), share.cumsum(0)[:-1])).clamp(max=1)
-            needed_above.append(before)
-            gains.append(torch.zeros_like(before))
-            gains[-1][: len(share)] = share * total
-            totals.append(total)
-        sizes = torch.tensor([tokens.num_tokens for tokens in parts])
-        # Of tokens that are needed at once, those that hold more come first.
-        gain = torch.cat(gains)
-        by_gain = gain.argsort(descending=True, stable=True)
-        ascending, order = torch.cat(needed_above)[by_gain].sort(stable=True)
-        order = by_gain[order]
-        held = gain[order].cumsum(0)
-        cumulative = (held / sum(totals)).clamp(max=1) if any(totals) else torch.ones_like(held)
-        return cls(ascending, torch.arange(len(parts)).repeat_interleave(sizes)[order], cumulative, len(parts))
+        (found,) = spectra([parts])
+        if found is None:
+            raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
+        return found
 
     @property
     def num_tokens(self) -> int:
@@ -87,19 +79,58 @@ class Spectrum:
         return [(k, self.energy_at(k)) for k in sorted(steps)]
 
 
+def spectra(images: Sequence[Sequence[VisualTokens]]) -> list[Spectrum | None]:
+    """The spectra of images, each in parts, all at once; None for those whose features, or their energy in float32, are
+    not finite."""
+    start = time.perf_counter()
+    found = iter(_energies([tokens for parts in images for tokens in parts]))
+    energies = [[next(found) for _ in parts] for parts in images]
+    seconds = (time.perf_counter() - start) / max(len(images), 1)
+    return [
+        _spectrum(parts, of_parts, seconds) if all(math.isfinite(total) for _, total in of_parts) else None
+        for parts, of_parts in zip(images, energies, strict=True)
+    ]
+
+
+def _spectrum(
+    parts: Sequence[VisualTokens], energies: Sequence[tuple[torch.Tensor, float]], seconds: float
+) -> Spectrum:
+    needed_above, gains = [], []
+    for tokens, (share, total) in zip(parts, energies, strict=True):
+        before = torch.ones(tokens.num_tokens, dtype=torch.float64)
+        before[: len(share)] = torch.cat((share.new_zeros(1), share.cumsum(0)[:-1])).clamp(max=1)
+        needed_above.append(before)
+        gains.append(torch.zeros_like(before))
+        gains[-1][: len(share)] = share * total
+    sizes = torch.tensor([tokens.num_tokens for tokens in parts])
+    # Of tokens that are needed at once, those that hold more come first.
+    gain = torch.cat(gains)
+    by_gain = gain.argsort(descending=True, stable=True)
+    ascending, order = torch.cat(needed_above)[by_gain].sort(stable=True)
+    order = by_gain[order]
+    held, total = gain[order].cumsum(0), sum(total for _, total in energies)
+    cumulative = (held / total).clamp(max=1) if total else torch.ones_like(held)
+    return Spectrum(
+        ascending, torch.arange(len(parts)).repeat_interleave(sizes)[order], cumulative, len(parts), seconds
+    )
+
+
 def _energies(parts: Sequence[VisualTokens]) -> list[tuple[torch.Tensor, float]]:
-    """Of each its squared singular values as shares of their total, descending, ``[min(N, D)]`` float64, and the total.
-    Those of one size are computed together: many take a GPU little longer than one."""
-    grams = [tokens.gram for tokens in parts]
+    """Of each its squared singular values as shares of their total, descending, ``[min(N, D)]`` float64, and the total,
+    which may not be finite. Those of one size are computed together: many take a GPU little longer than one."""
+    # Of a zero matrix one token holds everything.
+    ones = torch.ones(1, dtype=torch.float64)
     found: dict[int, tuple[torch.Tensor, float]] = {}
-    for size in {len(gram) for gram in grams}:
-        members = [index for index, gram in enumerate(grams) if len(gram) == size]
-        batch = torch.stack([grams[index] for index in members])
-        totals = batch.diagonal(dim1=1, dim2=2).double().sum(1).cpu()
-        if not totals.isfinite().all():
-            raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
-        eigenvalues = torch.linalg.eigvalsh(batch).cpu().flip(1).clamp(min=0).double()
-        for index, values, total in zip(members, eigenvalues, totals.tolist(), strict=True):
-            # Of a zero matrix one token holds everything.
-            found[index] = values / total if total > 0 else torch.ones(1, dtype=torch.float64), total
+    by_size: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
+    for index, tokens in enumerate(parts):
+        gram = tokens.gram
+        by_size[len(gram)][index] = gram
+    for grams in by_size.values():
+        totals = torch.stack([gram.diagonal().double().sum() for gram in grams.values()]).tolist()
+        found |= {index: (ones, total) for index, total in zip(grams, totals, strict=True)}
+        having = [index for index in grams if 0 < found[index][1] < math.inf]
+        if having:
+            eigenvalues = torch.linalg.eigvalsh(torch.stack([grams[index] for index in having]))
+            for index, values in zip(having, eigenvalues.cpu().flip(1).clamp(min=0).double(), strict=True):
+                found[index] = values / found[index][1], found[index][1]
     return [found[index] for index in range(len(parts))]

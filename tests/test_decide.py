@@ -181,6 +181,42 @@ def test_memory_that_runs_out_over_one_leaves_the_others(model: Model, monkeypat
     assert found[1].reason == "engine"
 
 
+def test_spectra_of_a_batch_are_computed_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one size, as far as they are wanted; the decisions are those that each has alone."""
+    sizes: list[list[int]] = []
+    eigvalsh = torch.linalg.eigvalsh
+
+    def noted(batch: torch.Tensor) -> Any:
+        sizes.append([*batch.shape])
+        return eigvalsh(batch)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", noted)
+    given = [rows(20), rows(3), rows(20), rows(20), rows(20) * torch.nan]
+    questions = [asked(each, energy=0.9 if index != 2 else 1.0) for index, each in enumerate(given)]
+    *found, failed = answered(model, *questions)
+    assert sizes == [[2, 4, 4], [1, 3, 3]]
+    assert isinstance(failed, Failed)
+    for index in (0, 1, 3):
+        decided, expected = as_decided(found[index]).kept, alone(given[index][:, :4])
+        assert decided.indices.tolist() == expected.indices.tolist()
+        assert decided.energy == expected.energy
+        assert decided.spectrum_seconds > 0
+
+
+def test_what_cannot_be_computed_together_is_computed_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    eigvalsh = torch.linalg.eigvalsh
+
+    def small(batch: torch.Tensor) -> Any:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError
+        return eigvalsh(batch)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", small)
+    given = [rows(20), rows(20)]
+    for decided, each in zip(answered(model, *map(asked, given)), given, strict=True):
+        assert as_decided(decided).kept.indices.tolist() == alone(each[:, :4]).indices.tolist()
+
+
 def test_rows_that_vllm_does_not_expect_fail_alone(model: Model) -> None:
     question = asked(rows(20))
     question.num_placeholders = 19

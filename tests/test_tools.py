@@ -19,7 +19,8 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Layout, prune
 from eadaprune_vllm.selectors import VisualTokens
 from eadaprune_vllm.tools import calibrate, evaluate, images
-from eadaprune_vllm.tools.evaluate import Question, Results, Setting
+from eadaprune_vllm.tools.evaluate import Results, Setting
+from eadaprune_vllm.tools.questions import Question, normalized, read_questions
 
 
 def tokens(flatness: float) -> VisualTokens:
@@ -256,8 +257,8 @@ def test_questions_about_one_image_count_as_one_observation() -> None:
 
 
 def test_answers_are_compared_without_case_articles_and_punctuation() -> None:
-    assert evaluate.normalized(" The  Red. ") == "red"
-    assert evaluate.normalized("top-left") == evaluate.normalized("Top left")
+    assert normalized(" The  Red. ") == "red"
+    assert normalized("top-left") == normalized("Top left")
 
 
 def test_a_line_that_is_no_question_is_named(tmp_path: Path) -> None:
@@ -265,13 +266,13 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path) -> None:
     good = {"image": "a.png", "question": "What?", "answer": "this", "category": "c"}
     path.write_text(json.dumps(good) + "\n" + json.dumps({"image": "a.png"}) + "\n")
     with pytest.raises(ValueError, match=r"q\.jsonl:2: question: Field required; answers: Field required"):
-        evaluate.read_questions(path)
+        read_questions(path)
     path.write_text(json.dumps(good))
-    (found,) = evaluate.read_questions(path)
+    (found,) = read_questions(path)
     assert found == Question(image=str(tmp_path / "a.png"), question="What?", answers=("this",), category="c")
     path.write_text("")
     with pytest.raises(ValueError, match="holds no questions"):
-        evaluate.read_questions(path)
+        read_questions(path)
 
 
 def test_chance_is_the_most_frequent_answer() -> None:

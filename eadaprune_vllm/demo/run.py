@@ -21,8 +21,8 @@ from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import DTYPE, Server
 from eadaprune_vllm.draw import data_url, picture
 from eadaprune_vllm.report import ItemPreview
-from eadaprune_vllm.tools.evaluate import normalized
 from eadaprune_vllm.tools.plots import caption, explanation
+from eadaprune_vllm.tools.questions import normalized
 
 # By the name they have in tables. A floor of 16 tokens lets thresholds show how images differ; the default's is higher.
 SETTINGS: dict[str, dict[str, Any]] = {

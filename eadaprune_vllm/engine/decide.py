@@ -4,6 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from eadaprune_vllm.engine.attention import observing
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, finite, prune
+from eadaprune_vllm.prune import Encoding, compute_spectra, finite, prune
 from eadaprune_vllm.seams.graphs import encode
 from eadaprune_vllm.selectors import BY_ATTENTION, VisualTokens
 from eadaprune_vllm.wire import Answer, Decided, Failed, Grounds, Question
@@ -57,21 +58,34 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
     seen = model.eadaprune_observes and tp_mode != "data"
     observed = [seen and each.selector in BY_ATTENTION for each in options]
     found: dict[int, Answer] = {}
-    for index, encoded in _encoded(runner, questions, observed):
+    for batch in _encoded(runner, questions, observed):
         if not answers:
             continue
-        try:
+        encodings: dict[int, Encoding] = {}
+        for index, encoded in batch.items():
+            with _by_itself(found, index):
+                encodings[index] = _encoding(model, questions[index], encoded)
+        with suppress(Exception):  # what it fails over will fail by itself
+            compute_spectra([*encodings.values()], [options[index] for index in encodings])
+        for index, encoding in encodings.items():
             # Selectors do a little work at a time, which NumPy's threads would mostly wait for one another with.
-            with _threads().limit(limits=1, user_api="blas"):
-                found[index] = _answer(model, questions[index], options[index], encoded)
-        except NonFiniteFeaturesError as error:
-            found[index] = Failed(str(error), "features")
-        except torch.OutOfMemoryError:
-            found[index] = Failed("there is too little memory to decide about this image")
-        except Exception as error:
-            logger.exception("Nothing could be decided about an image")
-            found[index] = Failed(f"this image could not be encoded: {error}")
+            with _by_itself(found, index), _threads().limit(limits=1, user_api="blas"):
+                found[index] = _answer(questions[index], options[index], encoding, batch[index])
     return [found[index] for index in range(len(questions))] if answers else []
+
+
+@contextmanager
+def _by_itself(found: dict[int, Answer], index: int) -> Iterator[None]:
+    """What fails meanwhile fails for one question, of that index."""
+    try:
+        yield
+    except NonFiniteFeaturesError as error:
+        found[index] = Failed(str(error), "features")
+    except torch.OutOfMemoryError:
+        found[index] = Failed("there is too little memory to decide about this image")
+    except Exception as error:
+        logger.exception("Nothing could be decided about an image")
+        found[index] = Failed(f"this image could not be encoded: {error}")
 
 
 @functools.cache
@@ -79,9 +93,9 @@ def _threads() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _encoded(runner: Any, questions: Sequence[Question], observed: Sequence[bool]) -> Iterator[tuple[int, Encoded]]:
-    """What the model makes of each, after its index. What vLLM would batch is a batch; where attention is observed,
-    each is one by itself."""
+def _encoded(runner: Any, questions: Sequence[Question], observed: Sequence[bool]) -> Iterator[dict[int, Encoded]]:
+    """What the model makes of each, by its index. What vLLM would batch is a batch; where attention is observed, each
+    is one by itself."""
     model, device = runner.get_model(), runner.device
     order = sorted(range(len(questions)), key=lambda index: (observed[index], questions[index].modality))
     together = [index for index in order if not observed[index]]
@@ -97,24 +111,29 @@ def _encoded(runner: Any, questions: Sequence[Question], observed: Sequence[bool
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = (time.perf_counter() - start) / count
+            batch = {}
             for number, index in zip(range(count), waiting, strict=False):
                 own = None if drawn is None else model.eadaprune_arrange(modality, _data(questions[index]), drawn.cpu())
-                yield index, Encoded(rows[number], None if features is None else features[number], own, seconds)
+                batch[index] = Encoded(rows[number], None if features is None else features[number], own, seconds)
+            yield batch
 
 
-def _answer(model: Any, question: Question, options: PruneOptions, encoded: Encoded) -> Decided:
+def _encoding(model: Any, question: Question, encoded: Encoded) -> Encoding:
     layout = model.eadaprune_layout(model.config, question.modality, _data(question), question.num_placeholders)
     rows, features = encoded.rows, encoded.features
     if len(rows) != question.num_placeholders:
         raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {question.num_placeholders} placeholders")
     if features is None:
-        features = model.eadaprune_features(rows[~layout.is_newline])
-    encoding = Encoding(VisualTokens(features, encoded.attention), layout)
-    kept = prune(encoding, options)
+        features = model.eadaprune_features(rows[~layout.is_newline] if layout.newlines else rows)
+    return Encoding(VisualTokens(features, encoded.attention), layout)
+
+
+def _answer(question: Question, options: PruneOptions, encoding: Encoding, encoded: Encoded) -> Decided:
+    kept, rows = prune(encoding, options), encoded.rows
     seconds = {"encode": encoded.seconds, "spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
     if question.explain:
         spectrum = encoding.spectrum(options.scope)
-        grounds = Grounds(spectrum.curve(), spectrum.needed_above, list(layout.grids))
+        grounds = Grounds(spectrum.curve(), spectrum.needed_above, list(encoding.layout.grids))
         return Decided(kept, rows[:0].cpu(), seconds, grounds)
     rows = rows[kept.placeholders].cpu()
     if not finite(rows):

@@ -2,9 +2,7 @@
 
 import asyncio
 import itertools
-import json
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,33 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from openai import APIError, AsyncOpenAI
-from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from eadaprune_vllm.options import KEY
 from eadaprune_vllm.tools.images import data_url, is_url
+from eadaprune_vllm.tools.questions import Question, normalized
 
 BOOTSTRAP = 2000  # resamples
 _INTERVAL = (2.5, 97.5)  # percentiles
-
-
-class Question(BaseModel):
-    """One line of a question set.
-
-    Attributes:
-        image: path, relative to the file, or URL.
-        answers: any of them is right; compared without regard to case, articles, punctuation and space.
-        category, group: results are also reported for each of these.
-    """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    image: str
-    question: str
-    answers: tuple[str, ...]
-    category: str = "all"
-    group: str = "all"
 
 
 @dataclass(frozen=True)
@@ -140,39 +120,10 @@ def interval(values: NDArray[Any], images: NDArray[Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Raises:
-    ValueError: naming the line that is no question.
-    """
-    questions = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if isinstance(entry, dict) and "answer" in entry:
-                entry["answers"] = [entry.pop("answer")]
-            question = Question.model_validate(entry)
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            raise ValueError(f"{path}:{number}: {wrong}") from None
-        except ValueError:
-            raise ValueError(f"{path}:{number}: not JSON") from None
-        if not is_url(question.image):
-            question = question.model_copy(update={"image": str((path.parent / question.image).resolve())})
-        questions.append(question)
-    if not questions:
-        raise ValueError(f"{path} holds no questions")
-    return questions
-
-
 @lru_cache(64)
 def _url(image: str) -> str:
     """Files are sent as they are: the server need not be able to read them."""
     return image if is_url(image) else data_url(Path(image).read_bytes(), image)
-
-
-def normalized(text: str) -> str:
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def adaptive(energies: Iterable[float], selectors: Sequence[str], targets: Iterable[float] = ()) -> list[Setting]:

@@ -12,7 +12,8 @@ from eadaprune_vllm.demo.questions import CATEGORIES, write_questions
 from eadaprune_vllm.demo.run import SCENES, SETTINGS, demo_pictures, run_demo
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import DTYPE
-from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, read_questions, run
+from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, run
+from eadaprune_vllm.tools.questions import read_questions
 
 
 def test_the_model_answers_better_than_chance_in_every_category(tmp_path: Path, logs: Path) -> None:

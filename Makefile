@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything is installed into .venv unless EADAPRUNE_PYTHON names the Python of an
 # environment that has vLLM already (a CUDA machine's): then only this project is added to it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-unit test-slow test-versions check docs format clean
+.PHONY: help setup demo serve test test-unit coverage test-slow test-versions check docs format clean
 
 ifdef EADAPRUNE_PYTHON
 PY := $(EADAPRUNE_PYTHON)
@@ -38,10 +38,13 @@ serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)vllm serve "$$($(BIN)eadaprune demo-model)" --plugin eadaprune --port 8000 --max-model-len 2048
 
 test: $(STAMP) ## Run all tests but the slow ones, two files at a time (half an hour on 2 cores)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" --cov --cov-report=
 
 test-unit: $(STAMP) ## Run the tests that start no vLLM (2:20 minutes on 2 cores)
 	$(PY) -m pytest -m "not server"
+
+coverage: $(STAMP) ## Run the same, and list what is not covered, in servers too (an hour on 2 cores)
+	$(PY) -m pytest -m "not slow" --cov --cov-config=tests/coverage.toml --cov-fail-under=0
 
 test-slow: $(STAMP) ## Run the slow tests (45 minutes on 2 cores)
 	$(PY) -m pytest -m slow -n 0

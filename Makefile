@@ -40,10 +40,10 @@ serve: $(STAMP) ## Serve the embedded model on port 8000 until interrupted
 test: $(STAMP) ## Run all tests but the slow ones, two files at a time (half an hour on 2 cores)
 	$(PY) -m pytest -m "not slow" --cov --cov-report=
 
-test-unit: $(STAMP) ## Run the tests that start no vLLM (2:20 minutes on 2 cores)
+test-unit: $(STAMP) ## Run the tests that start no vLLM (1:20 to 2:20 minutes on 2 cores)
 	$(PY) -m pytest -m "not server"
 
-coverage: $(STAMP) ## Run the same, and list what is not covered, in servers too (an hour on 2 cores)
+coverage: $(STAMP) ## Run what test runs, and list what is not covered, in servers too (an hour on 2 cores)
 	$(PY) -m pytest -m "not slow" --cov --cov-config=tests/coverage.toml --cov-fail-under=0
 
 test-slow: $(STAMP) ## Run the slow tests (45 minutes on 2 cores)

@@ -4,7 +4,17 @@ Installed is not active: until the plugin is named, by ``--plugin eadaprune`` or
 to add its flags to vLLM's command line.
 """
 
+from importlib import import_module
+
 from eadaprune_vllm.naming import NAME, named_plugins
+
+# Of the start, of the engine, of rendering requests, and of sending them to it; ``command_line`` comes without them.
+_SEAMS = (
+    *("configuration", "reference"),
+    *("engine", "graphs", "weights"),
+    *("rendering", "pooling", "run_batch", "anthropic"),
+    *("admission", "sent"),
+)
 
 
 def register() -> None:
@@ -26,33 +36,7 @@ def activate() -> None:
 
     check_version()  # before anything that may fail to import from another one
     from eadaprune_vllm import models
-    from eadaprune_vllm.seams import (
-        admission,
-        anthropic,
-        configuration,
-        engine,
-        graphs,
-        pooling,
-        reference,
-        rendering,
-        run_batch,
-        sent,
-        weights,
-    )
 
     models.register()
-    seams = (
-        admission,
-        anthropic,
-        configuration,
-        engine,
-        graphs,
-        pooling,
-        reference,
-        rendering,
-        run_batch,
-        sent,
-        weights,
-    )
-    for seam in seams:
-        seam.install()
+    for seam in _SEAMS:
+        import_module(f"eadaprune_vllm.seams.{seam}").install()

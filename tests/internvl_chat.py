@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BatchFeature
-from vllm.transformers_utils.processors.internvl import InternVLImageProcessor, InternVLVideoProcessor
+from vllm.transformers_utils.processors import internvl
 
 ORIGINAL = "transformers"  # where within its folder the checkpoint is that it was made of
 CODE = """
@@ -109,11 +109,16 @@ def _name(name: str) -> str:
     return name
 
 
+def _vllms(kind: str) -> Any:
+    """vLLM's class of that kind, which has another name in 0.33."""
+    return next(value for name, value in vars(internvl).items() if name in (f"InternVL{kind}", f"InternVLChat{kind}"))
+
+
 class Images:
     """vLLM's pixels of images, as transformers' processor has them."""
 
     def __init__(self, side: int) -> None:
-        self._make = InternVLImageProcessor(image_size=side, **TILES)
+        self._make = _vllms("ImageProcessor")(image_size=side, **TILES)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         made = self._make(images)
@@ -127,7 +132,7 @@ class Videos:
     """The same of a video."""
 
     def __init__(self, side: int) -> None:
-        self._make = InternVLVideoProcessor(image_size=side)
+        self._make = _vllms("VideoProcessor")(image_size=side)
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
         return BatchFeature({"pixel_values_videos": self._make(videos)["pixel_values_flat_video"][None]})

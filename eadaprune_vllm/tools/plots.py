@@ -66,7 +66,7 @@ def caption(report: ItemReport) -> str:
     if report.target is not None:
         threshold = f"target {report.target:g}, {threshold}"
     bound = f" ({report.bound})" if report.bound else ""
-    return f"{threshold}: {report.kept_tokens} of {report.visual_tokens} tokens{bound}"
+    return f"{threshold}\n{report.kept_tokens} of {report.visual_tokens} tokens{bound}"
 
 
 def explanation(

@@ -65,7 +65,8 @@ def cases(name: str) -> list[tuple[str, dict[str, Any]]]:
 
 def run(work: dict[str, list[Any]], **env: str) -> dict[str, Any]:
     """Answers to the batches of each model, or why it did not run."""
-    path = os.pathsep.join(str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
+    own = [str(SCRIPT.parent), str(SCRIPT.parent.parent)]
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *own])
     output = subprocess.run(
         [sys.executable, str(SCRIPT)],
         input=json.dumps(work),

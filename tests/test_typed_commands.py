@@ -30,7 +30,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def options(words: list[str]) -> set[str]:
-    return {word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2}
+    """A word of several is what an option is given, such as flags for another program."""
+    return {word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2 and " " not in word}
 
 
 COMMANDS = list(commands())

@@ -235,7 +235,7 @@ def test_chunks_are_what_a_client_sent() -> None:
 )
 def test_a_picture_is_what_a_model_takes(limits: dict[str, int], modality: str) -> None:
     picture = Image.new("RGB", (6, 4))
-    ((found, item),) = still(picture, limits).items()
+    ((found, (item,)),) = still(picture, limits).items()
     assert found == modality
     if modality == "video":
         item = Image.fromarray(item[0][3])

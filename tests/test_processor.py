@@ -108,7 +108,7 @@ def test_one_image_of_two_requests_is_read_once(processor: PruningProcessor, ima
 def test_no_more_is_read_in_one_turn_than_one_question_holds(processor: PruningProcessor, images: Images) -> None:
     assert processor.front_end
     processor.front_end.asker.most = 576
-    items, taken = apply(processor, {}, images["coffee"], images["moon"]), 0
+    items = apply(processor, {}, images["coffee"], images["moon"])
     for taken in (1, 2):
         (asked,) = items.undecided()
         asked.take(decided(2))

@@ -225,8 +225,8 @@ def to_client(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
     }
 
 
-def still(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, Any]:
-    """A picture as vLLM's renderer hands an item over, after its modality: as an image, or to models that take none, as
+def still(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, list[Any]]:
+    """A picture as vLLM's renderer hands items over, by its modality: as an image, or to models that take none, as
     a video that stands still.
 
     Args:
@@ -234,12 +234,12 @@ def still(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, Any]:
         limits: how many items of each modality the model takes.
     """
     if limits.get(CHUNK):
-        return {CHUNK: {"type": "image", "image": picture, "uuid": None}}
+        return {CHUNK: [{"type": "image", "image": picture, "uuid": None}]}
     if limits.get("image"):
-        return {"image": picture}
+        return {"image": [picture]}
     frames = np.stack([np.asarray(picture)] * _FRAMES)
     metadata = {"fps": 1.0, "frames_indices": [*range(_FRAMES)], "total_num_frames": _FRAMES, "do_sample_frames": False}
-    return {"video": (frames, metadata)}
+    return {"video": [(frames, metadata)]}
 
 
 def may_prune(options: PruneOptions) -> bool:

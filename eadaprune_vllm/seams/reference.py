@@ -83,8 +83,8 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
     for kind, picture in pictures():
         answer: Answer
         try:
-            ((modality, item),) = still(picture, limits).items()
-            inputs = ProcessorInputs([], processor.info.parse_mm_data({modality: [item]}))
+            (modality,) = items = still(picture, limits)
+            inputs = ProcessorInputs([], processor.info.parse_mm_data(items))
             new = processor.read(inputs, modality, 0, options)
             new.question.explain = True
             (answer,) = answers(ask(pack([new.question])))

@@ -54,7 +54,7 @@ class OfflineModel:
         processor: PruningProcessor = self._engine.llm_engine.renderer.mm_processor
         assert processor.front_end
         chosen = processor.server_options.choose(Layer("options", given))
-        items = {modality: [item] for modality, item in still(picture, processor.info.allowed_mm_limits).items()}
+        items = still(picture, processor.info.allowed_mm_limits)
         (looked_at,) = look_at(processor, items, Choices(image=(chosen,), video=(chosen,)))
         processor.front_end.ask_and_wait([looked_at.new])
         try:

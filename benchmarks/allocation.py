@@ -3,8 +3,9 @@
 Held-out scenes and questions, the embedded model behind a real server. Several rules share the same mean budget out
 among the same scenes, each scene is then pruned to just its number, by the same selector; so differences come from the
 rule alone. Rules: the same for all; the threshold as the server applies it; that with a least number of tokens; the
-threshold on other matrices (centred, rows normalized, past the projector); and in proportion to how many things a scene
-shows, which no server can know. Writes ``allocation.json``.
+threshold on other matrices (centred, rows normalized, past the projector); the threshold on what the chosen tokens
+themselves span, for which no spectrum is needed; and in proportion to how many things a scene shows, which no server
+can know. Writes ``allocation.json``.
 """
 
 import asyncio
@@ -22,12 +23,13 @@ import numpy as np
 import torch
 import typer
 from common import RESULTS, about
+from numpy.typing import NDArray
 from quality import DTYPE, FLAGS, TARGETS, held_out
 from rich.console import Console
 from transformers import AutoImageProcessor
 from vllm import LLM
 
-from eadaprune_vllm.budget import Curve
+from eadaprune_vllm.budget import TIE_TOLERANCE, Curve
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
@@ -68,13 +70,39 @@ def centred(rows: torch.Tensor) -> torch.Tensor:
     return rows - rows.mean(0)
 
 
-# Of features, and of rows past the projector.
-MATRICES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "threshold": lambda features, rows: features,
-    "threshold, centred": lambda features, rows: centred(features),
-    "threshold, rows normalized": lambda features, rows: torch.nn.functional.normalize(features),
-    "threshold, past the projector": lambda features, rows: rows,
-    "threshold, past the projector, centred": lambda features, rows: centred(rows),
+def spectral(matrix: torch.Tensor) -> NDArray[np.float64]:
+    """``[N]`` float64, as the server has it."""
+    return Spectrum.of([VisualTokens(matrix, None)]).needed_above.numpy()
+
+
+def spanned(features: torch.Tensor) -> NDArray[np.float64]:
+    """``[N]`` float64: the share of the energy of ``[N, D]`` that is in the span of the tokens which ``span`` chooses
+    before each; by pivoted Cholesky, as there."""
+    rows = features.double()
+    gram = rows @ rows.T
+    residual = gram.diagonal().clone()
+    total, factor, before = residual.sum(), torch.empty_like(gram), np.ones(len(gram))
+    for step in range(len(gram)):
+        left = residual.clamp(min=0).sum() / total
+        if left < TIE_TOLERANCE:  # the rest is rounding
+            break
+        before[step] = 1 - left
+        pivot = int(residual.argmax())
+        row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / residual[pivot].sqrt()
+        factor[step] = row
+        residual -= row.square()
+        residual[pivot] = 0
+    return before
+
+
+# Of features, and of rows past the projector, what ``Curve`` goes by.
+RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], NDArray[np.float64]]] = {
+    "threshold": lambda features, rows: spectral(features),
+    "threshold, centred": lambda features, rows: spectral(centred(features)),
+    "threshold, rows normalized": lambda features, rows: spectral(torch.nn.functional.normalize(features)),
+    "threshold, past the projector": lambda features, rows: spectral(rows),
+    "threshold, past the projector, centred": lambda features, rows: spectral(centred(rows)),
+    "threshold, on what the tokens span": lambda features, rows: spanned(features),
 }
 
 
@@ -93,11 +121,8 @@ def allocations(asked: list[str], targets: list[int]) -> dict[tuple[int, str], d
     for target in targets:
         found[target, FIXED] = dict.fromkeys(images, target)
         found[target, "by the number of things"] = {image: round(things[image] * target / mean) for image in images}
-    for rule, matrix in MATRICES.items():
-        spectra = [Spectrum.of([VisualTokens(matrix(*each), None)]) for each in matrices]
-        curves = {
-            image: Curve(image, spectrum.needed_above.numpy()) for image, spectrum in zip(images, spectra, strict=True)
-        }
+    for rule, needed_above in RULES.items():
+        curves = {image: Curve(image, needed_above(*each)) for image, each in zip(images, matrices, strict=True)}
         for target in targets:
             bounds = {rule: 1, BOUNDED: target // 2} if rule == "threshold" else {rule: 1}
             for name, least in bounds.items():

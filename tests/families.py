@@ -11,8 +11,8 @@ import torch
 from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
 from internvl_chat import opengvlab
-from kimi_k25 import hub_name, moonshot
-from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
+from kimi import hub_name, kimi_k25, kimi_vl
+from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
@@ -224,7 +224,7 @@ def _qwen3(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, Any
     return _qwen(model, config, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, text, 16)
 
 
-def _qwen3_5(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _qwen3_5(model: Any, config: Any, layers: list[str], text: dict[str, Any]) -> tuple[Any, Any, Any]:
     vision = {
         "depth": 4,
         "hidden_size": 64,
@@ -233,21 +233,7 @@ def _qwen3_5(model: Any, config: Any, text: dict[str, Any]) -> tuple[Any, Any, A
         "out_hidden_size": 128,
         "num_position_embeddings": 256,
     }
-    rope = {
-        "rope_type": "default",
-        "mrope_section": [2, 1, 1],
-        "mrope_interleaved": True,
-        "partial_rotary_factor": 0.25,
-    }
-    text = {
-        "rope_parameters": rope,
-        "head_dim": 32,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    } | text
+    text = qwen3_5_settings(layers) | text
     return _qwen(model, config, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, text, 16)
 
 
@@ -329,6 +315,7 @@ _MOE = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+_SHARED = _MOE | {"shared_expert_intermediate_size": 64}
 _GLM_MOE = {
     "head_dim": 32,
     "n_routed_experts": 4,
@@ -349,10 +336,9 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),
     "qwen3_vl_moe": lambda: _qwen3(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, _MOE),
-    "qwen3_5": lambda: _qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config, {}),
-    "qwen3_5_moe": lambda: _qwen3_5(
-        Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, _MOE | {"shared_expert_intermediate_size": 64}
-    ),
+    "qwen3_5": lambda: _qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config, LINEAR, {}),
+    "qwen3_5_full": lambda: _qwen3_5(Qwen3_5ForConditionalGeneration, Qwen3_5Config, FULL, {}),
+    "qwen3_5_moe": lambda: _qwen3_5(Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig, LINEAR, _SHARED),
     "glm4v": lambda: _glm(Glm4vForConditionalGeneration, Glm4vConfig, _GLM4V, {}, {"intermediate_size": 96}),
     "glm4v_moe": lambda: _glm(
         Glm4vMoeForConditionalGeneration, Glm4vMoeConfig, _GLM4V, _GLM_MOE, {"intermediate_size": 96}
@@ -363,14 +349,23 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 
 # Of these the checkpoint is of several files, with the names of transformers 4.52 and later.
 LATER = ("llava_next_mistral", "qwen2_vl")
-OWN_CODE = ("internvl_chat",)  # comes with these checkpoints
+# What makes of these checkpoints those that others publish, of which some bring code of their own.
+PUBLISHED: dict[str, Callable[[Path], None]] = {
+    "internvl_chat": opengvlab,
+    "kimi_k25": kimi_k25,
+    "kimi_vl": kimi_vl,
+}
+OWN_CODE = ("internvl_chat", "kimi_vl")
 WITHOUT_IMAGE = ("llava_next_video",)
 WITHOUT_VIDEO = (
     *("llava", "llava_siglip", "llava_next", "llava_next_mistral"),
-    *("gemma3", "kimi_k25", "mistral3", "paddleocr_vl"),
+    *("gemma3", "kimi_k25", "kimi_vl", "mistral3", "paddleocr_vl"),
 )
-HYBRID = ("qwen3_5", "qwen3_5_moe")  # whose linear attention vLLM has in bfloat16 only on a CPU
-LATENT = ("kimi_k25",)  # whose attention vLLM has without chunks and prefix cache on a CPU, and of one size
+# Most layers of these have linear attention, which vLLM has in bfloat16 only on a CPU. Others are the same models with
+# full attention in all layers; vLLM takes them without prefix cache.
+HYBRID = ("minicpmv4_6", "qwen3_5", "qwen3_5_moe")
+ALL_FULL = ("minicpmv4_6_full", "qwen3_5_full")
+LATENT = ("kimi_k25", "kimi_vl")  # whose attention vLLM has without chunks and prefix cache on a CPU, and of one size
 NOT_TOGETHER = ("llava_onevision",)  # are videos of different lengths: vLLM, stock or not, fails over both in a step
 ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
 
@@ -409,10 +404,8 @@ def make_family(name: str, folder: Path) -> Path:
         weights = {later_name(stored): weight for stored, weight in weights.items()}
     save_torch_state_dict(weights, folder, max_shard_size="300KB" if name in LATER else "5GB")
     processor.save_pretrained(folder)
-    if name in OWN_CODE:
-        opengvlab(folder)
-    if name == "kimi_k25":
-        moonshot(folder)
+    if name in PUBLISHED:
+        PUBLISHED[name](folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from parts import LLAVA, PATCH, SIDE, TEMPLATE, TILES, text_settings, tower_config
+from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from transformers import (
     CLIPVisionConfig,
     DeepseekV3Config,
@@ -39,6 +39,11 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaNextVideoProcessor,
     LlavaNextVideoVideoProcessor,
+    MiniCPMV4_6Config,
+    MiniCPMV4_6ForConditionalGeneration,
+    MiniCPMV4_6ImageProcessor,
+    MiniCPMV4_6Processor,
+    MiniCPMV4_6VideoProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -92,6 +97,18 @@ KIMI = _named(
     "<|media_begin|>",
     "<|media_content|>",
     "<|media_end|>",
+)
+MINICPM = _named(
+    {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    }
 )
 MISTRAL = byte_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 
@@ -230,6 +247,25 @@ def _kimi_k25() -> tuple[Any, Any, Any]:
     return Kimi_K25ForConditionalGeneration, config, processor
 
 
+def _minicpm(layers: list[str]) -> tuple[Any, Any, Any]:
+    """Sixteen patches are a token."""
+    config = MiniCPMV4_6Config(
+        vision_config=tower_config(dict, 2 * SIDE),
+        text_config=text_settings(MINICPM) | qwen3_5_settings(layers) | {"model_type": "qwen3_5_text"},
+        insert_layer_id=1,
+        image_token_id=MINICPM.image_token_id,
+        video_token_id=MINICPM.video_token_id,
+    )
+    slices = {"scale_resolution": 2 * SIDE, "patch_size": PATCH, "max_slice_nums": 4}
+    processor = MiniCPMV4_6Processor(
+        MiniCPMV4_6ImageProcessor(**slices),
+        MiniCPMV4_6VideoProcessor(**slices | {"max_slice_nums": 1}),
+        MINICPM,
+        chat_template=TEMPLATE.format(image="<|image_pad|>", video="<|video_pad|>"),
+    )
+    return MiniCPMV4_6ForConditionalGeneration, config, processor
+
+
 def _mistral3() -> tuple[Any, Any, Any]:
     """Four patches are a token."""
     config = Mistral3Config(
@@ -271,7 +307,10 @@ GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "internvl": _internvl,
     "internvl_chat": _internvl,
     "kimi_k25": _kimi_k25,
+    "kimi_vl": _kimi_k25,
     "llava_next_video": _llava_next_video,
+    "minicpmv4_6": lambda: _minicpm(LINEAR),
+    "minicpmv4_6_full": lambda: _minicpm(FULL),
     "mistral3": _mistral3,
 }
 # Of these the architecture is not in our table.

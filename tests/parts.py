@@ -26,6 +26,9 @@ TEMPLATE = (
     "{{% elif part['type'] in ('video', 'video_url') %}}{video}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
     "{{% endfor %}}{{% endif %}} {{% endfor %}}{{% if add_generation_prompt %}}ASSISTANT:{{% endif %}}"
 )
+# Layers of a language model of Qwen3.5's.
+LINEAR = ["linear_attention", "linear_attention", "full_attention"]
+FULL = ["full_attention"] * 3
 LLAVA = byte_tokenizer("<image>", "<video>")
 
 
@@ -34,6 +37,19 @@ def text_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def qwen3_5_settings(layers: list[str]) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    return {
+        "rope_parameters": rope | {"partial_rotary_factor": 0.25},
+        "head_dim": 32,
+        "layer_types": layers,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
     }
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import internvl_chat
-import kimi_k25
+import kimi
 from transformers import AutoProcessor
 
 
 def processor(folder: Path) -> Any:
-    if folder.name == "kimi_k25":
-        return kimi_k25.processor(folder)
+    if folder.name.startswith("kimi"):
+        return kimi.processor(folder)
     original = internvl_chat.original(folder)
     made = AutoProcessor.from_pretrained(original)
     if original != folder:

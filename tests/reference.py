@@ -109,9 +109,11 @@ class Reference:
             places = inputs.get("image_position_ids", inputs.get("video_position_ids"))
             given = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
             given |= {} if places is None else {"image_position_ids": places}
+            slices = inputs.get("target_sizes", inputs.get("target_sizes_videos"))
+            given |= {} if slices is None else {"target_sizes": slices}
             made = self.model.get_image_features(pixels, **given).pooler_output
         of_tiles = [*made]
-        part = torch.arange(len(of_tiles)).repeat_interleave(len(of_tiles[0]))
+        part = torch.arange(len(of_tiles)).repeat_interleave(torch.tensor([len(rows) for rows in of_tiles]))
         return Encoding(VisualTokens(torch.cat(of_tiles), None), Layout(part, ((1, len(part)),)))
 
     @property

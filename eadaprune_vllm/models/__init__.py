@@ -16,11 +16,15 @@ ARCHITECTURES = {
     "InternVLChatModel": f"{_GENERIC}:InternVLChatModel",
     "InternVLForConditionalGeneration": f"{_GENERIC}:InternVLForConditionalGeneration",
     "KimiK25ForConditionalGeneration": "eadaprune_vllm.models.kimi_k25:PrunedKimiK25ForConditionalGeneration",
+    "KimiVLForConditionalGeneration": "eadaprune_vllm.models.kimi_vl:PrunedKimiVLForConditionalGeneration",
     "LlavaForConditionalGeneration": "eadaprune_vllm.models.llava:PrunedLlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": "eadaprune_vllm.models.llava_next:PrunedLlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration": f"{_GENERIC}:LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration": (
         "eadaprune_vllm.models.llava_onevision:PrunedLlavaOnevisionForConditionalGeneration"
+    ),
+    "MiniCPMV4_6ForConditionalGeneration": (
+        "eadaprune_vllm.models.minicpmv4_6:PrunedMiniCPMV4_6ForConditionalGeneration"
     ),
     "Mistral3ForConditionalGeneration": f"{_GENERIC}:Mistral3ForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration": (

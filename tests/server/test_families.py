@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, HYBRID, LATENT, NOT_TOGETHER, ONE_VIDEO, WITHOUT_IMAGE, WITHOUT_VIDEO, quantize
+from families import ALL_FULL, FAMILIES, HYBRID, LATENT, NOT_TOGETHER, ONE_VIDEO, WITHOUT_IMAGE, WITHOUT_VIDEO, quantize
 from harness import environment
 from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
 from PIL import Image
@@ -102,7 +102,7 @@ class Family:
         self.noise = 3e-3 if "moe" in name else 1e-4 if name.startswith("gemma") else 1e-5
         # With such logits its likeliest tokens stay what they are.
         self.told = "first" if name.startswith("gemma") else "tokens"
-        self.has_prefix_cache = name not in LATENT
+        self.has_prefix_cache = name not in (*LATENT, *ALL_FULL)
 
     @cache  # noqa: B019
     def kept(self, word: str, options: str) -> Kept:

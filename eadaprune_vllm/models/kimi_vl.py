@@ -1,0 +1,45 @@
+"""Kimi-VL (MoonViT's dynamic resolution before a language model of DeepSeek's)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from typing_extensions import override
+from vllm.model_executor.models import kimi_vl
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.models.pruned import Pruned
+from eadaprune_vllm.prune import Layout
+
+
+class KimiTower(Pruned):
+    """Mixin for Kimi's models, whose tokens are merged from groups of neighbouring patches.
+
+    Attributes:
+        eadaprune_grid: what they call the number of patches along each side.
+    """
+
+    eadaprune_observes: ClassVar[bool] = False
+    eadaprune_takes_embeddings: ClassVar[bool] = False
+    eadaprune_grid: ClassVar[str]
+
+    @override
+    @classmethod
+    def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
+        *_, height, width = data[cls.eadaprune_grid].tolist()
+        rows, columns = config.vision_config.merge_kernel_size
+        return Layout.whole(height // rows, width // columns)
+
+
+class PrunedKimiVLProcessor(PruningProcessor, kimi_vl.KimiVLMultiModalProcessor):
+    """Kimi-VL's processor, pruning."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedKimiVLProcessor, info=kimi_vl.KimiVLProcessingInfo, dummy_inputs=kimi_vl.KimiVLDummyInputsBuilder
+)
+class PrunedKimiVLForConditionalGeneration(KimiTower, kimi_vl.KimiVLForConditionalGeneration):
+    """Kimi-VL, pruned."""
+
+    eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image",)
+    eadaprune_grid: ClassVar[str] = "image_grid_hws"

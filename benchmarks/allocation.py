@@ -3,9 +3,8 @@
 Held-out scenes and questions, the embedded model behind a real server. Several rules share the same mean budget out
 among the same scenes, each scene is then pruned to just its number, by the same selector; so differences come from the
 rule alone. Rules: the same for all; the threshold as the server applies it; that with a least number of tokens; the
-threshold on other matrices (centred, rows normalized, past the projector); the threshold on what the chosen tokens
-themselves span, for which no spectrum is needed; and in proportion to how many things a scene shows, which no server
-can know. Writes ``allocation.json``.
+threshold on other matrices (centred, rows normalized, past the projector); the threshold by span, for which no spectrum
+is needed; and in proportion to how many things a scene shows, which no server can know. Writes ``allocation.json``.
 """
 
 import asyncio
@@ -29,13 +28,13 @@ from rich.console import Console
 from transformers import AutoImageProcessor
 from vllm import LLM
 
-from eadaprune_vllm.budget import TIE_TOLERANCE, Curve
+from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.spectrum import Spectrum
+from eadaprune_vllm.spectrum import Spectrum, spanned
 from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import Setting, exactly, interval, run
 from eadaprune_vllm.tools.images import picture, read
@@ -75,26 +74,6 @@ def spectral(matrix: torch.Tensor) -> NDArray[np.float64]:
     return Spectrum.of([VisualTokens(matrix, None)]).needed_above.numpy()
 
 
-def spanned(features: torch.Tensor) -> NDArray[np.float64]:
-    """``[N]`` float64: the share of the energy of ``[N, D]`` that is in the span of the tokens which ``span`` chooses
-    before each; by pivoted Cholesky, as there."""
-    rows = features.double()
-    gram = rows @ rows.T
-    residual = gram.diagonal().clone()
-    total, factor, before = residual.sum(), torch.empty_like(gram), np.ones(len(gram))
-    for step in range(len(gram)):
-        left = residual.clamp(min=0).sum() / total
-        if left < TIE_TOLERANCE:  # the rest is rounding
-            break
-        before[step] = 1 - left
-        pivot = int(residual.argmax())
-        row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / residual[pivot].sqrt()
-        factor[step] = row
-        residual -= row.square()
-        residual[pivot] = 0
-    return before
-
-
 # Of features, and of rows past the projector, what ``Curve`` goes by.
 RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], NDArray[np.float64]]] = {
     "threshold": lambda features, rows: spectral(features),
@@ -102,7 +81,7 @@ RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], NDArray[np.float64]]] = 
     "threshold, rows normalized": lambda features, rows: spectral(torch.nn.functional.normalize(features)),
     "threshold, past the projector": lambda features, rows: spectral(rows),
     "threshold, past the projector, centred": lambda features, rows: spectral(centred(rows)),
-    "threshold, on what the tokens span": lambda features, rows: spanned(features),
+    "threshold, by span": lambda features, rows: spanned([VisualTokens(features, None)], 1.0, 1).needed_above.numpy(),
 }
 
 

@@ -2,9 +2,10 @@
 
 Each contender decides on the budget of the same feature matrices, in turns; the randomized ones find budgets of up to
 ``K_MAX`` tokens. What the plugin runs is timed with the selection of tokens, the others without; once of a third of the
-tokens, as at the default target, whatever the budget. It decides on windows of large images, which have budgets of
-their own. The matrices have a dominant direction, a steep head and a flat tail, as those of vision towers do. Times are
-also shares of what the tower of such an image would take, if it ran as fast as one product of large matrices does here.
+tokens, as at the default target, whatever the budget; and once by span, whose budget is another. It decides on windows
+of large images, which have budgets of their own. The matrices have a dominant direction, a steep head and a flat tail,
+as those of vision towers do. Times are also shares of what the tower of such an image would take, if it ran as fast as
+one product of large matrices does here.
 Writes ``budget.json``, ``budget.png``.
 """
 
@@ -28,7 +29,7 @@ from rich.table import Table
 from threadpoolctl import ThreadpoolController
 
 from eadaprune_vllm.budget import TIE_TOLERANCE
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.options import Budget, PruneOptions
 from eadaprune_vllm.prune import WINDOW, Encoding, Layout, compute_spectra, prune
 from eadaprune_vllm.selectors import VisualTokens
 
@@ -127,7 +128,7 @@ def randomized(batch: torch.Tensor) -> list[int]:
     return smallest(torch.linalg.svdvals(basis.mT @ rows).square(), rows.square().sum((1, 2)))
 
 
-def ours(selector: str, share: float | None = None) -> Callable[[torch.Tensor], list[int]]:
+def ours(selector: str, share: float | None = None, budget: Budget = "spectrum") -> Callable[[torch.Tensor], list[int]]:
     """With a budget of ``ENERGY``, or of a share of the tokens."""
     options = PruneOptions(energy=ENERGY, min_tokens=1, selector=selector)
 
@@ -136,7 +137,8 @@ def ours(selector: str, share: float | None = None) -> Callable[[torch.Tensor], 
         num_tokens = batch.shape[1]
         fixed = {"min_tokens": int(share * num_tokens), "max_tokens": int(share * num_tokens)} if share else {}
         own, layout = options.model_copy(update=fixed), Layout.whole(1, num_tokens)
-        encodings = [Encoding(VisualTokens(rows, torch.arange(num_tokens).float()), layout) for rows in batch]
+        attention = torch.arange(num_tokens).float()
+        encodings = [Encoding(VisualTokens(rows, attention), layout, budget) for rows in batch]
         compute_spectra(encodings, [own] * len(encodings))
         with THREADS.limit(limits=1, user_api="blas"):
             return [len(prune(encoding, own)) for encoding in encodings]
@@ -153,7 +155,7 @@ def gram(batch: torch.Tensor) -> list[int]:
     return smallest(torch.linalg.eigvalsh(product).flip(-1).clamp(min=0), total)
 
 
-A_THIRD = "eadaprune, span, a third"
+A_THIRD, BY_SPAN = "eadaprune, span, a third", "eadaprune, budget by span"
 CONTENDERS: dict[str, Callable[[torch.Tensor], list[int]]] = {
     "svdvals": svdvals,
     "svd_lowrank": svd_lowrank,
@@ -162,6 +164,7 @@ CONTENDERS: dict[str, Callable[[torch.Tensor], list[int]]] = {
     "eadaprune, attention": ours("attention"),
     "eadaprune, span": ours("span"),
     A_THIRD: ours("span", 1 / 3),
+    BY_SPAN: ours("span", budget="span"),
 }
 
 
@@ -212,7 +215,7 @@ def main(
             each = found[size][count]
             for name, row in each.items():
                 row["share_of_tower"] = row["milliseconds"] / encoding
-                other = name == A_THIRD or (name.startswith("eadaprune") and rows > WINDOW["tile"])
+                other = name in (A_THIRD, BY_SPAN) or (name.startswith("eadaprune") and rows > WINDOW["tile"])
                 ratios = [each[than]["milliseconds"] / row["milliseconds"] for than in ("svdvals", "randomized SVD")]
                 table.add_row(
                     name,

@@ -29,6 +29,8 @@ from serving import FLAGS, TOKENS, servers
 from eadaprune_vllm.demo.server import Server
 from eadaprune_vllm.tools.evaluate import exactly
 
+ALONE = 30  # tokens
+
 
 @contextmanager
 def answer(server: Server) -> Iterator[Iterator[str]]:
@@ -39,17 +41,29 @@ def answer(server: Server) -> Iterator[Iterator[str]]:
         yield (line for line in response.iter_lines() if line.startswith("data: {"))
 
 
-def waits(server: Server, images: list[Path], options: dict[str, Any] | None) -> tuple[list[float], list[float]]:
-    """How many seconds each token of the answer is waited for while images come, and each of these requests takes."""
+def wait(chunks: Iterator[str]) -> float:
+    """For how many seconds there is no next one."""
+    start = time.perf_counter()
+    next(chunks)
+    return time.perf_counter() - start
+
+
+def waits(server: Server, images: list[Path], options: dict[str, Any] | None) -> dict[str, float]:
+    """How many seconds tokens of the answer are waited for, before images come and while they come, and how long their
+    requests take."""
     with answer(server) as chunks, ThreadPoolExecutor(1) as pool:
-        next(chunks)
+        wait(chunks)
+        alone = statistics.median(wait(chunks) for _ in range(ALONE))
         sent = pool.submit(lambda: [seconds(server, image, options) for image in images])
-        found, last = [], time.perf_counter()
+        meanwhile = []
         while not sent.done():
-            next(chunks)
-            found.append(time.perf_counter() - last)
-            last += found[-1]
-        return found, sent.result()
+            meanwhile.append(wait(chunks))
+        return {
+            "alone": alone,
+            "longest": max(meanwhile),
+            "lost_per_image": (sum(meanwhile) - alone * len(meanwhile)) / len(images),
+            "request": statistics.median(sent.result()),
+        }
 
 
 def main(
@@ -78,18 +92,11 @@ def main(
             }
             for turn in range(rounds + 1):
                 for contender, (server, options) in contenders.items():
-                    each, requests = waits(server, [new() for _ in range(images)], options)
+                    row = waits(server, [new() for _ in range(images)], options)
                     if turn:  # the first time takes longer
-                        usual = statistics.median(each)
-                        row = {
-                            "usual": usual,
-                            "longest": max(each),
-                            "lost_per_image": (sum(each) - usual * len(each)) / images,
-                            "per_request": statistics.median(requests),
-                        }
                         found.setdefault(contender, []).append(row)
     table = Table(title=f"Seconds, median of {rounds} rounds: what an answer waits for its tokens while images come")
-    for heading in ("", "usually", "longest", "lost per image", "the image's own request"):
+    for heading in ("", "without images", "longest", "lost per image", "image's request"):
         table.add_column(heading, justify="right" if heading else "left")
     for contender, rows in found.items():
         table.add_row(contender, *(f"{statistics.median(row[key] for row in rows):.3f}" for key in rows[0]))

@@ -86,10 +86,10 @@ WAYS: dict[str, Callable[[Any, Any, torch.Tensor], torch.Tensor]] = {
 WAY = os.environ["EADAPRUNE_MERGE"]
 
 
-def encoding(model: Any, question: Any, encoded: Any) -> prune.Encoding:
+def encoding(model: Any, *args: Any, **kwargs: Any) -> prune.Encoding:
     """What the engine decides on; the model is noted."""
     _models[:] = [model]
-    return _encoding(model, question, encoded)
+    return _encoding(model, *args, **kwargs)
 
 
 def answer(question: Any, options: Any, encoding: Any, encoded: Any) -> Decided:

@@ -16,6 +16,7 @@ CHUNK = "vision_chunk"  # what vLLM calls both in models that take them as one
 # The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
 SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
 Bound = Literal["min_tokens", "min_share", "max_tokens"]  # what may decide on a budget in the threshold's place
+Budget = Literal["spectrum", "span"]  # what must hold the share of energy
 UNBOUNDED: dict[str, Any] = {"min_tokens": 1, "min_share": 0.0, "max_tokens": None}
 
 

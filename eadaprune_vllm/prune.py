@@ -10,9 +10,9 @@ import torch
 
 from eadaprune_vllm.budget import clamped
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.options import Bound, PruneOptions
+from eadaprune_vllm.options import Bound, Budget, PruneOptions
 from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
-from eadaprune_vllm.spectrum import Spectrum, spectra
+from eadaprune_vllm.spectrum import Spectrum, spanned, spectra
 
 # Most tokens with one spectrum and one selection, by scope: these take time with the square and the cube of them.
 WINDOW = {"tile": 1024, "image": 4096}
@@ -84,10 +84,12 @@ class Encoding:
     Attributes:
         tokens: what budget and selection go by.
         layout: where they are.
+        budget: the option of that name.
     """
 
     tokens: VisualTokens
     layout: Layout
+    budget: Budget = "spectrum"
     _parts: dict[str, list[tuple[torch.Tensor, VisualTokens]]] = field(default_factory=dict, repr=False)
     _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
 
@@ -103,12 +105,17 @@ class Encoding:
             ]
         return self._parts[scope]
 
-    def spectrum(self, scope: str) -> Spectrum:
-        """Raises:
-        NonFiniteFeaturesError: if any feature is NaN or infinite.
+    def spectrum(self, scope: str, energy: float = 1.0, least: int = 1) -> Spectrum:
+        """What budgets go by, up to this threshold and number of tokens.
+
+        Raises:
+            NonFiniteFeaturesError: if any feature is NaN or infinite.
         """
+        parts = [tokens for _, tokens in self.parts(scope)]
+        if self.budget == "span":
+            return spanned(parts, energy, least)
         if scope not in self._spectra:
-            self._spectra[scope] = Spectrum.of([tokens for _, tokens in self.parts(scope)])
+            self._spectra[scope] = Spectrum.of(parts)
         return self._spectra[scope]
 
 
@@ -152,7 +159,7 @@ def compute_spectra(encodings: Sequence[Encoding], options: Sequence[PruneOption
     wanting = [
         (encoding, each.scope)
         for encoding, each in zip(encodings, options, strict=True)
-        if _by_spectrum(encoding.tokens, each)
+        if encoding.budget == "spectrum" and _by_threshold(encoding.tokens, each)
     ]
     parts = [[tokens for _, tokens in encoding.parts(scope)] for encoding, scope in wanting]
     for (encoding, scope), spectrum in zip(wanting, spectra(parts), strict=True):
@@ -160,7 +167,7 @@ def compute_spectra(encodings: Sequence[Encoding], options: Sequence[PruneOption
             encoding._spectra[scope] = spectrum
 
 
-def _by_spectrum(tokens: VisualTokens, options: PruneOptions) -> bool:
+def _by_threshold(tokens: VisualTokens, options: PruneOptions) -> bool:
     fewer = options.max_tokens is not None and options.max_tokens < tokens.num_tokens
     return options.enabled and (options.energy < 1 or fewer)
 
@@ -184,8 +191,8 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
     k, energy, budgets, seconds = tokens.num_tokens, 1.0, None, 0.0
     bound: Bound | None = None
-    if _by_spectrum(tokens, options):
-        spectrum = encoding.spectrum(options.scope)
+    if _by_threshold(tokens, options):
+        spectrum = encoding.spectrum(options.scope, options.energy, options.floor(tokens.num_tokens))
         needed = spectrum.budget(options.energy)
         k = int(clamped(needed, tokens.num_tokens, options))
         if k > needed:

@@ -19,6 +19,50 @@ from numpy.typing import NDArray
 GREEDY_STEPS = 1024
 
 
+class Pivots:
+    """Greedy column subset selection by pivoted Cholesky: next is the token with most energy outside the span of those
+    already chosen. Goes on from where it stopped.
+
+    Args:
+        gram: ``[N, N]`` float32, ``X X^T``.
+
+    Attributes:
+        chosen: tokens, in this order.
+        gains: by how much the energy in their span grew with each, so that the first j sum to ``||P X||_F^2``.
+        residual: ``[N]`` float32, for every token the squared norm of its part outside the span, so that it sums to
+            ``||X - P X||_F^2``; minus infinity for those chosen.
+    """
+
+    def __init__(self, gram: NDArray[np.float32]) -> None:
+        self.chosen: list[int] = []
+        self.gains: list[float] = []
+        self.residual = gram.diagonal().copy()
+        self._gram = gram
+        # Below this a residual is rounding error of float32, not energy.
+        self._rounding = self.residual.max() * np.finfo(np.float32).eps * len(gram)
+        self._factor = np.empty((min(len(gram), GREEDY_STEPS), len(gram)), np.float32)
+
+    def choose(self, k: int, energy: float = 0.0) -> None:
+        """Go on until there are ``k``, and these span so much energy, for ``GREEDY_STEPS`` and as long as any is left
+        outside their span."""
+        factor, residual, held = self._factor, self.residual, sum(self.gains)
+        for step in range(len(self.chosen), len(factor)):
+            if step >= k and held >= energy:
+                break
+            pivot = int(residual.argmax())
+            if residual[pivot] <= self._rounding:
+                residual[residual > -np.inf] = 0  # nothing is left of any
+                break
+            row = (self._gram[pivot] - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
+            factor[step] = row
+            squares = row * row
+            residual -= squares
+            residual[pivot] = -np.inf
+            self.chosen.append(pivot)
+            self.gains.append(float(squares.sum()))
+            held += self.gains[-1]
+
+
 @dataclass(frozen=True)
 class VisualTokens:
     """What the vision encoder says about the tokens of one image, or of a part of one.
@@ -57,6 +101,11 @@ class VisualTokens:
         products: NDArray[np.float32] = self.token_gram.cpu().numpy()
         return products
 
+    @cached_property
+    def pivots(self) -> Pivots:
+        """Shared by a budget that goes by them and the selection."""
+        return Pivots(self.products)
+
     def take(self, indices: torch.Tensor) -> "VisualTokens":
         """Some of the tokens, by their indices ``[n]`` int64."""
         attention = self.attention
@@ -73,31 +122,11 @@ def attention(tokens: VisualTokens, k: int) -> torch.Tensor:
 
 
 def span(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """Greedy column subset selection by pivoted Cholesky: next is the token with most energy outside the span
-    of those already chosen.
-
-    After j picks ``residual`` holds, for every token, the squared norm of its part outside that span, so that
-    it sums to ``||X - P X||_F^2``. Once nothing is left, the remaining picks are the first tokens in raster order;
-    after ``GREEDY_STEPS`` they are those with most left.
-    """
-    gram = tokens.products
-    residual = gram.diagonal().copy()
-    # Below this a residual is rounding error of float32, not energy.
-    floor = residual.max() * np.finfo(np.float32).eps * tokens.num_tokens
-    steps = min(k, GREEDY_STEPS)
-    factor = np.empty((steps, tokens.num_tokens), np.float32)
-    chosen: list[int] = []
-    for step in range(steps):
-        pivot = int(residual.argmax())
-        if residual[pivot] <= floor:
-            residual = np.where(residual == -np.inf, residual, 0)  # nothing is left of any
-            break
-        chosen.append(pivot)
-        row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
-        factor[step] = row
-        residual -= row * row
-        residual[pivot] = -np.inf
-    return _with_rest(chosen, -residual, k)
+    """Those that ``Pivots`` chooses; once nothing is left outside their span, the first tokens in raster order, and
+    after ``GREEDY_STEPS`` those with most left."""
+    pivots = tokens.pivots
+    pivots.choose(k)
+    return _with_rest(pivots.chosen, -pivots.residual, k)
 
 
 def diversity(tokens: VisualTokens, k: int) -> torch.Tensor:

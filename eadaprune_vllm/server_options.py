@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from eadaprune_vllm.budget import Curve, Targets
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.load import LoadPolicy
-from eadaprune_vllm.options import KEY, PruneOptions, overlay
+from eadaprune_vllm.options import KEY, Budget, PruneOptions, overlay
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class ServerOptions(PruneOptions):
     target: float | None = Field(default=0.33, gt=0, le=1, description=PruneOptions.model_fields["target"].description)
     min_share: float = Field(
         default=round(1 / 9, 6), ge=0, le=1, description=PruneOptions.model_fields["min_share"].description
+    )
+    budget: Budget = Field(
+        default="spectrum",
+        description="What must hold the share of energy: 'spectrum', as many singular values of an image's features; "
+        "'span', as many tokens as the selector of this name chooses one by one, by their span. It is decided sooner, "
+        "and takes more tokens at the same energy.",
     )
     detail_low: dict[str, Any] = Field(
         default={"target": 0.2, "max_tokens": 256},

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eadaprune_vllm.budget import needed
+from eadaprune_vllm.budget import TIE_TOLERANCE, needed
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.selectors import VisualTokens
 
@@ -51,7 +51,7 @@ class Spectrum:
         """
         (found,) = spectra([parts])
         if found is None:
-            raise NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
+            raise _not_finite()
         return found
 
     @property
@@ -90,6 +90,38 @@ def spectra(images: Sequence[Sequence[VisualTokens]]) -> list[Spectrum | None]:
         _spectrum(parts, of_parts, seconds) if all(math.isfinite(total) for _, total in of_parts) else None
         for parts, of_parts in zip(images, energies, strict=True)
     ]
+
+
+def spanned(parts: Sequence[VisualTokens], energy: float, least: int) -> Spectrum:
+    """In the place of an image's spectrum, of each part the energy in the span of the tokens that ``span`` chooses one
+    by one. That is never more than as many singular values hold, so budgets are never less than by the spectrum, and
+    the tokens themselves reach the threshold.
+
+    Args:
+        parts: of the image.
+        energy: threshold up to which it is right, and
+        least: number of tokens up to which it is.
+
+    Raises:
+        NonFiniteFeaturesError: if any feature is NaN or infinite, or their energy overflows float32.
+    """
+    start = time.perf_counter()
+    energies = []
+    for tokens in parts:
+        total = float(tokens.token_gram.diagonal().double().sum())
+        if not math.isfinite(total):
+            raise _not_finite()
+        pivots, due = tokens.pivots, (energy + TIE_TOLERANCE) * total
+        pivots.choose(least, due)
+        gains = pivots.gains or [1.0]  # of a zero matrix one is needed
+        if sum(gains) < due:  # each of the others holds what is left of it at least
+            gains = [*gains, *sorted(pivots.residual[pivots.residual > 0].tolist(), reverse=True)]
+        energies.append((torch.tensor(gains, dtype=torch.float64) / (total or 1.0), total))
+    return _spectrum(parts, energies, time.perf_counter() - start)
+
+
+def _not_finite() -> NonFiniteFeaturesError:
+    return NonFiniteFeaturesError("the energy of this image's features is NaN or infinite")
 
 
 def _spectrum(

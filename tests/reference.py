@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,11 @@ class Reference:
         self._tower.set_attn_implementation("watched")
         self._dtype = dtype
 
-    def kept(self, image: Image.Image, **options: object) -> Kept:
-        """What stays of an image."""
-        inputs = self.image_processor(image, return_tensors="pt")
-        return prune(self.encode(inputs), PruneOptions.model_validate(options))
+    def kept(self, image: Image.Image, **options: Any) -> Kept:
+        """What stays of an image, with the server's option ``budget`` among these."""
+        encoding = self.encode(self.image_processor(image, return_tensors="pt"))
+        encoding = replace(encoding, budget=options.pop("budget", "spectrum"))
+        return prune(encoding, PruneOptions.model_validate(options))
 
     @torch.inference_mode()
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from samples import item
 
+from eadaprune_vllm.budget import needed
 from eadaprune_vllm.engine import decide as module
 from eadaprune_vllm.engine.decide import decide
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.wire import Answer, Decided, Failed, Question
 
 
@@ -57,8 +59,10 @@ def asked(rows: torch.Tensor, modality: str = "image", explain: bool = False, **
     return Question(modality, item(modality, rows=rows), chosen.key, len(rows), explain)
 
 
-def answered(model: Model, *questions: Question, tp_mode: str = "weights", answers: bool = True) -> list[Answer]:
-    multimodal = SimpleNamespace(mm_encoder_tp_mode=tp_mode)
+def answered(
+    model: Model, *questions: Question, tp_mode: str = "weights", answers: bool = True, **operator: Any
+) -> list[Answer]:
+    multimodal = SimpleNamespace(mm_encoder_tp_mode=tp_mode, eadaprune=ServerOptions(**operator))
     config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
     runner = SimpleNamespace(
         get_model=lambda: model, device=torch.device("cpu"), vllm_config=config, encoder_cudagraph_manager=None
@@ -90,6 +94,24 @@ def test_the_decision_is_that_of_prune(model: Model) -> None:
     assert torch.equal(found.rows, given[found.kept.placeholders])
     assert found.seconds.keys() == {"encode", "spectrum", "select"}
     assert found.grounds is None
+
+
+@pytest.mark.parametrize("selector", ["span", "uniform"])
+def test_by_span_no_spectrum_is_computed(model: Model, selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = rows(30)
+    (spectral,) = map(as_decided, answered(model, asked(given, energy=0.8, selector=selector)))
+    monkeypatch.delattr(torch.linalg, "eigvalsh")
+    question = asked(given, energy=0.8, selector=selector)
+    (found,) = map(as_decided, answered(model, question, budget="span"))
+    encoding = Encoding(VisualTokens(given[:, :4], None), Layout.whole(1, 30), "span")
+    assert (
+        found.kept.indices.tolist()
+        == prune(encoding, PruneOptions(energy=0.8, min_tokens=1, selector=selector)).indices.tolist()
+    )
+    assert len(found.kept) >= len(spectral.kept)
+    (explained,) = map(as_decided, answered(model, asked(given, explain=True), budget="span"))
+    assert explained.grounds
+    assert needed(explained.grounds.needed_above.numpy(), 0.8) == len(found.kept)
 
 
 def test_newlines_are_no_features_but_go_along(model: Model) -> None:

@@ -29,6 +29,12 @@ def test_span_picks_the_token_with_most_energy_outside_the_span(shape: tuple[int
         assert residual[pick] == pytest.approx(float(residual.max()), rel=1e-4)
 
 
+def test_span_goes_on_from_where_it_stopped() -> None:
+    found = tokens(torch.randn(40, 50))
+    at_once = span(VisualTokens(found.features, None), 30).tolist()
+    assert [span(found, k).tolist() for k in (5, 30, 12)] == [at_once[:5], at_once, at_once[:12]]
+
+
 def test_span_beyond_the_rank_takes_the_first_tokens_left() -> None:
     features = torch.zeros(6, 4)
     features[2, 0], features[5, 1] = 1.0, 2.0
@@ -80,6 +86,7 @@ def test_of_very_many_tokens_the_last_are_chosen_at_once(selector: str, monkeypa
     found = tokens(torch.randn(40, 20))
     one_by_one = SELECTORS[selector](found, 8).tolist()
     monkeypatch.setattr("eadaprune_vllm.selectors.GREEDY_STEPS", 8)
+    found = VisualTokens(found.features, found.attention)  # of which nothing is chosen yet
     picks = SELECTORS[selector](found, 30).tolist()
     assert len({*picks}) == 30
     if selector == "hybrid":  # whose first half is by attention

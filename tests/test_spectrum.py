@@ -6,8 +6,8 @@ import torch
 
 from eadaprune_vllm.budget import TIE_TOLERANCE
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.spectrum import Spectrum
+from eadaprune_vllm.selectors import VisualTokens, span
+from eadaprune_vllm.spectrum import Spectrum, spanned
 
 ENERGIES = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 
@@ -120,3 +120,58 @@ def test_non_finite_features_are_refused(bad: float) -> None:
     features[3, 4] = bad
     with pytest.raises(NonFiniteFeaturesError, match="NaN or infinite"):
         spectrum(features)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "low rank", "power law", "dominant mean"])
+def test_tokens_that_a_budget_by_span_chooses_hold_the_threshold_themselves(kind: str) -> None:
+    """And one fewer of them would not."""
+    features = matrix(kind, 60, 90)
+    tokens = VisualTokens(features, None)
+    for energy in ENERGIES:
+        k = spanned([tokens], energy, 1).budget(energy)
+        assert k >= spectrum(features).budget(energy)
+        chosen = span(tokens, k)
+        for fewer, reached in ((chosen, True), (chosen[:-1], False)):
+            rows = features[fewer].double().T
+            left = features.double().T - rows @ torch.linalg.pinv(rows) @ features.double().T
+            held = 1 - float(left.square().sum() / features.double().square().sum())
+            assert (held >= energy) is reached
+
+
+def test_a_budget_by_span_goes_no_further_than_it_must() -> None:
+    features = matrix("power law", 100, 120)
+    tokens = VisualTokens(features, None)
+    found = spanned([tokens], 0.8, 1)
+    assert len(tokens.pivots.chosen) == found.budget(0.8) < 50
+    whole = spanned([VisualTokens(features, None)], 1.0, 1)
+    assert whole.budget(0.8) == found.budget(0.8)
+    assert whole.budget(1.0) == found.budget(1.0) == 100
+    assert spanned([tokens], 0.8, 70).allocate(70) == [70]
+    assert len(tokens.pivots.chosen) == 70
+
+
+def test_a_budget_by_span_of_more_tokens_than_are_chosen_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = matrix("power law", 100, 120)
+    exact = spanned([VisualTokens(features, None)], 1.0, 1)
+    monkeypatch.setattr("eadaprune_vllm.selectors.GREEDY_STEPS", 10)
+    found = spanned([VisualTokens(features, None)], 1.0, 1)
+    assert found.budget(0.3) == exact.budget(0.3) < 10
+    assert 10 < exact.budget(0.95) <= found.budget(0.95) < 100
+
+
+def test_parts_reach_a_threshold_by_span_as_they_would_alone() -> None:
+    features = [matrix(kind, 30, 40) for kind in ("gaussian", "low rank", "power law")]
+    features.append(torch.zeros(10, 40))
+    together = spanned([VisualTokens(each, None) for each in features], 0.9, 1)
+    alone = [spanned([VisualTokens(each, None)], 0.9, 1).budget(0.9) for each in features]
+    assert together.allocate(together.budget(0.9)) == alone
+    assert alone[-1] == 1
+    assert sum(together.allocate(60)) == 60
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_non_finite_features_have_no_budget_by_span(bad: float) -> None:
+    features = torch.randn(10, 12)
+    features[3, 4] = bad
+    with pytest.raises(NonFiniteFeaturesError, match="NaN or infinite"):
+        spanned([VisualTokens(features, None)], 0.9, 1)

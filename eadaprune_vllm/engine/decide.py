@@ -15,10 +15,11 @@ from vllm.utils.torch_utils import PIN_MEMORY
 
 from eadaprune_vllm.engine.attention import observing
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.options import Budget, PruneOptions
 from eadaprune_vllm.prune import Encoding, compute_spectra, finite, prune
 from eadaprune_vllm.seams.graphs import encode
 from eadaprune_vllm.selectors import BY_ATTENTION, VisualTokens
+from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.wire import Answer, Decided, Failed, Grounds, Question
 
 logger = logging.getLogger("vllm." + __name__)
@@ -54,8 +55,9 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
     model = runner.get_model()
     options = [PruneOptions.model_validate_json(question.options) for question in questions]
     # Where ranks share items out, not all of them see one.
-    tp_mode = runner.vllm_config.model_config.multimodal_config.mm_encoder_tp_mode
-    seen = model.eadaprune_observes and tp_mode != "data"
+    multimodal = runner.vllm_config.model_config.multimodal_config
+    seen = model.eadaprune_observes and multimodal.mm_encoder_tp_mode != "data"
+    budget = ServerOptions.of(multimodal).budget
     observed = [seen and each.selector in BY_ATTENTION for each in options]
     found: dict[int, Answer] = {}
     for batch in _encoded(runner, questions, observed):
@@ -64,7 +66,7 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
         encodings: dict[int, Encoding] = {}
         for index, encoded in batch.items():
             with _by_itself(found, index):
-                encodings[index] = _encoding(model, questions[index], encoded)
+                encodings[index] = _encoding(model, questions[index], encoded, budget)
         with suppress(Exception):  # what it fails over will fail by itself
             compute_spectra([*encodings.values()], [options[index] for index in encodings])
         for index, encoding in encodings.items():
@@ -118,14 +120,14 @@ def _encoded(runner: Any, questions: Sequence[Question], observed: Sequence[bool
             yield batch
 
 
-def _encoding(model: Any, question: Question, encoded: Encoded) -> Encoding:
+def _encoding(model: Any, question: Question, encoded: Encoded, budget: Budget) -> Encoding:
     layout = model.eadaprune_layout(model.config, question.modality, _data(question), question.num_placeholders)
     rows, features = encoded.rows, encoded.features
     if len(rows) != question.num_placeholders:
         raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {question.num_placeholders} placeholders")
     if features is None:
         features = model.eadaprune_features(rows[~layout.is_newline] if layout.newlines else rows)
-    return Encoding(VisualTokens(features, encoded.attention), layout)
+    return Encoding(VisualTokens(features, encoded.attention), layout, budget)
 
 
 def _answer(question: Question, options: PruneOptions, encoding: Encoding, encoded: Encoded) -> Decided:

@@ -78,7 +78,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         if counts != {modality: len(of_each) for modality, of_each in given.items()}:
             raise VLLMServerError(f"options for {given} where there are {counts}")
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        algorithm, rule = self.info.ctx.get_mm_config().mm_hasher_algorithm, {"budget": self.server_options.budget}
         of: dict[str, list[Item]] = {}
         for modality, of_each in inputs.mm_data_items.items():
             of[modality] = []
@@ -87,7 +87,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                 options = self.front_end.in_force(choice, image_hash, choice.answered or data is None)
                 mm_hash = image_hash
                 if may_prune(options):
-                    mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key})
+                    mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key}, **rule)
                 of[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
         return Items(of, weights=self.front_end.weights)
 

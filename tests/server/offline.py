@@ -106,7 +106,8 @@ if __name__ == "__main__":
     if what == "embed":
         print("RESULT", json.dumps({"embeddings": embeddings(model, settings)}))
         sys.exit()
-    llm = LLM(model, mm_processor_kwargs={"eadaprune": DEFAULTS}, max_num_batched_tokens=128, **settings)
+    options = DEFAULTS | ({"budget": "span"} if what == "by span" else {})
+    llm = LLM(model, mm_processor_kwargs={"eadaprune": options}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":
         result |= blocks(llm) | whims(llm)

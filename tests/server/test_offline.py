@@ -33,31 +33,32 @@ def run(what: str, model: Path, **env: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(model: Path) -> Found:
-    """Of an engine with processes of its own, and of one in the process of the program."""
+    """Of an engine with processes of its own, with budgets by span, and of one in the process of the program."""
     with ThreadPoolExecutor() as pool:
-        apart = pool.submit(run, "counts", model)
+        apart = pool.submit(run, "by span", model)
         inside = pool.submit(run, "blocks", model, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     return apart.result(), inside.result()
 
 
-def check_counts(found: dict[str, Any], reference: Reference) -> None:
+def check_counts(found: dict[str, Any], reference: Reference, budget: str) -> None:
     default, dense, full = found["tokens"]
-    assert full - 576 == default - len(reference.kept(photo("astronaut"), energy=0.9))
-    assert full - 576 == dense - len(reference.kept(photo("astronaut"), energy=0.99))
+    assert full - 576 == default - len(reference.kept(photo("astronaut"), budget=budget, energy=0.9))
+    assert full - 576 == dense - len(reference.kept(photo("astronaut"), budget=budget, energy=0.99))
     assert found["whole"] == dense
     assert found["chat"][1] - found["chat"][0] == dense - default > 0
     assert "mm_processor_kwargs.eadaprune.energy=2 is not allowed" in found["error"]
 
 
 def test_counts(found: Found, reference: Reference) -> None:
-    apart, _ = found
-    check_counts(apart, reference)
+    apart, inside = found
+    check_counts(apart, reference, "span")
+    assert apart["tokens"] > inside["tokens"]
 
 
 def test_kv_blocks_step_by_step(found: Found, reference: Reference) -> None:
     """With the engine in this process, its blocks in use are exactly those of the tokens it computed."""
     _, inside = found
-    check_counts(inside, reference)
+    check_counts(inside, reference, "spectrum")
     assert len(inside["differences"]) > 100
     assert set(inside["differences"]) == {0}
     assert inside["free"] == 0

@@ -146,7 +146,7 @@ def calibrate(
         for where, reason in skipped.items():
             Console(stderr=True).print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
         solved = tool.solve(curves, target, options)
-        name = examiner.name
+        name, budget = examiner.name, examiner.about["budget"]
     console = Console()
     budgets = [curve.budget(solved) for curve in curves]
     if table:
@@ -165,9 +165,8 @@ def calibrate(
     console.print(shown)
     tool.histogram(budgets, f"{name}, energy {solved.energy:g}").savefig(histogram, dpi=120)
     console.print(f"Picture: {histogram}; spectra: {store}; skipped: {len(skipped)}", highlight=False)
-    flags = _flags(
-        **{f"eadaprune_{option}": value for option, value in ({"energy": f"{solved.energy:g}"} | given).items()}
-    )
+    values = {"energy": f"{solved.energy:g}", "budget": None if budget == "spectrum" else budget} | given
+    flags = _flags(**{f"eadaprune_{option}": value for option, value in values.items()})
     if model:
         print(f"vllm serve {model} {_flags(dtype=dtype, revision=revision, plugin='eadaprune')} {flags}")
     else:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.options import Budget
 from eadaprune_vllm.report import Config, ItemPreview, Preview, Reference
 from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.tools import images
@@ -23,6 +24,7 @@ class Stub(ThreadingHTTPServer):
         failing: status and body that every route answers with instead.
         asked: bodies of previews.
         ends_after: how many previews it answers; the connection of the next is closed. None for all.
+        budget: the operator's option.
     """
 
     def __init__(self) -> None:
@@ -30,12 +32,14 @@ class Stub(ThreadingHTTPServer):
         self.failing: tuple[int, str] | None = None
         self.asked: list[dict[str, Any]] = []
         self.ends_after: int | None = None
+        self.budget: Budget = "spectrum"
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     @property
     def config(self) -> str:
         about = {"version": "1", "vllm_version": "1", "models": ["served"], "architecture": "A", "dtype": "float32"}
-        options = ServerOptions(min_tokens=4, min_share=0, energy_ceiling=0.999).informed([Curve("page", SPECTRUM)])
+        options = ServerOptions(min_tokens=4, min_share=0, energy_ceiling=0.999, budget=self.budget)
+        options = options.informed([Curve("page", SPECTRUM)])
         told = {"options": options, "reference": Reference.of(options), "selectors": [], "doors": []}
         return Config.model_validate(about | told).model_dump_json()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
-from eadaprune_vllm import startup
+from eadaprune_vllm import supported
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.models import ARCHITECTURES, adapter, generic
 from eadaprune_vllm.models.base import PruningProcessor
@@ -90,10 +90,10 @@ def config(family: Callable[[str], Path]) -> Any:
 
 
 def test_embeddings_are_refused(config: Any) -> None:
-    startup.check(config)
+    supported.check(config)
     config.model_config.multimodal_config.enable_mm_embeds = True
     with pytest.raises(StartupError, match="--enable-mm-embeds is not supported for this model"):
-        startup.check(config)
+        supported.check(config)
 
 
 @pytest.mark.parametrize("name", ["PixtralForConditionalGeneration", "DeepseekVLV2ForCausalLM"])
@@ -102,21 +102,28 @@ def test_processors_that_fill_prompts_themselves_are_refused(
 ) -> None:
     monkeypatch.setitem(ARCHITECTURES, config.model_config.architecture, f"{generic.__name__}:{name}")
     with pytest.raises(StartupError, match="fills placeholders into prompts in a way of its own"):
-        startup.check(config)
+        supported.check(config)
+
+
+@pytest.mark.parametrize("name", ["MiniCPMV", "MiniCPMO"])
+def test_classes_that_make_others_are_refused(config: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, config.model_config.architecture, f"{generic.__name__}:{name}")
+    with pytest.raises(StartupError, match="makes one of several others"):
+        supported.check(config)
 
 
 def test_positions_that_are_not_those_of_tokens_are_refused(
     family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineArgs(str(family("qwen2_vl")), max_model_len=1024).create_engine_config()
-    startup.check(config)
+    supported.check(config)
     name = config.model_config.architecture
     monkeypatch.setitem(ARCHITECTURES, name, f"{generic.__name__}:{name}")
     with pytest.raises(StartupError, match="this model has M-RoPE positions"):
-        startup.check(config)
+        supported.check(config)
 
 
 def test_encoder_decoders_are_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(config.model_config), "is_encoder_decoder", True)
     with pytest.raises(StartupError, match="this model is an encoder-decoder"):
-        startup.check(config)
+        supported.check(config)

@@ -71,6 +71,7 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
         "selector": "attention",
     }
     options |= {
+        "budget": "span",
         "scope": "image",
         "enabled": False,
         "detail_low": {"energy": 0.5},

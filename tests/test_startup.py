@@ -16,7 +16,7 @@ from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from eadaprune_vllm import startup
+from eadaprune_vllm import startup, supported
 from eadaprune_vllm.engine.extended import OURS
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.flags import apply_flags
@@ -41,7 +41,7 @@ from eadaprune_vllm.server_options import ServerOptions
 def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], words: str) -> None:
     config = EngineArgs(str(model), max_model_len=1024, **settings).create_engine_config()
     with pytest.raises(StartupError, match=words):
-        startup.check(config)
+        supported.check(config)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_flags_about_videos_cannot_be_honoured(
 ) -> None:
     config = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config()
     with pytest.raises(StartupError, match=words):
-        startup.check(config)
+        supported.check(config)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "glm4v", "glm_ocr", "paddleocr_vl"])
 def test_embeddings_that_do_not_say_where_lines_end_are_refused(family: Callable[[str], Path], name: str) -> None:
     config = EngineArgs(str(family(name)), max_model_len=1024, enable_mm_embeds=True).create_engine_config()
     with pytest.raises(StartupError, match="--enable-mm-embeds is not supported for this model"):
-        startup.check(config)
+        supported.check(config)
 
 
 def test_images_may_be_switched_off_where_there_are_videos(family: Callable[[str], Path]) -> None:
@@ -72,10 +72,10 @@ def test_images_may_be_switched_off_where_there_are_videos(family: Callable[[str
         args = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, limit_mm_per_prompt=dict(limits))
         return args.create_engine_config()
 
-    startup.check(config(image=0))
-    startup.check(config(video=0))
+    supported.check(config(image=0))
+    supported.check(config(video=0))
     with pytest.raises(StartupError, match="images and videos are switched off"):
-        startup.check(config(image=0, video=0))
+        supported.check(config(image=0, video=0))
 
 
 @pytest.fixture
@@ -95,16 +95,16 @@ def config(model: Path) -> Any:
     ],
 )
 def test_flags_of_vllms_own_encoder_are_honoured(family: Callable[[str], Path], settings: dict[str, Any]) -> None:
-    startup.check(EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config())
+    supported.check(EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config())
 
 
 def test_models_of_modelscope_are_vllms_business(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
-    startup.check(config)
+    supported.check(config)
 
 
 def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> None:
-    startup.check(config)
+    supported.check(config)
     kv_transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
     several = {"connectors": [{"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}]}
     both = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=several)
@@ -118,26 +118,26 @@ def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> 
         before = getattr(owner, name)
         setattr(owner, name, value)
         with pytest.raises(StartupError, match=words):
-            startup.check(config)
+            supported.check(config)
         setattr(owner, name, before)
     config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
-    startup.check(config)
+    supported.check(config)
 
 
 def test_new_weights_are_for_one_front_end(config: Any) -> None:
     """Others would remember what old ones made."""
     config.weight_transfer_config = object()
-    startup.check(config)
+    supported.check(config)
     config.parallel_config._api_process_count = 2
     with pytest.raises(StartupError, match="--weight-transfer-config is not supported with several API servers"):
-        startup.check(config)
+        supported.check(config)
 
 
 def test_a_tower_whose_layout_is_not_known_is_refused(config: Any) -> None:
     """Of a model of LLaVA's class."""
     config.model_config.hf_config.vision_config = PixtralVisionConfig()
     with pytest.raises(StartupError, match="vision tower of this model is of type 'pixtral'"):
-        startup.check(config)
+        supported.check(config)
 
 
 def test_workers_answer_whatever_else_they_are(config: Any) -> None:

@@ -126,11 +126,20 @@ def test_calibrate_asks_a_server_for_spectra(stub: Stub, folder: Path) -> None:
     assert float(flags[1]) == pytest.approx(0.29, abs=0.01)
     assert "Failed to load image: this is none" in done.stderr
     header, *lines = map(json.loads, (folder.parent / "spectra.jsonl").read_text().splitlines())
-    assert header == {"models": ["served"], "architecture": "A", "dtype": "float32", "scope": "tile"}
+    about = {"models": ["served"], "architecture": "A", "dtype": "float32"}
+    assert header == about | {"budget": "spectrum", "scope": "tile"}
     assert [len(line["needed_above"]) for line in lines] == [100] * 3
     # Nothing that a server's bounds might forbid.
     assert [body["eadaprune"] for body in stub.asked] == [{"scope": "tile", "selector": "uniform"}] * 4
     assert stub.images == [(folder / name).read_bytes() for name in ("0.png", "1.png", "2.png", "broken.png")]
+
+
+def test_budgets_by_span_are_told_from_those_by_the_spectrum(stub: Stub, folder: Path) -> None:
+    run(*calibrate_command(folder, "--url", stub.url))
+    stub.budget = "span"
+    assert "choose another --store" in run(*calibrate_command(folder, "--url", stub.url)).stderr
+    done = run(*calibrate_command(folder, "--url", stub.url, "--store", folder.parent / "others.jsonl"))
+    assert done.stdout.splitlines()[-1].endswith("--eadaprune-budget span")
 
 
 def test_options_that_are_not_given_are_the_servers(stub: Stub, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eadaprune_vllm import models, startup
+from eadaprune_vllm import models, startup, supported
 from eadaprune_vllm.options import KEY
 from eadaprune_vllm.seams.asking import ask_first
 from eadaprune_vllm.seams.wrap import wrap
@@ -25,7 +25,7 @@ def install() -> None:
             vllm_config = original(engine_args, usage_context, headless, **kwargs)
         finally:
             engine_args.mm_processor_kwargs = given
-        startup.check(vllm_config)
+        supported.check(vllm_config)
         energy = models.adapter(vllm_config.model_config.architecture).eadaprune_energy
         options = startup.operator_options(ours, energy)
         if options.load_aware:

@@ -29,7 +29,7 @@ class Examiner(Protocol):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What spectra depend on, as JSON, the scope aside."""
+        """What spectra depend on, as JSON, the scope aside; ``budget`` among it, the server's option."""
 
     @property
     def defaults(self) -> PruneOptions:
@@ -83,7 +83,8 @@ class ServedModel:
 
     @property
     def about(self) -> dict[str, Any]:
-        return self.config.model_dump(include={"models", "architecture", "dtype"})
+        config = self.config
+        return config.model_dump(include={"models", "architecture", "dtype"}) | {"budget": config.options.budget}
 
     @property
     def defaults(self) -> PruneOptions:

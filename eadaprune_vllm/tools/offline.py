@@ -31,7 +31,8 @@ class OfflineModel:
 
     def __init__(self, model: str, dtype: str = "auto", revision: str | None = None) -> None:
         self.name = model
-        self.about = {"model": model, "revision": revision, "dtype": dtype}
+        self._model = {"model": model, "revision": revision, "dtype": dtype}
+        self.about = self._model | {"budget": ServerOptions().budget}
 
     def close(self) -> None:
         """Nothing is open but the engine."""
@@ -41,7 +42,7 @@ class OfflineModel:
         with Console(stderr=True).status("Starting an engine"):
             name_plugins([NAME])
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; nothing is generated
-            return LLM(**self.about, enforce_eager=True, max_model_len=-1, max_num_seqs=1)
+            return LLM(**self._model, enforce_eager=True, max_model_len=-1, max_num_seqs=1)
 
     def examine(
         self, image: bytes, given: dict[str, Any], *, spectrum: bool = False, overlay: bool = False

@@ -27,11 +27,13 @@ from vllm.model_executor.model_loader import utils as loader
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from eadaprune_vllm import startup
 from eadaprune_vllm.engine.decide import decide
 from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.models.items import New
 from eadaprune_vllm.options import CHUNK, PruneOptions
 from eadaprune_vllm.prune import Kept, prune
+from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.wire import Decided, answers, pack, questions
 
 # The experts of the others want a group of ranks of their own; their towers are those of dense models.
@@ -79,6 +81,7 @@ class Loaded:
             str(folder), max_model_len=4096, dtype="float32", enforce_eager=True, trust_remote_code=own_code
         )
         self.config = args.create_engine_config()
+        startup.configure(self.config, ServerOptions())
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
         self.reference = Reference(folder, torch.float32)

@@ -99,15 +99,13 @@ def test_the_decision_is_that_of_prune(model: Model) -> None:
 @pytest.mark.parametrize("selector", ["span", "uniform"])
 def test_by_span_no_spectrum_is_computed(model: Model, selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = rows(30)
-    (spectral,) = map(as_decided, answered(model, asked(given, energy=0.8, selector=selector)))
-    monkeypatch.delattr(torch.linalg, "eigvalsh")
     question = asked(given, energy=0.8, selector=selector)
+    (spectral,) = map(as_decided, answered(model, question))
+    monkeypatch.delattr(torch.linalg, "eigvalsh")
     (found,) = map(as_decided, answered(model, question, budget="span"))
     encoding = Encoding(VisualTokens(given[:, :4], None), Layout.whole(1, 30), "span")
-    assert (
-        found.kept.indices.tolist()
-        == prune(encoding, PruneOptions(energy=0.8, min_tokens=1, selector=selector)).indices.tolist()
-    )
+    expected = prune(encoding, PruneOptions.model_validate_json(question.options))
+    assert found.kept.indices.tolist() == expected.indices.tolist()
     assert len(found.kept) >= len(spectral.kept)
     (explained,) = map(as_decided, answered(model, asked(given, explain=True), budget="span"))
     assert explained.grounds

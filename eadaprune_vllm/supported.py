@@ -42,7 +42,7 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "vLLM's class of this model makes one of several others, before which the plugin has none",
     ),
     (
-        lambda mm, c: _has_prompts_of_its_own(_adapter(c)),
+        lambda mm, c: issubclass(_adapter(c), RowPerPlaceholder) and _has_prompts_of_its_own(_adapter(c)),
         "the processor of this model fills placeholders into prompts in a way of its own",
     ),
     (

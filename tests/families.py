@@ -12,6 +12,7 @@ from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
 from internvl_chat import opengvlab
 from kimi import hub_name, kimi_k25, kimi_vl
+from mistral_format import mistral
 from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -354,12 +355,13 @@ PUBLISHED: dict[str, Callable[[Path], None]] = {
     "internvl_chat": opengvlab,
     "kimi_k25": kimi_k25,
     "kimi_vl": kimi_vl,
+    "pixtral": mistral,
 }
 OWN_CODE = ("internvl_chat", "kimi_vl")
 WITHOUT_IMAGE = ("llava_next_video",)
 WITHOUT_VIDEO = (
     *("llava", "llava_siglip", "llava_next", "llava_next_mistral"),
-    *("gemma3", "kimi_k25", "kimi_vl", "mistral3", "paddleocr_vl"),
+    *("gemma3", "kimi_k25", "kimi_vl", "mistral3", "paddleocr_vl", "pixtral"),
 )
 # Most layers of these have linear attention, which vLLM has in bfloat16 only on a CPU. Others are the same models with
 # full attention in all layers; vLLM takes them without prefix cache.

@@ -1,8 +1,11 @@
 """Small checkpoints of architectures whose adapter is generic, with random weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import mistral_format
+import transformers
 from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from transformers import (
     CLIPVisionConfig,
@@ -11,12 +14,6 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
-    Gemma4AudioFeatureExtractor,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4ImageProcessor,
-    Gemma4Processor,
-    Gemma4VideoProcessor,
     GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -157,26 +154,15 @@ def _gemma3() -> tuple[Any, Any, Any]:
     return Gemma3ForConditionalGeneration, config, processor
 
 
-def _gemma4() -> tuple[Any, Any, Any]:
-    """Nine patches are a token."""
+def _gemma4(named: str, text: dict[str, Any], vision: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Of transformers' classes with that name; nine patches are a token."""
     tokens = 70  # at most, of an image or a frame; the fewest that its processor allows
-    text = {"head_dim": 32, "global_head_dim": 32, "sliding_window": 4096}
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "position_embedding_size": 1024,
-        "default_output_length": tokens,
-    }
-    config = Gemma4Config(
+    of = partial(getattr, transformers)
+    heads = {"head_dim": 32, "global_head_dim": 32, "sliding_window": 4096}
+    config = of(f"{named}Config")(
         vision_config=vision,
-        text_config=text_settings(GEMMA4)
-        | text
         # vLLM takes it for granted that the token which stands for images is the first.
-        | {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16, "pad_token_id": 0},
+        text_config=text_settings(GEMMA4) | heads | {"pad_token_id": 0} | text,
         boi_token_id=GEMMA4.boi_token_id,
         eoi_token_id=GEMMA4.eoi_token_id,
         image_token_id=GEMMA4.image_token_id,
@@ -185,15 +171,35 @@ def _gemma4() -> tuple[Any, Any, Any]:
         audio_token_id=GEMMA4.audio_token_id,
         video_token_id=GEMMA4.video_token_id,
     )
-    processor = Gemma4Processor(
-        Gemma4AudioFeatureExtractor(),
-        Gemma4ImageProcessor(max_soft_tokens=tokens),
+    processor = of(f"{named}Processor")(
+        of(f"{named}AudioFeatureExtractor")(),
+        of(f"{named}ImageProcessor")(max_soft_tokens=tokens),
         GEMMA4,
-        Gemma4VideoProcessor(max_soft_tokens=tokens),
+        of(f"{named}VideoProcessor")(max_soft_tokens=tokens),
         chat_template=TEMPLATE.format(image="<|image|>", video="<|video|>"),
         image_seq_length=tokens,
     )
-    return Gemma4ForConditionalGeneration, config, processor
+    return of(f"{named}ForConditionalGeneration"), config, processor
+
+
+def _gemma4_with_tower() -> tuple[Any, Any, Any]:
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "position_embedding_size": 1024,
+        "default_output_length": 70,
+    }
+    return _gemma4("Gemma4", {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}, vision)
+
+
+def _gemma4_unified() -> tuple[Any, Any, Any]:
+    """Without a tower: its patches are projected."""
+    vision = {"mm_embed_dim": 128, "output_proj_dims": 128, "mm_posemb_size": 1024, "num_soft_tokens": 70}
+    return _gemma4("Gemma4Unified", {}, vision)
 
 
 def _internvl() -> tuple[Any, Any, Any]:
@@ -266,12 +272,12 @@ def _minicpm(layers: list[str]) -> tuple[Any, Any, Any]:
     return MiniCPMV4_6ForConditionalGeneration, config, processor
 
 
-def _mistral3() -> tuple[Any, Any, Any]:
+def _mistral3(image_token: int = MISTRAL.convert_tokens_to_ids("[IMG]")) -> tuple[Any, Any, Any]:
     """Four patches are a token."""
     config = Mistral3Config(
-        vision_config=tower_config(PixtralVisionConfig, 3 * SIDE),
-        text_config=MistralConfig(**text_settings(MISTRAL)),
-        image_token_index=MISTRAL.convert_tokens_to_ids("[IMG]"),
+        vision_config=tower_config(PixtralVisionConfig, 3 * SIDE, hidden_act="silu"),
+        text_config=MistralConfig(**text_settings(MISTRAL), rms_norm_eps=1e-5),
+        image_token_index=image_token,
         tie_word_embeddings=False,
     )
     processor = PixtralProcessor(
@@ -303,7 +309,8 @@ def _idefics3() -> tuple[Any, Any, Any]:
 
 GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "gemma3": _gemma3,
-    "gemma4": _gemma4,
+    "gemma4": _gemma4_with_tower,
+    "gemma4_unified": _gemma4_unified,
     "internvl": _internvl,
     "internvl_chat": _internvl,
     "kimi_k25": _kimi_k25,
@@ -312,6 +319,7 @@ GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "minicpmv4_6": lambda: _minicpm(LINEAR),
     "minicpmv4_6_full": lambda: _minicpm(FULL),
     "mistral3": _mistral3,
+    "pixtral": lambda: _mistral3(mistral_format.IMAGE_TOKEN),
 }
 # Of these the architecture is not in our table.
 UNLISTED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {"idefics3": _idefics3}

@@ -5,12 +5,15 @@ from typing import Any
 
 import internvl_chat
 import kimi
+import mistral_format
 from transformers import AutoProcessor
 
 
 def processor(folder: Path) -> Any:
     if folder.name.startswith("kimi"):
         return kimi.processor(folder)
+    if folder.name == "pixtral":
+        return mistral_format.Processor(folder)
     original = internvl_chat.original(folder)
     made = AutoProcessor.from_pretrained(original)
     if original != folder:

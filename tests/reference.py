@@ -54,6 +54,8 @@ def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     model = AutoModelForImageTextToText.from_pretrained(original(folder), dtype=dtype).eval()
     if model.config.model_type == "paddleocr_vl":
         model.model.visual.vision_model.embeddings.interpolation_align_corners = False
+    if model.config.model_type == "gemma4_unified":  # whose images attend to what follows, but not on a CPU
+        model.config.text_config.use_bidirectional_attention = None
     return model
 
 
@@ -68,8 +70,9 @@ class Reference:
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
         self.model = transformers_model(model, dtype).model
         self.image_processor = processor(model).image_processor
-        self._tower = self.model.visual if hasattr(self.model, "visual") else self.model.vision_tower
-        self._tower.set_attn_implementation("watched")
+        if self.model.config.model_type not in GENERIC:
+            self._tower = self.model.visual if hasattr(self.model, "visual") else self.model.vision_tower
+            self._tower.set_attn_implementation("watched")
         self._dtype = dtype
 
     def kept(self, image: Image.Image, **options: Any) -> Kept:

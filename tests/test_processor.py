@@ -1,6 +1,8 @@
 """The processor half of an adapter, with vLLM's own processor of the embedded model, and no engine."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from eadaprune_vllm.request import Choices
 from eadaprune_vllm.server_options import Choice, ServerOptions
 
 Images = dict[str, Image.Image]
+Family = Callable[[str], Path]
 LEAST, MAX_MODEL_LEN = 64, 150  # tokens that an image keeps at least, and that a prompt has at most
 
 
@@ -45,18 +48,20 @@ class Numbering(BaseMultiModalProcessor):  # type: ignore[misc]
         return PromptUpdateDetails.select_token_id([index, *tokens], tokens[0])
 
 
-@pytest.fixture(params=[False])
-def processor(model: Path, request: pytest.FixtureRequest) -> PruningProcessor:
+def build(model: Path, **changes: Any) -> PruningProcessor:
+    """That of our class for a model, with changes to what makes it."""
     config = EngineArgs(str(model), max_model_len=MAX_MODEL_LEN, limit_mm_per_prompt={"image": 4}).create_model_config()
     setattr(config.get_multimodal_config(), KEY, ServerOptions(energy=0.5, min_share=0, min_tokens=LEAST))
     context = MULTIMODAL_REGISTRY._create_processing_ctx(config)
-    factory = adapter("LlavaForConditionalGeneration")._processor_factory
-    if request.param:
-        bases = (PruningProcessor, Numbering, LlavaMultiModalProcessor)
-        factory = replace(factory, processor=type("NumberedProcessor", bases, {}))
+    factory = replace(adapter(config.architecture)._processor_factory, **changes)
     made: PruningProcessor = factory.build_processor(context)
     made.front_end = FrontEnd(Asker(most=10_000), Metrics(CollectorRegistry()), "m", 1)
     return made
+
+
+@pytest.fixture
+def processor(model: Path) -> PruningProcessor:
+    return build(model)
 
 
 def inputs(processor: PruningProcessor, items: Any, *images: Image.Image) -> ProcessorInputs:
@@ -82,8 +87,9 @@ def test_what_is_asked_becomes_a_prompt(processor: PruningProcessor, images: Ima
     assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 3]
 
 
-@pytest.mark.parametrize("processor", [True], indirect=True)
-def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(processor: PruningProcessor, images: Images) -> None:
+def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(model: Path, images: Images) -> None:
+    numbered = type("NumberedProcessor", (PruningProcessor, Numbering, LlavaMultiModalProcessor), {})
+    processor = build(model, processor=numbered)
     items = apply(processor, {}, images["coffee"], images["moon"])
     for each in items.undecided():
         each.take(decided(2))
@@ -91,6 +97,21 @@ def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(processor: Pru
     image = processor.info.get_hf_config().image_token_index
     assert made["prompt_token_ids"] == [0, image, image, 1, image, image]
     assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 2]
+
+
+def test_tokens_that_a_prompt_has_already_give_way_to_those_that_are_left(family: Family, images: Images) -> None:
+    """So that a prompt may be longer than the model takes before it is pruned, but not after."""
+    processor = build(family("pixtral"))
+    text, image, line_break, end = 40, 10, 12, 13
+    whole = [text, *([image] * 12 + [line_break]) * 11, *[image] * 12, end, text]
+    assert len(whole) == MAX_MODEL_LEN + 8
+    pictures = processor.info.parse_mm_data({"image": [images["astronaut"]]})
+    given = partial(ProcessorInputs, whole, pictures)
+    items: Any = processor.apply(given(hf_processor_mm_kwargs={KEY: {}}), TimingContext(enabled=False))
+    (asked,) = items.undecided()
+    asked.take(decided(2))
+    made = processor.apply(given(hf_processor_mm_kwargs={KEY: items}), TimingContext(enabled=False))
+    assert made["prompt_token_ids"] == [text, image, image, *[line_break] * 11, end, text]
 
 
 def test_nothing_is_asked_about_what_keeps_everything(processor: PruningProcessor, images: Images) -> None:

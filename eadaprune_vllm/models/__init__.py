@@ -10,6 +10,7 @@ ARCHITECTURES = {
     "DeepseekOCRForCausalLM": "eadaprune_vllm.models.deepseek_ocr:PrunedDeepseekOCRForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_GENERIC}:Gemma3ForConditionalGeneration",
     "Gemma4ForConditionalGeneration": f"{_GENERIC}:Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration": f"{_GENERIC}:Gemma4UnifiedForConditionalGeneration",
     "Glm4vForConditionalGeneration": "eadaprune_vllm.models.glm4_1v:PrunedGlm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration": "eadaprune_vllm.models.glm4_1v:PrunedGlm4vMoeForConditionalGeneration",
     "GlmOcrForConditionalGeneration": "eadaprune_vllm.models.glm_ocr:PrunedGlmOcrForConditionalGeneration",
@@ -30,6 +31,7 @@ ARCHITECTURES = {
     "PaddleOCRVLForConditionalGeneration": (
         "eadaprune_vllm.models.paddleocr_vl:PrunedPaddleOCRVLForConditionalGeneration"
     ),
+    "PixtralForConditionalGeneration": "eadaprune_vllm.models.pixtral:PrunedPixtralForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": "eadaprune_vllm.models.qwen2_vl:PrunedQwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": "eadaprune_vllm.models.qwen2_5_vl:PrunedQwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration": "eadaprune_vllm.models.qwen3_vl:PrunedQwen3VLForConditionalGeneration",

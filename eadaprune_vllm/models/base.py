@@ -122,11 +122,16 @@ class PruningProcessor(BaseMultiModalProcessor):
                     new = self.front_end.new.get(item.mm_hash) or self.read(inputs, modality, index, item.options)
                     items.new[item.mm_hash] = self.front_end.new[item.mm_hash] = new
                     room -= new.question.num_placeholders
-                fewest += items.new[item.mm_hash].fewest(item.options) - 1  # the prompt has one token in its place
+                new = items.new[item.mm_hash]
+                fewest += new.fewest(item.options) - self.eadaprune_in_prompt(new)
                 self.check_length(fewest)
         if cache:
             cache.release_sender_touches()
         return all_read
+
+    def eadaprune_in_prompt(self, new: New) -> int:
+        """How many tokens a prompt has in the place of an item's placeholders before vLLM puts these there."""
+        return 1
 
     def check_length(self, fewest: int) -> None:
         """Raises:

@@ -20,6 +20,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 HERE = Path(__file__).parent.parent
 # Both servers are up at the same time, so each gets less than half of the GPU.
@@ -81,7 +84,11 @@ def run(part: Part, folder: Path, rehearse: bool) -> dict[str, object]:
     return found
 
 
-def main(output: Path, names: list[str], rehearse: bool) -> None:
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder for the results.")] = HERE / "results" / "gpu",
+    names: Annotated[list[str] | None, typer.Argument(metavar="[PART]...", help="By default what is left.")] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="On a CPU, with tiny models.")] = False,
+) -> None:
     joined = output / "gpu.json"
     found: dict[str, dict[str, object]] = json.loads(joined.read_text()) if joined.exists() else {}
     for name in names or [name for name in PARTS if found.get(name, {}).get("status") != 0]:
@@ -92,6 +99,4 @@ def main(output: Path, names: list[str], rehearse: bool) -> None:
 
 
 if __name__ == "__main__":
-    given = [word for word in sys.argv[1:] if word != "--rehearse"]
-    folder = Path(given[0]) if given else HERE / "results" / "gpu"
-    main(folder, given[1:], rehearse="--rehearse" in sys.argv)
+    typer.run(main)

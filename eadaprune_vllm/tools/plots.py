@@ -101,6 +101,6 @@ def explanation(
     axes.invert_yaxis()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:g}"))
     axes.set_xlabel("tokens")
-    axes.set_ylabel("share of the spectral energy")
+    axes.set_ylabel("share of the energy")
     axes.legend(fontsize=8)
     return figure

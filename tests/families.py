@@ -12,7 +12,7 @@ from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
 from internvl_chat import opengvlab
 from kimi import hub_name, kimi_k25, kimi_vl
-from mistral_format import mistral
+from mistral_format import mistral, mistral3, pixtral
 from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -333,6 +333,8 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava_next_mistral": lambda: _llava_next(MistralConfig),
     "llava_onevision": _llava_onevision,
     **GENERIC,
+    "mistral3": mistral3,
+    "pixtral": pixtral,
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),

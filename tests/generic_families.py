@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import mistral_format
 import transformers
 from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from transformers import (
@@ -41,12 +40,6 @@ from transformers import (
     MiniCPMV4_6ImageProcessor,
     MiniCPMV4_6Processor,
     MiniCPMV4_6VideoProcessor,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    PixtralImageProcessor,
-    PixtralProcessor,
-    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -107,7 +100,6 @@ MINICPM = _named(
         "image_id_end_token": "</image_id>",
     }
 )
-MISTRAL = byte_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 
 
 def _llava_next_video() -> tuple[Any, Any, Any]:
@@ -272,24 +264,6 @@ def _minicpm(layers: list[str]) -> tuple[Any, Any, Any]:
     return MiniCPMV4_6ForConditionalGeneration, config, processor
 
 
-def _mistral3(image_token: int = MISTRAL.convert_tokens_to_ids("[IMG]")) -> tuple[Any, Any, Any]:
-    """Four patches are a token."""
-    config = Mistral3Config(
-        vision_config=tower_config(PixtralVisionConfig, 3 * SIDE, hidden_act="silu"),
-        text_config=MistralConfig(**text_settings(MISTRAL), rms_norm_eps=1e-5),
-        image_token_index=image_token,
-        tie_word_embeddings=False,
-    )
-    processor = PixtralProcessor(
-        PixtralImageProcessor(size={"longest_edge": 3 * SIDE}, patch_size=2 * PATCH),
-        MISTRAL,
-        patch_size=PATCH,
-        spatial_merge_size=2,
-        chat_template=TEMPLATE.format(image="[IMG]", video=""),
-    )
-    return Mistral3ForConditionalGeneration, config, processor
-
-
 def _idefics3() -> tuple[Any, Any, Any]:
     """Four patches are a token, and an image is seen in tiles, and whole."""
     config = Idefics3Config(
@@ -318,8 +292,6 @@ GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava_next_video": _llava_next_video,
     "minicpmv4_6": lambda: _minicpm(LINEAR),
     "minicpmv4_6_full": lambda: _minicpm(FULL),
-    "mistral3": _mistral3,
-    "pixtral": lambda: _mistral3(mistral_format.IMAGE_TOKEN),
 }
 # Of these the architecture is not in our table.
 UNLISTED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {"idefics3": _idefics3}

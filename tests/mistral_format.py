@@ -1,5 +1,5 @@
-"""Mistral's models as Mistral publishes them (``PixtralForConditionalGeneration``), made of transformers' checkpoint of
-Mistral 3: weights and configuration have other names, and Mistral's own library makes tokens and pixels."""
+"""Mistral 3; and as Mistral publishes it (``PixtralForConditionalGeneration``), made of transformers' checkpoint: names
+are others, and Mistral's own library makes tokens and pixels."""
 
 import base64
 import json
@@ -10,14 +10,25 @@ import torch
 from internvl_chat import ORIGINAL
 from mistral_common.protocol.instruct.chunk import ImageChunk
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from parts import PATCH, SIDE, TEMPLATE, text_settings, tower_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BatchFeature
+from transformers import (
+    BatchFeature,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PixtralVisionConfig,
+)
 from vllm.tokenizers.mistral import MistralTokenizer
 
+from eadaprune_vllm.demo.model import byte_tokenizer
 from eadaprune_vllm.draw import data_url
 
-IMAGE_TOKEN = 10
+MISTRAL = byte_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+IMAGE_TOKEN = 10  # of Mistral's library
 NAMES = {
     "language_model.": "",
     "model.": "",
@@ -36,6 +47,28 @@ NAMES = {
     "down_proj": "w2",
     "up_proj": "w3",
 } | {f"{part}_proj": f"w{part}" for part in "qkvo"}
+
+
+def mistral3(image_token: int = MISTRAL.convert_tokens_to_ids("[IMG]")) -> tuple[Any, Any, Any]:
+    """Four patches are a token."""
+    config = Mistral3Config(
+        vision_config=tower_config(PixtralVisionConfig, 3 * SIDE, hidden_act="silu"),
+        text_config=MistralConfig(**text_settings(MISTRAL), rms_norm_eps=1e-5),
+        image_token_index=image_token,
+        tie_word_embeddings=False,
+    )
+    processor = PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": 3 * SIDE}, patch_size=2 * PATCH),
+        MISTRAL,
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        chat_template=TEMPLATE.format(image="[IMG]", video=""),
+    )
+    return Mistral3ForConditionalGeneration, config, processor
+
+
+def pixtral() -> tuple[Any, Any, Any]:
+    return mistral3(IMAGE_TOKEN)
 
 
 def mistral(folder: Path) -> None:

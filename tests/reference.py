@@ -90,6 +90,10 @@ class Reference:
         if self.model.config.model_type in GENERIC:  # nothing is known of it but the rows
             return self._of_rows(pixels[0] if pixels.ndim == 5 else pixels, inputs)
         with _watched() as weights:
+            if self.model.config.model_type == "mistral3":
+                (rows,) = self.model.get_image_features(pixels, inputs["image_sizes"]).pooler_output
+                height, width = (inputs["image_sizes"][0] // self.model.config.vision_config.patch_size).tolist()
+                return self._of_grid(rows, torch.tensor([[1, height, width]]), weights)
             if grid is not None:
                 encode = self.model.get_video_features if modality == "videos" else self.model.get_image_features
                 return self._of_grid(torch.cat(encode(pixels, grid).pooler_output), grid, weights)
@@ -171,8 +175,8 @@ class Reference:
         of_layer = list(weights.values())[-1]
         over_patches = torch.cat([of_one.mean((0, 1, 2)) for of_one in of_layer])
         attention = over_patches.view(len(features), -1).mean(1)
-        merged = vision.spatial_merge_size
-        if self.model.config.model_type == "paddleocr_vl":  # whose tower sees patches line by line
+        merged = getattr(vision, "spatial_merge_size", None) or self.model.config.spatial_merge_size
+        if self.model.config.model_type in ("mistral3", "paddleocr_vl"):  # whose towers see patches line by line
             attention = torch.nn.functional.avg_pool2d(over_patches.view(1, *grid[0, 1:].tolist()), merged).flatten()
         if hasattr(vision, "window_size"):  # which the tower orders tokens by
             order, _ = get_vision_window_index(

@@ -283,11 +283,17 @@ def test_attention_of_merged_patches_is_their_mean_in_the_order_of_the_prompt(na
     torch.testing.assert_close(found, tokens.flatten() + 0.25)
 
 
-def test_attention_of_patches_in_whole_lines_is_the_mean_of_squares() -> None:
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("paddleocr_vl", {"image_grid_thw": torch.tensor([1, 8, 10])}),
+        ("mistral3", {"pixel_values": torch.empty(3, 8 * 14, 10 * 14)}),
+    ],
+)
+def test_attention_of_patches_in_whole_lines_is_the_mean_of_squares(name: str, data: dict[str, torch.Tensor]) -> None:
     tokens = torch.arange(20).view(4, 5)
     patches = tokens.repeat_interleave(2, 0).repeat_interleave(2, 1) + torch.tensor([[0.1, 0.2], [0.3, 0.4]]).repeat(
         4, 5
     )
-    data = {"image_grid_thw": torch.tensor([1, 8, 10])}
-    found = model("paddleocr_vl").eadaprune_arrange("image", data, patches.flatten())
+    found = model(name).eadaprune_arrange("image", data, patches.flatten())
     torch.testing.assert_close(found, tokens.flatten() + 0.25)

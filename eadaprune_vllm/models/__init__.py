@@ -27,11 +27,11 @@ ARCHITECTURES = {
     "MiniCPMV4_6ForConditionalGeneration": (
         "eadaprune_vllm.models.minicpmv4_6:PrunedMiniCPMV4_6ForConditionalGeneration"
     ),
-    "Mistral3ForConditionalGeneration": f"{_GENERIC}:Mistral3ForConditionalGeneration",
+    "Mistral3ForConditionalGeneration": "eadaprune_vllm.models.mistral:PrunedMistral3ForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration": (
         "eadaprune_vllm.models.paddleocr_vl:PrunedPaddleOCRVLForConditionalGeneration"
     ),
-    "PixtralForConditionalGeneration": "eadaprune_vllm.models.pixtral:PrunedPixtralForConditionalGeneration",
+    "PixtralForConditionalGeneration": "eadaprune_vllm.models.mistral:PrunedPixtralForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": "eadaprune_vllm.models.qwen2_vl:PrunedQwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": "eadaprune_vllm.models.qwen2_5_vl:PrunedQwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration": "eadaprune_vllm.models.qwen3_vl:PrunedQwen3VLForConditionalGeneration",

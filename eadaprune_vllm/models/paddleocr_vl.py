@@ -9,7 +9,7 @@ from vllm.model_executor.models import paddleocr_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import UnprunedPositions
+from eadaprune_vllm.models.pruned import UnprunedPositions, of_squares
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 
 
@@ -35,5 +35,4 @@ class PrunedPaddleOCRVLForConditionalGeneration(
     def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         _, height, width = data["image_grid_thw"].tolist()  # the tower goes along whole lines of patches
         merged = self.config.vision_config.spatial_merge_size
-        groups = attention.view(height // merged, merged, width // merged, merged)
-        return groups.mean((1, 3)).flatten()
+        return of_squares(attention, height // merged, width // merged, merged)

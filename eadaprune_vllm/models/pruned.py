@@ -141,6 +141,11 @@ class UnprunedPositions(SupportsMRoPE):
         return positions[:, np.concatenate(columns)], following - len(input_tokens)
 
 
+def of_squares(attention: torch.Tensor, rows: int, columns: int, side: int) -> torch.Tensor:
+    """Of the attention that patches draw, line by line, what each token draws: the mean of ``side ** 2`` of them."""
+    return attention.view(rows, side, columns, side).mean((1, 3)).flatten()
+
+
 def _where(embeds: Any, ends: Any, kept: Any, frame: int) -> Any:
     """Where the tokens of a pruned item are in the unpruned one.
 

@@ -1,0 +1,97 @@
+"""Mistral's models: in Hugging Face's format (Mistral 3), and in Mistral's own (Pixtral, Mistral Small 3.1 and later).
+
+Of the latter Mistral's library writes all tokens of each image into the prompt before vLLM sees it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import override
+from vllm.model_executor.models import mistral3, pixtral
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.models.items import New
+from eadaprune_vllm.models.pruned import Pruned, of_squares
+from eadaprune_vllm.prune import Layout
+
+
+class PixtralTower(Pruned):
+    """Mixin for Mistral's models. Their tower sees patches line by line, of which squares are merged into tokens.
+
+    Attributes:
+        eadaprune_pixels: what they call the pixels of an image.
+    """
+
+    eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image",)
+    eadaprune_takes_embeddings: ClassVar[bool] = False  # these come without a grid
+    eadaprune_pixels: ClassVar[str]
+
+    @classmethod
+    def eadaprune_merged(cls, config: Any) -> int:
+        """The side of these squares, in patches."""
+        return int(config.spatial_merge_size)
+
+    @override
+    @classmethod
+    def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
+        token = config.vision_config.patch_size * cls.eadaprune_merged(config)
+        _, height, width = data[cls.eadaprune_pixels].shape
+        return Layout.whole(height // token, width // token)
+
+    @override
+    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+        ((rows, columns),) = self.eadaprune_layout(self.config, modality, data, 0).grids
+        return of_squares(attention, rows, columns, self.eadaprune_merged(self.config))
+
+
+class PrunedMistral3Processor(PruningProcessor, mistral3.Mistral3MultiModalProcessor):
+    """Mistral 3's processor, pruning."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedMistral3Processor, info=mistral3.Mistral3ProcessingInfo, dummy_inputs=mistral3.Mistral3DummyInputsBuilder
+)
+class PrunedMistral3ForConditionalGeneration(PixtralTower, mistral3.Mistral3ForConditionalGeneration):
+    """Mistral 3, pruned."""
+
+    eadaprune_pixels: ClassVar[str] = "pixel_values"
+
+
+class PrunedPixtralProcessor(PruningProcessor, pixtral.PixtralMultiModalProcessor):
+    """Pixtral's processor, pruning.
+
+    Modifications:
+    - of an image's tokens in the prompt, only those that are left stay there
+    """
+
+    @override
+    def eadaprune_in_prompt(self, new: New) -> int:
+        return new.question.num_placeholders
+
+    @override
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        processor = self.info.get_hf_processor()
+        left, rest = [], list(mm_res.prompt_ids)
+        for (update,) in mm_res.prompt_updates.get("image", ()):
+            if processor.image_token_id not in rest:
+                break  # what is missing vLLM will say
+            start, end = rest.index(processor.image_token_id), rest.index(processor.image_end_id)
+            left += [*rest[:start], *update.content.full]
+            rest = rest[end + 1 :]
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res._replace(prompt_ids=left + rest))
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedPixtralProcessor, info=pixtral.PixtralProcessingInfo, dummy_inputs=pixtral.PixtralDummyInputsBuilder
+)
+class PrunedPixtralForConditionalGeneration(PixtralTower, pixtral.PixtralForConditionalGeneration):
+    """Pixtral, pruned."""
+
+    eadaprune_pixels: ClassVar[str] = "images"
+
+    @override
+    @classmethod
+    def eadaprune_merged(cls, config: Any) -> int:
+        return int(getattr(config.vision_config, "spatial_merge_size", 1))

@@ -22,6 +22,7 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader import utils as loader
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -31,6 +32,7 @@ from eadaprune_vllm import startup
 from eadaprune_vllm.engine.decide import decide
 from eadaprune_vllm.models import ARCHITECTURES
 from eadaprune_vllm.models.items import New
+from eadaprune_vllm.models.pruned import UnprunedPositions
 from eadaprune_vllm.options import CHUNK, PruneOptions
 from eadaprune_vllm.prune import Kept, prune
 from eadaprune_vllm.server_options import ServerOptions
@@ -174,6 +176,16 @@ def test_what_is_encoded_beside_an_image_does_not_matter(load: Callable[[str], L
     for one, other in zip(together, alone, strict=True):
         assert one.kept.placeholders.tolist() == other.kept.placeholders.tolist()
         torch.testing.assert_close(one.rows, other.rows, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_of_rotary_embeddings_reach_as_far_as_positions_may(load: Callable[[str], Loaded], name: str) -> None:
+    """Where kept tokens have the positions that they have unpruned: that the processor refuses requests by."""
+    model = load(name).model
+    if not isinstance(model, UnprunedPositions):
+        pytest.skip("tokens that are left are numbered")
+    tables = [layer.cos_sin_cache for layer in model.modules() if isinstance(layer, MRotaryEmbedding)]
+    assert {len(table) for table in tables} == {4 * 4096}
 
 
 def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:

@@ -199,7 +199,9 @@ def test_a_canvas_takes_fewer_positions_than_its_layout_says(canvas: CanvasPromp
     tokens, extent = 5 * 24 + 4 * 12, 0
     for modality, grid in (("image", (5, 12, 8)), ("video", (4, 6, 8))):
         data, size = canvas.fields(modality, grid), math.prod(grid) // 4
-        extent += canvas_class.eadaprune_layout(canvas.config, modality, data, size).extent
+        layout = canvas_class.eadaprune_layout(canvas.config, modality, data, size)
+        assert len(layout.part) == size
+        extent += layout.extent
     assert extent == tokens
     positions, delta = canvas.positions(canvas_class, pruned=True)
     assert delta + len(canvas.pruned) == int(positions.max()) + 1 < tokens

@@ -367,8 +367,8 @@ WITHOUT_VIDEO = (
 )
 # Most layers of these have linear attention, which vLLM has in bfloat16 only on a CPU. Others are the same models with
 # full attention in all layers; vLLM takes them without prefix cache.
-HYBRID = ("minicpmv4_6", "qwen3_5", "qwen3_5_moe")
-ALL_FULL = ("minicpmv4_6_full", "qwen3_5_full")
+HYBRID = ("minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
+ALL_FULL = ("minicpmv4_6_full", "minicpmv4_7_full", "qwen3_5_full")
 LATENT = ("kimi_k25", "kimi_vl")  # whose attention vLLM has without chunks and prefix cache on a CPU, and of one size
 NOT_TOGETHER = ("llava_onevision",)  # are videos of different lengths: vLLM, stock or not, fails over both in a step
 ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt

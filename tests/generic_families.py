@@ -40,6 +40,9 @@ from transformers import (
     MiniCPMV4_6ImageProcessor,
     MiniCPMV4_6Processor,
     MiniCPMV4_6VideoProcessor,
+    MiniCPMV4_7Config,
+    MiniCPMV4_7ForConditionalGeneration,
+    MiniCPMV4_7Processor,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -245,23 +248,32 @@ def _kimi_k25() -> tuple[Any, Any, Any]:
     return Kimi_K25ForConditionalGeneration, config, processor
 
 
-def _minicpm(layers: list[str]) -> tuple[Any, Any, Any]:
+def _minicpm(model_class: Any, layers: list[str]) -> tuple[Any, Any, Any]:
     """Sixteen patches are a token."""
-    config = MiniCPMV4_6Config(
+    canvas: dict[str, Any] = {}
+    config_class, processor_class = MiniCPMV4_6Config, MiniCPMV4_6Processor
+    if model_class is MiniCPMV4_7ForConditionalGeneration:
+        config_class, processor_class = MiniCPMV4_7Config, MiniCPMV4_7Processor
+        names = ("image_start", "image_end", "slice_start", "slice_end")
+        canvas = {f"{name}_id": getattr(MINICPM, f"{name}_token_id") for name in names}
+        # Of the canvas, which transformers takes for granted, and of the number of slices vLLM learns here.
+        canvas |= {"newline_id": MINICPM.encode("\n")[0], "mrope_mode": "canvas", "max_slice_nums": 4}
+    config = config_class(
         vision_config=tower_config(dict, 2 * SIDE),
         text_config=text_settings(MINICPM) | qwen3_5_settings(layers) | {"model_type": "qwen3_5_text"},
         insert_layer_id=1,
         image_token_id=MINICPM.image_token_id,
         video_token_id=MINICPM.video_token_id,
+        **canvas,
     )
     slices = {"scale_resolution": 2 * SIDE, "patch_size": PATCH, "max_slice_nums": 4}
-    processor = MiniCPMV4_6Processor(
+    processor = processor_class(
         MiniCPMV4_6ImageProcessor(**slices),
         MiniCPMV4_6VideoProcessor(**slices | {"max_slice_nums": 1}),
         MINICPM,
         chat_template=TEMPLATE.format(image="<|image_pad|>", video="<|video_pad|>"),
     )
-    return MiniCPMV4_6ForConditionalGeneration, config, processor
+    return model_class, config, processor
 
 
 def _idefics3() -> tuple[Any, Any, Any]:
@@ -290,8 +302,10 @@ GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "kimi_k25": _kimi_k25,
     "kimi_vl": _kimi_k25,
     "llava_next_video": _llava_next_video,
-    "minicpmv4_6": lambda: _minicpm(LINEAR),
-    "minicpmv4_6_full": lambda: _minicpm(FULL),
+    "minicpmv4_6": lambda: _minicpm(MiniCPMV4_6ForConditionalGeneration, LINEAR),
+    "minicpmv4_6_full": lambda: _minicpm(MiniCPMV4_6ForConditionalGeneration, FULL),
+    "minicpmv4_7": lambda: _minicpm(MiniCPMV4_7ForConditionalGeneration, LINEAR),
+    "minicpmv4_7_full": lambda: _minicpm(MiniCPMV4_7ForConditionalGeneration, FULL),
 }
 # Of these the architecture is not in our table.
 UNLISTED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {"idefics3": _idefics3}

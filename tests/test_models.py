@@ -22,6 +22,7 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader import utils as loader
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -39,6 +40,8 @@ from eadaprune_vllm.wire import Decided, answers, pack, questions
 # The experts of the others want a group of ranks of their own; their towers are those of dense models.
 NAMES = [name for name in FAMILIES if not name.endswith("_moe")]
 OF_IMAGES = [name for name in NAMES if name not in WITHOUT_IMAGE]
+# Kept tokens of these have the positions that they have unpruned.
+UNPRUNED = [name for name in NAMES if name.startswith(("glm", "minicpmv4_7", "paddleocr", "qwen"))]
 IMAGES = {name: SCENES[name] for name in ("square", "wide", "tall", "small", "noise")}
 CLIP = np.stack([np.asarray(SCENES["large"].crop((40 * n, 0, 40 * n + 160, 120))) for n in range(6)])
 OPTIONS: list[dict[str, Any]] = [
@@ -174,6 +177,14 @@ def test_what_is_encoded_beside_an_image_does_not_matter(load: Callable[[str], L
     for one, other in zip(together, alone, strict=True):
         assert one.kept.placeholders.tolist() == other.kept.placeholders.tolist()
         torch.testing.assert_close(one.rows, other.rows, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", UNPRUNED)
+def test_tables_of_rotary_embeddings_reach_as_far_as_positions_may(load: Callable[[str], Loaded], name: str) -> None:
+    """As far as the processor lets them."""
+    layers = load(name).model.modules()
+    tables = [layer.cos_sin_cache for layer in layers if isinstance(layer, MRotaryEmbedding)]
+    assert {len(table) for table in tables} == {4 * 4096}
 
 
 def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:

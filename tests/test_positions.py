@@ -1,7 +1,8 @@
 """Kept tokens have the M-RoPE positions they have in stock vLLM, and so has the text after them."""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,15 +10,23 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from generic_families import GENERIC
 from transformers import AutoConfig
+from typing_extensions import override
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.models.base import PruningProcessor
 
-NAMES = [name for name in FAMILIES if name not in GENERIC and not name.startswith("llava")]
+NAMES = [name for name in FAMILIES if name.startswith(("glm", "paddleocr", "qwen"))]
+CANVAS = "minicpmv4_7"
+
+# Of each token, whether it stays, and is no text.
+Tokens = list[tuple[int, bool, bool]]
+
+
+def text(*tokens: int) -> Tokens:
+    return [(token, True, False) for token in tokens]
 
 
 class Prompt:
@@ -26,7 +35,7 @@ class Prompt:
     def __init__(self, config: Any, name: str) -> None:
         self.config, self.name = config, name
         self.begin, self.end = (
-            getattr(config, f"{'image' if name.startswith('glm') else 'vision'}_{which}_token_id")
+            getattr(config, f"{'image' if name.startswith('glm') else 'vision'}_{which}_token_id", 62)
             for which in ("start", "end")
         )
         self.unpruned: list[int] = []
@@ -46,28 +55,14 @@ class Prompt:
 
     def item(self, modality: str, grid: list[int], kept: list[int]) -> None:
         """``grid`` in patches; ``kept`` of its tokens."""
-        config, (frames, height, width) = self.config, grid
-        frame, timestamps = height * width // 4, modality == "video" and self.name.startswith(("qwen3", "glm"))
-        is_glm = self.name.startswith("glm")
-        token = config.image_token_id if is_glm else getattr(config, f"{modality}_token_id")
-
-        def text(*tokens: int) -> list[tuple[int, bool, bool]]:
-            return [(token, True, False) for token in tokens]
-
-        each = text(config.video_start_token_id) if timestamps and is_glm else []  # token, whether it stays, is no text
-        for number in range(frames):
-            pads = [(token, index in kept, True) for index in range(number * frame, (number + 1) * frame)]
-            if timestamps and is_glm:
-                each += [*text(self.begin), *pads, *text(self.end, 60, 61 + number)]
-            elif timestamps:
-                each += [*text(60, 61, 62 + number, self.begin), *pads, *text(self.end)]
-            else:
-                each += pads
-        each += text(config.video_end_token_id) if timestamps and is_glm else []
+        frames, height, width = grid
+        length, token = height * width // 4, getattr(self.config, f"{modality}_token_id")
+        if self.name.startswith("glm"):
+            token = self.config.image_token_id
+        pads = [(token, index in kept, True) for index in range(frames * length)]
+        each = self._with_text(modality, [pads[first : first + length] for first in range(0, len(pads), length)])
         tokens, stays, embeds = map(list, zip(*each, strict=True))
-        fields = {f"{modality}_grid_thw": torch.tensor(grid), f"{modality}_kept": torch.tensor(kept, dtype=torch.int64)}
-        if modality == "video":
-            fields["second_per_grid_ts"] = torch.tensor(1.5)
+        fields = self.fields(modality, grid) | {f"{modality}_kept": torch.tensor(kept, dtype=torch.int64)}
         data: Any = {name: SimpleNamespace(data=value) for name, value in fields.items()}
 
         def feature(offset: int, is_embed: list[bool]) -> Any:
@@ -81,10 +76,31 @@ class Prompt:
         self._add(tokens, stays)
         self._add([self.end], [True])
 
+    def _with_text(self, modality: str, frames: list[Tokens]) -> Tokens:
+        """The frames of an item, and what is between them."""
+        if modality == "image" or not self.name.startswith(("qwen3", "glm")):
+            return [*itertools.chain(*frames)]
+        each: Tokens = []
+        for number, pads in enumerate(frames):
+            if self.name.startswith("glm"):
+                each += [*text(self.begin), *pads, *text(self.end, 60, 61 + number)]
+            else:
+                each += [*text(60, 61, 62 + number, self.begin), *pads, *text(self.end)]
+        if self.name.startswith("glm"):
+            return [*text(self.config.video_start_token_id), *each, *text(self.config.video_end_token_id)]
+        return each
+
+    def fields(self, modality: str, grid: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What vLLM sends with an item."""
+        of_time = {"second_per_grid_ts": torch.tensor(1.5)} if modality == "video" else {}
+        return {f"{modality}_grid_thw": torch.tensor(grid)} | of_time
+
     def positions(self, model_class: type, pruned: bool) -> tuple[torch.Tensor, int]:
         model: Any = object.__new__(model_class)
         torch.nn.Module.__init__(model)
         model.config = self.config
+        if hasattr(model, "_init_canvas_mrope"):
+            model._init_canvas_mrope(None)
         tokens = self.pruned if pruned else self.unpruned
         found: tuple[torch.Tensor, int] = model.get_mrope_input_positions(
             tokens, [features[pruned] for features in reversed(self.features)]
@@ -92,7 +108,29 @@ class Prompt:
         return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+class CanvasPrompt(Prompt):
+    """The same of MiniCPM-V, to which the first frame of an image is the whole of it, and others are slices, in lines
+    of two. Four patches are a token, as a request may have it."""
+
+    @override
+    def _with_text(self, modality: str, frames: list[Tokens]) -> Tokens:
+        config, each = self.config, text(60)
+        for number, pads in enumerate(frames):
+            kind = "slice" if modality == "image" and number else "image"
+            newline = text(config.newline_id) if kind == "slice" and number > 1 and number % 2 else []
+            start, end = (getattr(config, f"{kind}_{which}_id") for which in ("start", "end"))
+            each += [*newline, *text(start), *pads, *text(end)]
+        return each
+
+    @override
+    def fields(self, modality: str, grid: Sequence[int]) -> dict[str, torch.Tensor]:
+        frames, *sides = grid
+        prefix = "video_" if modality == "video" else ""
+        sizes = {f"{prefix}tgt_sizes": torch.tensor([sides] * frames), "video_image_sizes": torch.zeros(frames, 2)}
+        return sizes | {f"{prefix}use_vit_merger": torch.tensor([False])}
+
+
+@pytest.mark.parametrize("name", [*NAMES, CANVAS])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.0])
 @pytest.mark.parametrize("order", list(itertools.permutations(["image", "video", "text"])))
 def test_positions_are_those_of_stock_vllm(
@@ -100,13 +138,13 @@ def test_positions_are_those_of_stock_vllm(
 ) -> None:
     """``share`` of the tokens stays; at 0 whole frames are empty, and one token of each item is left."""
     config = AutoConfig.from_pretrained(family(name))
-    prompt = Prompt(config, name)
+    prompt = (CanvasPrompt if name == CANVAS else Prompt)(config, name)
     generator = torch.Generator().manual_seed(0)
     for kind in [*order, "image", "video", "image"]:
         if kind == "text":
             prompt.text(7)
             continue
-        grid = [1, 12, 8] if kind == "image" else [4, 6, 8]
+        grid = [5 if name == CANVAS else 1, 12, 8] if kind == "image" else [4, 6, 8]
         size = grid[0] * grid[1] * grid[2] // 4
         kept = (torch.rand(size, generator=generator) < share).nonzero()[:, 0].tolist() or [size - 1]
         prompt.item(kind, grid, kept)
@@ -135,10 +173,48 @@ def test_an_item_takes_no_more_positions_than_its_layout_says(
     model_class = adapter(config.architectures[0])
     positions, _ = prompt.positions(model_class, pruned=False)
     texts = len(prompt.unpruned) - size  # each takes one
-    data = {f"{modality}_grid_thw": torch.tensor(grid), "second_per_grid_ts": torch.tensor(1.5)}
-    extent = model_class.eadaprune_layout(config, modality, data, size).extent
+    extent = model_class.eadaprune_layout(config, modality, prompt.fields(modality, grid), size).extent
     taken = int(positions.max()) + 1 - texts
     assert taken == extent if modality == "image" else taken <= extent
+
+
+@pytest.fixture
+def canvas(family: Callable[[str], Path]) -> CanvasPrompt:
+    """An image, whole and in slices, and a video, of which tokens stay here and there."""
+    prompt = CanvasPrompt(AutoConfig.from_pretrained(family(CANVAS)), CANVAS)
+    prompt.item("image", [5, 12, 8], [3, 30, 100])
+    prompt.item("video", [4, 6, 8], [1, 40])
+    return prompt
+
+
+@pytest.fixture
+def canvas_class(canvas: CanvasPrompt) -> Any:
+    return adapter(canvas.config.architectures[0])
+
+
+def test_a_canvas_takes_fewer_positions_than_its_layout_says(canvas: CanvasPrompt, canvas_class: Any) -> None:
+    """Because of text that has tokens of slices, vLLM numbers all tokens one after the other, and then it takes as
+    many."""
+    tokens, extent = 5 * 24 + 4 * 12, 0
+    for modality, grid in (("image", (5, 12, 8)), ("video", (4, 6, 8))):
+        data, size = canvas.fields(modality, grid), math.prod(grid) // 4
+        layout = canvas_class.eadaprune_layout(canvas.config, modality, data, size)
+        assert len(layout.part) == size
+        extent += layout.extent
+    assert extent == tokens
+    positions, delta = canvas.positions(canvas_class, pruned=True)
+    assert delta + len(canvas.pruned) == int(positions.max()) + 1 < tokens
+    canvas._add([canvas.config.slice_start_id, canvas.config.slice_end_id], [True, True])
+    positions, delta = canvas.positions(canvas_class, pruned=True)
+    assert positions.tolist() == [canvas.left] * 3
+    assert delta + len(canvas.pruned) == len(canvas.unpruned) == tokens + len(canvas.pruned) - 5
+
+
+def test_without_a_canvas_tokens_that_are_left_are_numbered(canvas: CanvasPrompt, canvas_class: Any) -> None:
+    canvas.config.mrope_mode = None
+    positions, delta = canvas.positions(canvas_class, pruned=True)
+    assert positions.tolist() == [[*range(len(canvas.pruned))]] * 3
+    assert delta == 0
 
 
 def test_positions_reach_as_far_as_the_models_table() -> None:

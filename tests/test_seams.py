@@ -97,6 +97,10 @@ READ = {
         "_merge_image_patch_embeddings",
         "apply_pooling",
     ],
+    "vllm.model_executor.models.minicpmv4_7:MiniCPMV4_7ForConditionalGeneration": [
+        "_canvas_special_ids",
+        "_uses_canvas_mrope",
+    ],
 }
 
 

@@ -27,6 +27,9 @@ ARCHITECTURES = {
     "MiniCPMV4_6ForConditionalGeneration": (
         "eadaprune_vllm.models.minicpmv4_6:PrunedMiniCPMV4_6ForConditionalGeneration"
     ),
+    "MiniCPMV4_7ForConditionalGeneration": (
+        "eadaprune_vllm.models.minicpmv4_7:PrunedMiniCPMV4_7ForConditionalGeneration"
+    ),
     "Mistral3ForConditionalGeneration": "eadaprune_vllm.models.mistral:PrunedMistral3ForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration": (
         "eadaprune_vllm.models.paddleocr_vl:PrunedPaddleOCRVLForConditionalGeneration"

@@ -3,7 +3,6 @@
 That has M-RoPE, but vLLM, as the model was trained, numbers tokens one after the other: those that are left, then.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,6 +16,29 @@ from eadaprune_vllm.models.pruned import Pruned
 from eadaprune_vllm.prune import Layout
 
 
+class MiniCPM(Pruned):
+    """Mixin for MiniCPM-V's models from 4.6 on."""
+
+    eadaprune_observes: ClassVar[bool] = False
+    eadaprune_takes_embeddings: ClassVar[bool] = False
+
+    @override
+    @classmethod
+    def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
+        pictures = len(data["video_image_sizes"]) if modality == "video" else 1
+        grids = slices(modality, data)
+        part = torch.arange(len(grids)).repeat_interleave(torch.tensor([height * width for height, width in grids]))
+        # Where in a picture its slices lie is not said.
+        return Layout(part, grids if len(grids) == pictures else ((1, num_placeholders),))
+
+
+def slices(modality: str, data: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Height and width, in tokens, of what an image or the frames of a video are seen in."""
+    prefix = "video_" if modality == "video" else ""
+    merged = 4 if data[f"{prefix}use_vit_merger"] else 2  # as the request may say
+    return tuple((height, width) for height, width in (data[f"{prefix}tgt_sizes"] // merged).tolist())
+
+
 class PrunedMiniCPMV4_6Processor(PruningProcessor, minicpmv4_6.MiniCPMV4_6MultiModalProcessor):
     """MiniCPM-V 4.6's processor, pruning."""
 
@@ -26,20 +48,5 @@ class PrunedMiniCPMV4_6Processor(PruningProcessor, minicpmv4_6.MiniCPMV4_6MultiM
     info=minicpmv4_6.MiniCPMV4_6ProcessingInfo,
     dummy_inputs=minicpmv.MiniCPMVDummyInputsBuilder,
 )
-class PrunedMiniCPMV4_6ForConditionalGeneration(Pruned, minicpmv4_6.MiniCPMV4_6ForConditionalGeneration):
+class PrunedMiniCPMV4_6ForConditionalGeneration(MiniCPM, minicpmv4_6.MiniCPMV4_6ForConditionalGeneration):
     """MiniCPM-V 4.6, pruned."""
-
-    eadaprune_observes: ClassVar[bool] = False
-    eadaprune_takes_embeddings: ClassVar[bool] = False
-
-    @override
-    @classmethod
-    def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
-        of_video = modality == "video"
-        pictures = len(data["video_image_sizes"]) if of_video else 1
-        slices = data["video_tgt_sizes" if of_video else "tgt_sizes"]  # height and width of each, in patches
-        merged = math.isqrt(int(slices.prod(1).sum()) // num_placeholders)  # 4, or 2 if the request says so
-        part = torch.arange(len(slices)).repeat_interleave(slices.prod(1) // merged**2)
-        grids = tuple((height, width) for height, width in (slices // merged).tolist())
-        # Where in a picture its slices lie is not said.
-        return Layout(part, grids if len(grids) == pictures else ((1, num_placeholders),))

@@ -1,5 +1,6 @@
 """The model half of every adapter: vLLM's model, which takes ready rows beside pixels, and says how it encodes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -102,13 +103,27 @@ class UnprunedPositions(SupportsMRoPE):
 
     eadaprune_frame_end: ClassVar[str] = "vision_end_token_id"
 
+    def eadaprune_frames(self, modality: str, data: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """The frames of an item, or whatever has text between.
+
+        Args:
+            modality: of the item.
+            data: as vLLM sends it, what it leaves on the CPU.
+
+        Returns:
+            How many embeds each has unpruned, and which tokens end one.
+        """
+        frames, *sides = data[f"{modality}_grid_thw"].tolist()
+        length = math.prod(sides) // self.config.vision_config.spatial_merge_size**2
+        end = getattr(self.config, self.eadaprune_frame_end, -1)  # models without videos may have none
+        return [length] * frames, [end]
+
     @override
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
         """What vLLM says about the unpruned prompt, at the tokens that are left of it."""
         if not any(feature.modality + KEPT in feature.data for feature in mm_features):
             stock: tuple[torch.Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)
             return stock
-        config = self.config
         ids = np.array(input_tokens)
         prompt: list[np.ndarray[Any, Any]] = []  # unpruned, piece by piece
         columns: list[np.ndarray[Any, Any]] = []  # where in it the tokens of the pruned one are
@@ -119,13 +134,12 @@ class UnprunedPositions(SupportsMRoPE):
             text, item = ids[read : position.offset], ids[position.offset : position.offset + position.length]
             read = position.offset + position.length
             embeds = np.ones_like(item, bool) if position.is_embed is None else position.is_embed.numpy()
-            grid = feature.data[f"{modality}_grid_thw"].data
-            frame = int(grid[1:].prod()) // config.vision_config.spatial_merge_size**2
-            pruned = modality + KEPT in feature.data
-            kept = feature.data[modality + KEPT].data.numpy() if pruned else np.arange(embeds.sum())
-            ends = item == getattr(config, self.eadaprune_frame_end, None)  # which models without videos may lack
-            where = _where(embeds, ends, kept, frame)
-            unpruned = np.full(int(grid[0]) * frame + (~embeds).sum(), item[embeds][0])
+            data = {name: element.data for name, element in feature.data.items()}
+            frames, ends = self.eadaprune_frames(modality, data)
+            pruned = modality + KEPT in data
+            kept = data[modality + KEPT].numpy() if pruned else np.arange(embeds.sum())
+            where = _where(embeds, np.isin(item, ends), kept, frames)
+            unpruned = np.full(sum(frames) + (~embeds).sum(), item[embeds][0])
             unpruned[where] = item
             is_embed = torch.ones(len(unpruned), dtype=torch.bool)
             is_embed[where[~embeds]] = False
@@ -146,16 +160,16 @@ def of_squares(attention: torch.Tensor, rows: int, columns: int, side: int) -> t
     return attention.view(rows, side, columns, side).mean((1, 3)).flatten()
 
 
-def _where(embeds: Any, ends: Any, kept: Any, frame: int) -> Any:
+def _where(embeds: Any, ends: Any, kept: Any, frames: list[int]) -> Any:
     """Where the tokens of a pruned item are in the unpruned one.
 
     Args:
         embeds: ``[p]`` bool, which of its tokens are not text, of which there may be some between its frames.
         ends: ``[p]`` bool, which of them end a frame.
         kept: which of the unpruned embeds are left.
-        frame: unpruned embeds of a frame.
+        frames: unpruned embeds of each frame.
     """
     text_before = (~embeds).cumsum() - ~embeds
-    embeds_before = ends.cumsum() * frame
+    embeds_before = np.cumsum([0, *frames])[ends.cumsum()]
     embeds_before[embeds] = kept
     return text_before + embeds_before

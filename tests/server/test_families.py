@@ -219,8 +219,8 @@ def test_the_answer_is_that_of_transformers_attending_to_kept_tokens_only(found:
         mask[0, image] = 0
         mask[0, image[found.kept(word, json.dumps(options)).placeholders]] = 1
         if hasattr(found.transformers.model, "get_rope_index"):
-            grid = inputs["image_grid_thw"]
-            positions, _ = found.transformers.model.get_rope_index(ids, inputs["mm_token_type_ids"], grid)
+            sizes = {name: inputs[name] for name in ("image_grid_thw", "target_sizes") if name in inputs}
+            positions, _ = found.transformers.model.get_rope_index(ids, inputs["mm_token_type_ids"], **sizes)
         else:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.inference_mode():

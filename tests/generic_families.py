@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from molmo2 import molmo2
 from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from transformers import (
     CLIPVisionConfig,
@@ -312,6 +313,7 @@ GENERIC: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "minicpmv4_6": lambda: _minicpm(LINEAR),
     "minicpmv4_6_full": lambda: _minicpm(FULL),
     "mistral3": _mistral3,
+    "molmo2": molmo2,
 }
 # Of these the architecture is not in our table.
 UNLISTED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {"idefics3": _idefics3}

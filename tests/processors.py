@@ -11,6 +11,8 @@ from transformers import AutoProcessor
 def processor(folder: Path) -> Any:
     if folder.name.startswith("kimi"):
         return kimi.processor(folder)
+    if folder.name == "molmo2":
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     original = internvl_chat.original(folder)
     made = AutoProcessor.from_pretrained(original)
     if original != folder:

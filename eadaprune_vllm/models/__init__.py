@@ -27,6 +27,7 @@ ARCHITECTURES = {
         "eadaprune_vllm.models.minicpmv4_6:PrunedMiniCPMV4_6ForConditionalGeneration"
     ),
     "Mistral3ForConditionalGeneration": f"{_GENERIC}:Mistral3ForConditionalGeneration",
+    "Molmo2ForConditionalGeneration": "eadaprune_vllm.models.molmo2:PrunedMolmo2ForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration": (
         "eadaprune_vllm.models.paddleocr_vl:PrunedPaddleOCRVLForConditionalGeneration"
     ),

@@ -115,15 +115,14 @@ class Molmo2ForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
 
     def get_image_features(self, pixel_values: Any, image_token_pooling: Any, image_grids: Any, **_: Any) -> Any:
         """With what begins and ends pictures and lines, as the language model is fed with it."""
-        ids, _ = self._laid_out(*image_grids.tolist())
+        ids = self._laid_out(*image_grids.tolist())[0]
         return BaseModelOutputWithPooling(pooler_output=(self._fed(ids, pixel_values, image_token_pooling),))
 
     def encoding(self, inputs: Mapping[str, Any]) -> Encoding:
         """Of one image or video, of which the processor made these inputs."""
         modality, pixels = ("video", "pixel_values_videos") if "video_grids" in inputs else ("image", "pixel_values")
         rows = self._pooled(inputs[pixels], inputs[f"{modality}_token_pooling"])
-        _, layout = self._laid_out(*inputs[f"{modality}_grids"].tolist())
-        return Encoding(VisualTokens(rows, None), layout)
+        return Encoding(VisualTokens(rows, None), self._laid_out(*inputs[f"{modality}_grids"].tolist())[1])
 
     def _laid_out(self, grid: list[int]) -> tuple[torch.Tensor, Layout]:
         """The placeholders of an image or video of such a grid, and where they are."""
@@ -177,7 +176,7 @@ def molmo2() -> tuple[Any, Any, Any]:
     }
     for each, auto in own.items():
         each.register_for_auto_class(auto)
-    pixels = {"size": {"height": SIDE, "width": SIDE}, "patch_size": PATCH}
+    pixels: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}, "patch_size": PATCH}
     processor = processing_molmo2.Molmo2Processor(
         processing_molmo2.Molmo2ImageProcessor(**pixels),
         processing_molmo2.Molmo2VideoProcessor(**pixels),

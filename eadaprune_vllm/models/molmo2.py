@@ -39,7 +39,7 @@ class PrunedMolmo2ForConditionalGeneration(Pruned, molmo2.Molmo2ForConditionalGe
         line = torch.where(ids[mask][following] == config.image_col_id, following, -1)
         grids = []
         for number, length in enumerate(part.bincount().tolist()):
-            lines = line[part == number].unique()
+            lines = torch.unique(line[part == number])
             height = math.isqrt(length) if lines[0] < 0 else len(lines)  # what is seen whole is a square
             grids.append((height, length // height))
         return Layout(part, tuple(grids), Newlines(mask, line))

@@ -13,6 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from internvl_chat import opengvlab
 from kimi import hub_name, kimi_k25, kimi_vl
 from mistral_format import mistral, mistral3, pixtral
+from molmo2 import ai2, molmo2
 from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -334,6 +335,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava_onevision": _llava_onevision,
     **GENERIC,
     "mistral3": mistral3,
+    "molmo2": molmo2,
     "pixtral": pixtral,
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
@@ -357,9 +359,10 @@ PUBLISHED: dict[str, Callable[[Path], None]] = {
     "internvl_chat": opengvlab,
     "kimi_k25": kimi_k25,
     "kimi_vl": kimi_vl,
+    "molmo2": ai2,
     "pixtral": mistral,
 }
-OWN_CODE = ("internvl_chat", "kimi_vl")
+OWN_CODE = ("internvl_chat", "kimi_vl", "molmo2")
 WITHOUT_IMAGE = ("llava_next_video",)
 WITHOUT_VIDEO = (
     *("llava", "llava_siglip", "llava_next", "llava_next_mistral"),
@@ -370,8 +373,9 @@ WITHOUT_VIDEO = (
 HYBRID = ("minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
 ALL_FULL = ("minicpmv4_6_full", "minicpmv4_7_full", "qwen3_5_full")
 LATENT = ("kimi_k25", "kimi_vl")  # whose attention vLLM has without chunks and prefix cache on a CPU, and of one size
+BIDIRECTIONAL = ("gemma3", "gemma4", "gemma4_unified", "molmo2")  # within images, or so vLLM takes it, and never cuts these
 NOT_TOGETHER = ("llava_onevision",)  # are videos of different lengths: vLLM, stock or not, fails over both in a step
-ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr")  # is the most that vLLM lets them have in a prompt
+ONE_VIDEO = ("glm4v", "glm4v_moe", "glm_ocr", "molmo2")  # is the most that vLLM lets them have in a prompt
 
 
 def _hub(name: str, weight: torch.Tensor, tower: str) -> tuple[str, torch.Tensor]:

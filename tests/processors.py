@@ -12,6 +12,8 @@ from transformers import AutoProcessor
 def processor(folder: Path) -> Any:
     if folder.name.startswith("kimi"):
         return kimi.processor(folder)
+    if folder.name == "molmo2":
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     if folder.name == "pixtral":
         return mistral_format.Processor(folder)
     original = internvl_chat.original(folder)

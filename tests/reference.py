@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from generic_families import GENERIC
 from internvl_chat import original
+from molmo2 import Molmo2ForConditionalGeneration
 from PIL import Image
 from processors import processor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
@@ -51,7 +52,8 @@ def _watched() -> Iterator[Weights]:
 
 def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     """What transformers makes of a checkpoint, where vLLM computes the same otherwise in vLLM's way."""
-    model = AutoModelForImageTextToText.from_pretrained(original(folder), dtype=dtype).eval()
+    kind = Molmo2ForConditionalGeneration if folder.name == "molmo2" else AutoModelForImageTextToText
+    model = kind.from_pretrained(original(folder), dtype=dtype).eval()
     if model.config.model_type == "paddleocr_vl":
         model.model.visual.vision_model.embeddings.interpolation_align_corners = False
     if model.config.model_type == "gemma4_unified":  # whose images attend to what follows, but not on a CPU
@@ -87,6 +89,8 @@ class Reference:
         (modality,) = (name.rpartition("_")[2] for name in inputs if name.startswith("pixel_values"))
         pixels = inputs[f"pixel_values{'_videos' if modality == 'videos' else ''}"].to(self._dtype)
         grid = inputs.get("video_grid_thw" if modality == "videos" else "image_grid_thw")
+        if isinstance(self.model, Molmo2ForConditionalGeneration):
+            return self.model.encoding(inputs)
         if self.model.config.model_type in GENERIC:  # nothing is known of it but the rows
             return self._of_rows(pixels[0] if pixels.ndim == 5 else pixels, inputs)
         with _watched() as weights:

@@ -11,6 +11,7 @@ from families import FAMILIES
 from reference import tiled
 from transformers import LlavaNextModel, LlavaOnevisionModel
 from transformers.image_processing_utils import select_best_resolution
+from vllm.model_executor.models.molmo2 import build_flat_image_bool_length, build_flat_video_bool_length
 
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.prune import Layout
@@ -186,6 +187,27 @@ def test_tiles_of_a_page_are_one_picture_before_the_whole_and_a_separator(column
     one = found.placeholders(torch.tensor([0]))
     width = 10 * columns if tiles else 16
     assert one.tolist() == [0, width, len(placeholders) - 1]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_what_ends_a_line_of_molmo_stays_with_its_tokens_and_what_ends_a_picture_always(columns: bool) -> None:
+    """As vLLM's own functions arrange them; the lines of the whole image may have no end."""
+    config = small("molmo2")[1]
+    patch, column, end = config.image_patch_id, config.image_col_id, config.image_end_token_id
+    ids, _ = build_flat_image_bool_length(torch.tensor([[2, 2, 3, 4]]), config, use_single_crop_col_tokens=columns)
+    found = layout("molmo2", len(ids), image_tokens=ids)
+    assert found.part.tolist() == [0] * 4 + [1] * 12
+    assert found.grids == ((2, 2), (3, 4))
+    whole = [config.low_res_image_start_token_id, patch, *[column] * columns, end]
+    finer = [config.image_start_token_id, patch, patch, column, patch, column, end]
+    assert ids[found.placeholders(torch.tensor([2, 4, 6, 15]))].tolist() == whole + finer
+
+    ids, _ = build_flat_video_bool_length(torch.tensor([[3, 2, 2]]), config)
+    found = layout("molmo2", len(ids), "video", video_tokens=ids)
+    assert found.part.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert found.grids == ((2, 2),) * 3
+    frame = [config.frame_start_token_id, config.frame_end_token_id]
+    assert ids[found.placeholders(torch.tensor([5]))].tolist() == [*frame, frame[0], patch, frame[1], *frame]
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_siglip"])

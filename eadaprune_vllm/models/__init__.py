@@ -31,6 +31,7 @@ ARCHITECTURES = {
         "eadaprune_vllm.models.minicpmv4_7:PrunedMiniCPMV4_7ForConditionalGeneration"
     ),
     "Mistral3ForConditionalGeneration": "eadaprune_vllm.models.mistral:PrunedMistral3ForConditionalGeneration",
+    "Molmo2ForConditionalGeneration": "eadaprune_vllm.models.molmo2:PrunedMolmo2ForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration": (
         "eadaprune_vllm.models.paddleocr_vl:PrunedPaddleOCRVLForConditionalGeneration"
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from families import ALL_FULL, HYBRID, LATENT, ONE_VIDEO, OWN_CODE, WITHOUT_VIDEO
+from families import ALL_FULL, BIDIRECTIONAL, HYBRID, LATENT, ONE_VIDEO, OWN_CODE, WITHOUT_VIDEO
 from PIL import Image
 from shared import noise, photo
 from vllm import LLM, SamplingParams
@@ -121,8 +121,8 @@ if __name__ == "__main__":
                 trust_remote_code=name in OWN_CODE,
                 enable_prefix_caching=name not in ALL_FULL,
                 max_model_len=4096,
-                # Images are cut over several steps, but for Gemma's, which vLLM never cuts, and with latent attention.
-                max_num_batched_tokens=4096 if name in LATENT else 512 if name.startswith("gemma") else 64,
+                # Images are cut over several steps, but where vLLM never cuts them, and with latent attention.
+                max_num_batched_tokens=4096 if name in LATENT else 512 if name in BIDIRECTIONAL else 64,
                 block_size=16 if name in LATENT else 32,
                 limit_mm_per_prompt={"image": 5, "video": videos},
             )

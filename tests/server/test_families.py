@@ -213,8 +213,9 @@ def test_the_answer_is_that_of_transformers_attending_to_kept_tokens_only(found:
     for options, answer in ((NULL, found.null[word]), (SOME, found.some[word])):
         inputs = found.inputs(word)
         ids = inputs["input_ids"]
-        placeholder = getattr(config, f"{kind}_token_id", None) or getattr(config, f"{kind}_token_index")
-        image = (ids[0] == placeholder).nonzero()[:, 0]
+        names = "placeholder_ids", f"{kind}_token_id", f"{kind}_token_index"
+        placeholders = next(filter(None, (getattr(config, name, None) for name in names)))
+        image = torch.isin(ids[0], torch.tensor(placeholders)).nonzero()[:, 0]
         mask = torch.ones_like(ids)
         mask[0, image] = 0
         mask[0, image[found.kept(word, json.dumps(options)).placeholders]] = 1

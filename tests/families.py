@@ -12,8 +12,10 @@ from generic_families import GENERIC, UNLISTED
 from huggingface_hub import save_torch_state_dict
 from internvl_chat import opengvlab
 from kimi import hub_name, kimi_k25, kimi_vl
+from llava_onevision2 import VISION, LlavaOnevision2ForConditionalGeneration, lmms_lab
 from mistral_format import mistral
 from parts import FULL, LINEAR, LLAVA, PATCH, SIDE, TEMPLATE, TILES, qwen3_5_settings, text_settings, tower_config
+from processing_llava_onevision2 import LlavaOnevision2Config
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPImageProcessor,
@@ -333,6 +335,15 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
     "llava_next_mistral": lambda: _llava_next(MistralConfig),
     "llava_onevision": _llava_onevision,
     **GENERIC,
+    "llava_onevision2": lambda: _qwen(
+        LlavaOnevision2ForConditionalGeneration,
+        LlavaOnevision2Config,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+        VISION,
+        {"head_dim": 32},
+        PATCH,
+    ),
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": lambda: _qwen3(Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}),
@@ -355,9 +366,10 @@ PUBLISHED: dict[str, Callable[[Path], None]] = {
     "internvl_chat": opengvlab,
     "kimi_k25": kimi_k25,
     "kimi_vl": kimi_vl,
+    "llava_onevision2": lmms_lab,
     "pixtral": mistral,
 }
-OWN_CODE = ("internvl_chat", "kimi_vl")
+OWN_CODE = ("internvl_chat", "kimi_vl", "llava_onevision2")
 WITHOUT_IMAGE = ("llava_next_video",)
 WITHOUT_VIDEO = (
     *("llava", "llava_siglip", "llava_next", "llava_next_mistral"),

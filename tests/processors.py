@@ -5,6 +5,7 @@ from typing import Any
 
 import internvl_chat
 import kimi
+import llava_onevision2
 import mistral_format
 from transformers import AutoProcessor
 
@@ -12,6 +13,8 @@ from transformers import AutoProcessor
 def processor(folder: Path) -> Any:
     if folder.name.startswith("kimi"):
         return kimi.processor(folder)
+    if folder.name == "llava_onevision2":
+        return llava_onevision2.processor(folder)
     if folder.name == "pixtral":
         return mistral_format.Processor(folder)
     original = internvl_chat.original(folder)

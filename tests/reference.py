@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from generic_families import GENERIC
 from internvl_chat import original
+from llava_onevision2 import LlavaOnevision2ForConditionalGeneration
 from PIL import Image
 from processors import processor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
@@ -22,6 +23,8 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
 
+# What transformers does not have.
+OWN_MODELS = {"llava_onevision2": LlavaOnevision2ForConditionalGeneration}
 # Attention weights [batch, heads, n, n] of each layer, in the order of its calls.
 Weights = dict[torch.nn.Module, list[torch.Tensor]]
 _noted: list[Weights] = []
@@ -51,7 +54,8 @@ def _watched() -> Iterator[Weights]:
 
 def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     """What transformers makes of a checkpoint, where vLLM computes the same otherwise in vLLM's way."""
-    model = AutoModelForImageTextToText.from_pretrained(original(folder), dtype=dtype).eval()
+    kind = OWN_MODELS.get(folder.name, AutoModelForImageTextToText)
+    model = kind.from_pretrained(original(folder), dtype=dtype).eval()
     if model.config.model_type == "paddleocr_vl":
         model.model.visual.vision_model.embeddings.interpolation_align_corners = False
     if model.config.model_type == "gemma4_unified":  # whose images attend to what follows, but not on a CPU

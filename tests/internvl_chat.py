@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BatchFeature
+from transformers import AutoProcessor, BatchFeature
 from vllm.transformers_utils.processors import internvl
 
 ORIGINAL = "transformers"  # where within its folder the checkpoint is that it was made of
@@ -112,6 +112,14 @@ def _name(name: str) -> str:
 def _vllms(kind: str) -> Any:
     """vLLM's class of that kind, which has another name in 0.33."""
     return next(value for name, value in vars(internvl).items() if name in (f"InternVL{kind}", f"InternVLChat{kind}"))
+
+
+def processor(folder: Path) -> Any:
+    """transformers', with vLLM's pixels."""
+    made = AutoProcessor.from_pretrained(original(folder))
+    side = made.image_processor.size["height"]
+    made.image_processor, made.video_processor = Images(side), Videos(side)
+    return made
 
 
 class Images:

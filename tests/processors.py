@@ -1,24 +1,25 @@
 """transformers' processors of small checkpoints, with vLLM's pixels where these are others."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import internvl_chat
 import kimi
+import llava_onevision2
 import mistral_format
 from transformers import AutoProcessor
 
+_MADE: dict[str, Callable[[Path], Any]] = {
+    "internvl_chat": internvl_chat.processor,
+    "kimi_k25": kimi.processor,
+    "kimi_vl": kimi.processor,
+    "llava_onevision2": llava_onevision2.processor,
+    "molmo2": partial(AutoProcessor.from_pretrained, trust_remote_code=True),
+    "pixtral": mistral_format.Processor,
+}
+
 
 def processor(folder: Path) -> Any:
-    if folder.name.startswith("kimi"):
-        return kimi.processor(folder)
-    if folder.name == "molmo2":
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    if folder.name == "pixtral":
-        return mistral_format.Processor(folder)
-    original = internvl_chat.original(folder)
-    made = AutoProcessor.from_pretrained(original)
-    if original != folder:
-        side = made.image_processor.size["height"]
-        made.image_processor, made.video_processor = internvl_chat.Images(side), internvl_chat.Videos(side)
-    return made
+    return _MADE.get(folder.name, AutoProcessor.from_pretrained)(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from generic_families import GENERIC
 from internvl_chat import original
+from llava_onevision2 import LlavaOnevision2ForConditionalGeneration
 from molmo2 import Molmo2ForConditionalGeneration
 from PIL import Image
 from processors import processor
@@ -23,6 +24,11 @@ from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
 
+# What transformers does not have.
+OWN_MODELS = {
+    "llava_onevision2": LlavaOnevision2ForConditionalGeneration,
+    "molmo2": Molmo2ForConditionalGeneration,
+}
 # Attention weights [batch, heads, n, n] of each layer, in the order of its calls.
 Weights = dict[torch.nn.Module, list[torch.Tensor]]
 _noted: list[Weights] = []
@@ -52,7 +58,7 @@ def _watched() -> Iterator[Weights]:
 
 def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     """What transformers makes of a checkpoint, where vLLM computes the same otherwise in vLLM's way."""
-    kind = Molmo2ForConditionalGeneration if folder.name == "molmo2" else AutoModelForImageTextToText
+    kind = OWN_MODELS.get(folder.name, AutoModelForImageTextToText)
     model = kind.from_pretrained(original(folder), dtype=dtype).eval()
     if model.config.model_type == "paddleocr_vl":
         model.model.visual.vision_model.embeddings.interpolation_align_corners = False

@@ -226,7 +226,14 @@ def test_temporal_patches_are_the_parts_of_a_grid(name: str, modality: str) -> N
     assert not found.is_newline.any()
 
 
-@pytest.mark.parametrize("name", QWEN)
+def test_frames_that_are_encoded_by_themselves_are_the_parts_of_a_video() -> None:
+    found = layout("llava_onevision2", 3 * 24, "video", video_grid_thw=torch.tensor([[1, 8, 12]] * 3))
+    assert found.part.tolist() == [0] * 24 + [1] * 24 + [2] * 24
+    assert found.grids == ((4, 6),) * 3
+    assert layout("llava_onevision2", 24, image_grid_thw=torch.tensor([1, 8, 12])).grids == ((4, 6),)
+
+
+@pytest.mark.parametrize("name", [*QWEN, "llava_onevision2"])
 @pytest.mark.parametrize(
     ("grid", "rows", "more"),
     [

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, OWN_CODE, WITHOUT_IMAGE, WITHOUT_VIDEO
-from generic_families import GENERIC
 from inprocess import SCENES
 from processors import processor
 from reference import Reference
@@ -152,7 +151,7 @@ def test_decisions_are_those_of_the_reference(load: Callable[[str], Loaded], nam
         for decided, kept in zip(found.decided(found.items, **options), found.expected(**options), strict=True):
             assert decided.kept.unpruned == kept.unpruned
             assert decided.kept.placeholders.tolist() == kept.placeholders.tolist()
-            selector = "span" if name in GENERIC else options.get("selector", "span")
+            selector = options.get("selector", "span") if found.model.eadaprune_observes else "span"
             assert decided.kept.selector == kept.selector == selector
 
 

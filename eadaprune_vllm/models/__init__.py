@@ -24,6 +24,9 @@ ARCHITECTURES = {
     "LlavaOnevisionForConditionalGeneration": (
         "eadaprune_vllm.models.llava_onevision:PrunedLlavaOnevisionForConditionalGeneration"
     ),
+    "LlavaOnevision2ForConditionalGeneration": (
+        "eadaprune_vllm.models.llava_onevision2:PrunedLlavaOnevision2ForConditionalGeneration"
+    ),
     "MiniCPMV4_6ForConditionalGeneration": (
         "eadaprune_vllm.models.minicpmv4_6:PrunedMiniCPMV4_6ForConditionalGeneration"
     ),

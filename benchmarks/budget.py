@@ -240,8 +240,9 @@ def draw(found: dict[str, dict[int, dict[str, dict[str, Any]]]], path: Path) -> 
         axes.bar(at, [found[size][count][name]["milliseconds"] for size, count in groups], 0.12, label=name)
     axes.set_yscale("log")
     axes.set_ylabel("milliseconds per image")
+    named = [size.replace(" (", "\n(").replace(", ", ",\n") for size, _ in groups]
     axes.set_xticks(
-        range(len(groups)), [f"{size.replace(' (', chr(10) + '(')}\n{n} at a time" for size, n in groups], fontsize=6
+        range(len(groups)), [f"{name}\n{n} at a time" for name, (_, n) in zip(named, groups, strict=True)], fontsize=6
     )
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)

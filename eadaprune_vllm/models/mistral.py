@@ -77,7 +77,8 @@ class PrunedPixtralProcessor(PruningProcessor, pixtral.PixtralMultiModalProcesso
         for (update,) in mm_res.prompt_updates.get("image", ()):
             if processor.image_token_id not in rest:
                 break  # what is missing vLLM will say
-            start, end = rest.index(processor.image_token_id), rest.index(processor.image_end_id)
+            start = rest.index(processor.image_token_id)
+            end = rest.index(processor.image_end_id, start)  # of a prompt that was cut, the first may be another's
             left += [*rest[:start], *update.content.full]
             rest = rest[end + 1 :]
         return super()._maybe_apply_prompt_updates(mm_items, mm_res._replace(prompt_ids=left + rest))

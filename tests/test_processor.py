@@ -99,19 +99,23 @@ def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(model: Path, i
     assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 2]
 
 
-def test_tokens_that_a_prompt_has_already_give_way_to_those_that_are_left(family: Family, images: Images) -> None:
-    """So that a prompt may be longer than the model takes before it is pruned, but not after."""
+@pytest.mark.parametrize("before", [[40], [13, 40]])
+def test_tokens_that_a_prompt_has_already_give_way_to_those_that_are_left(
+    family: Family, images: Images, before: list[int]
+) -> None:
+    """So that a prompt may be longer than the model takes before it is pruned, but not after. One that was cut on the
+    left may begin with the end of another image."""
     processor = build(family("pixtral"))
     text, image, line_break, end = 40, 10, 12, 13
-    whole = [text, *([image] * 12 + [line_break]) * 11, *[image] * 12, end, text]
-    assert len(whole) == MAX_MODEL_LEN + 8
+    whole = [*before, *([image] * 12 + [line_break]) * 11, *[image] * 12, end, text]
+    assert len(whole) > MAX_MODEL_LEN
     pictures = processor.info.parse_mm_data({"image": [images["astronaut"]]})
     given = partial(ProcessorInputs, whole, pictures)
     items: Any = processor.apply(given(hf_processor_mm_kwargs={KEY: {}}), TimingContext(enabled=False))
     (asked,) = items.undecided()
     asked.take(decided(2))
     made = processor.apply(given(hf_processor_mm_kwargs={KEY: items}), TimingContext(enabled=False))
-    assert made["prompt_token_ids"] == [text, image, image, *[line_break] * 11, end, text]
+    assert made["prompt_token_ids"] == [*before, image, image, *[line_break] * 11, end, text]
 
 
 def test_nothing_is_asked_about_what_keeps_everything(processor: PruningProcessor, images: Images) -> None:

@@ -47,6 +47,8 @@ WITHOUT_VIDEO = (
     *("llava", "llava_siglip", "llava_next", "llava_next_mistral"),
     *("gemma3", "kimi_k25", "kimi_vl", "mistral3", "paddleocr_vl", "pixtral"),
 )
+# Kept tokens of these have the positions that they have unpruned.
+UNPRUNED = tuple(name for name in FAMILIES if name.startswith(("glm", "minicpmv4_7", "paddleocr", "qwen")))
 # Most layers of these have linear attention, which vLLM has in bfloat16 only on a CPU. Others are the same models with
 # full attention in all layers; vLLM takes them without prefix cache.
 HYBRID = ("minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")

@@ -3,15 +3,16 @@ names, the folder brings code of its own for the configuration, and vLLM makes p
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from parts import original, renamed, set_aside
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, BatchFeature
 from vllm.transformers_utils.processors import internvl
 
-ORIGINAL = "transformers"  # where within its folder the checkpoint is that it was made of
 CODE = """
 from transformers import PretrainedConfig, Qwen2Config
 
@@ -46,20 +47,11 @@ NAMES = {
 }
 
 
-def original(folder: Path) -> Path:
-    """What transformers reads of a checkpoint."""
-    within = folder / ORIGINAL
-    return within if within.exists() else folder
-
-
 def opengvlab(folder: Path) -> None:
     """Make it of the checkpoint in this folder."""
-    within = folder / ORIGINAL
-    within.mkdir()
-    for file in [file for file in folder.iterdir() if file.is_file()]:
-        file.rename(within / file.name)
-        if file.name.startswith("tokenizer"):
-            (folder / file.name).write_bytes((within / file.name).read_bytes())
+    within = set_aside(folder)
+    for file in within.glob("tokenizer*"):
+        shutil.copy(file, folder)
     template = (within / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text(template.replace("<IMG_CONTEXT>", "<image>"))
     weights = load_file(within / "model.safetensors")
@@ -103,10 +95,7 @@ def _fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _name(name: str) -> str:
-    if not name.startswith("language_model."):
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-    return name
+    return name if name.startswith("language_model.") else renamed(name, NAMES)
 
 
 def _vllms(kind: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import processing_kimi_vl
-from internvl_chat import ORIGINAL, original
+from parts import ORIGINAL, original, renamed
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from transformers import (
@@ -78,11 +78,7 @@ def kimi_vl(folder: Path) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(within / "model.safetensors")
-    save_file({_of_kimi_vl(name): weight for name, weight in weights.items()}, folder / "model.safetensors")
-
-
-def _of_kimi_vl(name: str) -> str:
-    return next((name.replace(theirs, own) for theirs, own in NAMES.items() if theirs in name), name)
+    save_file({renamed(name, NAMES): weight for name, weight in weights.items()}, folder / "model.safetensors")
 
 
 def hub_name(name: str) -> str:

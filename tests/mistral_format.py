@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from internvl_chat import ORIGINAL
 from mistral_common.protocol.instruct.chunk import ImageChunk
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from parts import PATCH, SIDE, TEMPLATE, text_settings, tower_config
+from parts import PATCH, SIDE, TEMPLATE, renamed, set_aside, text_settings, tower_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -73,14 +72,11 @@ def pixtral() -> tuple[Any, Any, Any]:
 
 def mistral(folder: Path) -> None:
     """Make it of the checkpoint in this folder."""
-    within = folder / ORIGINAL
-    within.mkdir()
-    for file in [file for file in folder.iterdir() if file.is_file()]:
-        file.rename(within / file.name)
+    within = set_aside(folder)
     config = json.loads((within / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
     weights = {
-        _name(name): _interleaved(weight, (vision if name.startswith("vision") else text)["head_dim"])
+        renamed(name, NAMES): _interleaved(weight, (vision if name.startswith("vision") else text)["head_dim"])
         if name.endswith(("q_proj.weight", "k_proj.weight"))
         else weight
         for name, weight in load_file(within / "model.safetensors").items()
@@ -117,12 +113,6 @@ def mistral(folder: Path) -> None:
     }
     (folder / "params.json").write_text(json.dumps(params))
     (folder / "tekken.json").write_text(json.dumps(_tekken(text["vocab_size"], encoder)))
-
-
-def _name(name: str) -> str:
-    for theirs, own in NAMES.items():
-        name = name.replace(theirs, own)
-    return name
 
 
 def _interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

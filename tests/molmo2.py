@@ -11,8 +11,7 @@ from typing import Any
 
 import processing_molmo2
 import torch
-from internvl_chat import ORIGINAL
-from parts import PATCH, SIDE, TEMPLATE, text_settings, tower_config
+from parts import ORIGINAL, PATCH, SIDE, TEMPLATE, renamed, text_settings, tower_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
@@ -221,11 +220,5 @@ def ai2(folder: Path) -> None:
             if first in name:
                 of_each = [weights.pop(name.replace(first, part)) for part in (first, *others)]
                 weights[name.replace(first, fused)] = torch.cat(of_each)
-    theirs = {_name(name): weight for name, weight in weights.items() if "post_layernorm" not in name}
+    theirs = {renamed(name, NAMES): weight for name, weight in weights.items() if "post_layernorm" not in name}
     save_file(theirs, folder / "model.safetensors")
-
-
-def _name(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name

@@ -1,5 +1,7 @@
 """What small checkpoints are made of."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -8,6 +10,7 @@ from transformers import (
 
 from eadaprune_vllm.demo.model import byte_tokenizer
 
+ORIGINAL = "transformers"  # where within its folder a checkpoint is that another was made of
 SIDE, PATCH = 112, 14  # of a tile: 64 tokens
 TILES = [[112, 224], [224, 112], [224, 224], [112, 336], [336, 112]]
 _TEXT = {
@@ -63,3 +66,26 @@ def tower_config(config: Any, side: int = SIDE, **more: Any) -> Any:
         patch_size=PATCH,
         **more,
     )
+
+
+def original(folder: Path) -> Path:
+    """What transformers reads of a checkpoint."""
+    within = folder / ORIGINAL
+    return within if within.exists() else folder
+
+
+def set_aside(folder: Path) -> Path:
+    """Make room for another checkpoint in the folder of one, which stays within it."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    within = folder / ORIGINAL
+    within.mkdir()
+    for file in files:
+        file.rename(within / file.name)
+    return within
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """The name of a weight with each of these words in the place of another."""
+    for one, other in names.items():
+        name = name.replace(one, other)
+    return name

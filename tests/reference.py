@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from generic_families import GENERIC
-from internvl_chat import original
 from llava_onevision2 import LlavaOnevision2ForConditionalGeneration
 from molmo2 import Molmo2ForConditionalGeneration
+from parts import original
 from PIL import Image
 from processors import processor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText

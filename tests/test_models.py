@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, OWN_CODE, WITHOUT_IMAGE, WITHOUT_VIDEO
+from families import FAMILIES, OWN_CODE, UNPRUNED, WITHOUT_IMAGE, WITHOUT_VIDEO
 from inprocess import SCENES
 from processors import processor
 from reference import Reference
@@ -39,8 +39,6 @@ from eadaprune_vllm.wire import Decided, answers, pack, questions
 # The experts of the others want a group of ranks of their own; their towers are those of dense models.
 NAMES = [name for name in FAMILIES if not name.endswith("_moe")]
 OF_IMAGES = [name for name in NAMES if name not in WITHOUT_IMAGE]
-# Kept tokens of these have the positions that they have unpruned.
-UNPRUNED = [name for name in NAMES if name.startswith(("glm", "minicpmv4_7", "paddleocr", "qwen"))]
 IMAGES = {name: SCENES[name] for name in ("square", "wide", "tall", "small", "noise")}
 CLIP = np.stack([np.asarray(SCENES["large"].crop((40 * n, 0, 40 * n + 160, 120))) for n in range(6)])
 OPTIONS: list[dict[str, Any]] = [
@@ -178,7 +176,7 @@ def test_what_is_encoded_beside_an_image_does_not_matter(load: Callable[[str], L
         torch.testing.assert_close(one.rows, other.rows, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", UNPRUNED)
+@pytest.mark.parametrize("name", [name for name in NAMES if name in UNPRUNED])
 def test_tables_of_rotary_embeddings_reach_as_far_as_positions_may(load: Callable[[str], Loaded], name: str) -> None:
     """As far as the processor lets them."""
     layers = load(name).model.modules()

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import UNPRUNED
+from samples import item
 from transformers import AutoConfig
 from typing_extensions import override
 from vllm.exceptions import VLLMValidationError
@@ -18,8 +19,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.models.base import PruningProcessor
 
-NAMES = [name for name in FAMILIES if name.startswith(("glm", "paddleocr", "qwen"))]
 CANVAS = "minicpmv4_7"
+NAMES = [name for name in UNPRUNED if not name.startswith(CANVAS)]
 
 # Of each token, whether it stays, and is no text.
 Tokens = list[tuple[int, bool, bool]]
@@ -63,7 +64,7 @@ class Prompt:
         each = self._with_text(modality, [pads[first : first + length] for first in range(0, len(pads), length)])
         tokens, stays, embeds = map(list, zip(*each, strict=True))
         fields = self.fields(modality, grid) | {f"{modality}_kept": torch.tensor(kept, dtype=torch.int64)}
-        data: Any = {name: SimpleNamespace(data=value) for name, value in fields.items()}
+        data = item(modality, (), **fields)
 
         def feature(offset: int, is_embed: list[bool]) -> Any:
             mask = None if all(is_embed) else torch.tensor(is_embed)

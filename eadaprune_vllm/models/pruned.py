@@ -134,7 +134,7 @@ class UnprunedPositions(SupportsMRoPE):
             text, item = ids[read : position.offset], ids[position.offset : position.offset + position.length]
             read = position.offset + position.length
             embeds = np.ones_like(item, bool) if position.is_embed is None else position.is_embed.numpy()
-            data = {name: element.data for name, element in feature.data.items()}
+            data = feature.data.get_data()
             frames, ends = self.eadaprune_frames(modality, data)
             pruned = modality + KEPT in data
             kept = data[modality + KEPT].numpy() if pruned else np.arange(embeds.sum())

@@ -4,13 +4,12 @@ import asyncio
 import concurrent.futures
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
 from eadaprune_vllm.seams.engine import AsyncEngines, blocking
-from eadaprune_vllm.wire import Answer, Question, answers, pack
+from eadaprune_vllm.wire import Answer, Failed, Question, answers, pack
 
 Promise = asyncio.Future[Answer] | concurrent.futures.Future[Answer]
 
@@ -54,15 +53,16 @@ class Asker:
         self._ask = blocking(client)
         if not self._ask:
             self._ask_async = AsyncEngines(client)
-            with suppress(RuntimeError):  # or else it is known with the first question
-                self._loop = asyncio.get_running_loop()
+            self._loop = _running_loop()  # or else it is known with the first question
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers to the questions of one request. They wait their turn: of every request one, and again. What is
-        cancelled is not asked; what others ask too, the same object, is asked once.
+        """The answers to the questions of one request, up to the first that failed. They wait their turn: of every
+        request one, and again. What is cancelled is not asked, and neither is what a request with a failed one still
+        has; what others ask too, the same object, is asked once.
 
         Raises:
             EngineDeadError: if the engine dies.
+            RetryableRequestError: if it refuses requests, or is gone because the server was scaled down.
         """
         self._loop = asyncio.get_running_loop()
         promises = self._enter(questions, self._loop)
@@ -70,8 +70,16 @@ class Asker:
         self._tasks = {task for task in self._tasks if not task.done()}
         if len(self._tasks) < self._ask_async.at_once:
             self._tasks.add(asyncio.create_task(self._run()))
-        found: list[Answer] = await asyncio.gather(*promises)
-        return found
+        found: list[Answer] = []
+        try:
+            for promise in promises:
+                found.append(await promise)
+                if isinstance(found[-1], Failed):
+                    break
+            return found
+        finally:
+            for promise in promises:
+                promise.cancel()
 
     def _enter(self, questions: Sequence[Question], loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[Answer]]:
         promises: list[asyncio.Future[Answer]] = [loop.create_future() for _ in questions]
@@ -84,13 +92,22 @@ class Asker:
         return promises
 
     def ask_and_wait(self, questions: Sequence[Question]) -> list[Answer]:
-        """The same from a thread that may wait."""
+        """The same from a thread that may wait.
+
+        Raises:
+            RuntimeError: on the thread of the event loop, which would wait for itself.
+        """
         if self._loop:
+            if self._loop is _running_loop():
+                raise RuntimeError(
+                    "images and videos of raw prompts cannot be processed on the event loop, as in a streaming input: "
+                    "pass what `await llm.renderer.render_cmpl_async(...)` makes of each prompt"
+                )
             return asyncio.run_coroutine_threadsafe(self.ask(questions), self._loop).result()
         assert self._ask, "images and videos come after the engine"
         found: list[Answer] = []
         waiting: _Waiting = deque(_Asked(question, [concurrent.futures.Future()]) for question in questions)
-        while batch := _next(deque([waiting]), self.most):
+        while (batch := _next(deque([waiting]), self.most)) and not any(isinstance(each, Failed) for each in found):
             found += answers(self._ask(pack([asked.question for asked in batch])))
         return found
 
@@ -105,15 +122,25 @@ class Asker:
                 for asked in batch:
                     for promise in self._close(asked):
                         promise.set_exception(error)
-                continue
-            for asked, answer in answered:
-                for promise in self._close(asked):
-                    promise.set_result(answer)
+                        promise.exception()  # a request waits for one at a time, and asyncio warns of the others
+            else:
+                for asked, answer in answered:
+                    for promise in self._close(asked):
+                        promise.set_result(answer)
+            await asyncio.sleep(0)  # requests of which a question failed take the others back
 
     def _close(self, asked: _Asked) -> list[Promise]:
         """Those who still wait for its answer; from now on, who asks the same is answered anew."""
         self._open.pop(id(asked.question), None)
         return [promise for promise in asked.promises if not promise.done()]
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that this thread runs."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _next(requests: deque[_Waiting], room: int) -> list[_Asked]:

@@ -10,18 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from samples import name_of, question
+import torch
+from samples import decided, name_of, question
 
 from eadaprune_vllm import asking
 from eadaprune_vllm.asking import Asker
 from eadaprune_vllm.seams import engine as seam
 from eadaprune_vllm.seams.engine import AsyncEngines
-from eadaprune_vllm.wire import Answer, Failed, answers, pack, questions
+from eadaprune_vllm.wire import Answer, Decided, Failed, answers, pack, questions
 
 
 class Engine:
-    """An engine client of vLLM's that does not block. It answers with the names of the images, which ``fails`` may
-    refuse, and counts."""
+    """An engine client of vLLM's that does not block. It answers with the names of the images as rows, and counts.
+    Calls with one of ``fails`` fail, and so do images of ``refuses``, alone."""
 
     def __init__(self) -> None:
         self.core_engines = [b"first"]
@@ -32,6 +33,7 @@ class Engine:
         self.held = asyncio.Event()
         self.held.set()
         self.fails: set[int] = set()
+        self.refuses: set[int] = set()
 
     async def _call_utility_async(self, method: str, payload: bytes, engine: bytes) -> bytes:
         assert method == "eadaprune_ask"
@@ -43,11 +45,15 @@ class Engine:
         self.at_once -= 1
         if self.fails & {*asked}:
             raise RuntimeError("the call failed")
-        return pack([Failed(str(name)) for name in asked])
+        return pack([Failed("it failed") if name in self.refuses else named(name) for name in asked])
+
+
+def named(name: int) -> Answer:
+    return decided(rows=torch.full((2, 1), name))
 
 
 def names(answers: list[Answer]) -> list[int]:
-    return [int(answer.error) for answer in answers if isinstance(answer, Failed)]
+    return [int(answer.rows[0]) for answer in answers if isinstance(answer, Decided)]
 
 
 def asked(asker: Asker, first: int, count: int, tokens: int = 4) -> "asyncio.Task[list[Answer]]":
@@ -270,7 +276,7 @@ def test_a_client_that_blocks_is_asked_in_batches(in_process: bool) -> None:
 
     def answer(payload: bytes) -> bytes:
         calls.append([name_of(each) for each in questions(payload)])
-        return pack([Failed(str(name)) for name in calls[-1]])
+        return pack([named(name) for name in calls[-1]])
 
     def call_utility(method: str, payload: bytes) -> bytes:
         assert method == "eadaprune_ask"
@@ -376,6 +382,104 @@ def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.Monke
             await task
 
     run(test)
+
+
+def test_an_engine_that_was_scaled_away_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, the one that is gone never answers; who waits for it is told, and later requests go to the other."""
+    from vllm.exceptions import RetryableRequestError
+
+    monkeypatch.setattr(seam, "_WATCH_SECONDS", 0.01)
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.core_engines = [b"stays", b"goes"]
+        call = engine._call_utility_async
+
+        async def answer(method: str, payload: bytes, engine: bytes) -> bytes:
+            if engine == b"goes":
+                await asyncio.Event().wait()
+            return await call(method, payload, engine)
+
+        engine._call_utility_async = answer  # type: ignore[method-assign]
+        engine.held.clear()
+        tasks = [asked(asker, 0, 1)]
+        await settle()
+        tasks.append(asked(asker, 10, 1))
+        await settle()
+        engine.core_engines = [b"stays"]
+        with pytest.raises(RetryableRequestError, match="scaled down"):
+            await tasks[1]
+        engine.held.set()
+        tasks[1:] = [asked(asker, number, 2) for number in range(20, 80, 10)]
+        assert [names(await task)[0] for task in tasks] == [0, *range(20, 80, 10)]
+
+    run(test)
+
+
+def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
+    """Neither where the call fails, nor where the engine answers that an image cannot be encoded. What another request
+    asks too, is."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        for first, fails, refuses in ((0, {2}, set[int]()), (100, set[int](), {102})):
+            engine.calls.clear()
+            engine.fails, engine.refuses = fails, refuses
+            shared = question(4, name=first + 20)
+            engine.held.clear()
+            failing = asyncio.create_task(
+                asker.ask([*(question(4, name=first + number) for number in range(20)), shared])
+            )
+            await settle()
+            other = asyncio.create_task(asker.ask([shared]))
+            await settle()
+            engine.held.set()
+            assert names(await other) == [first + 20]
+            if fails:
+                with pytest.raises(RuntimeError, match="the call failed"):
+                    await failing
+            else:
+                *before, failed = await failing
+                assert names(before) == [first, first + 1]
+                assert isinstance(failed, Failed)
+            assert engine.calls == [[first, first + 1, first + 2, first + 3], [first + 20]]
+
+    run(test)
+
+
+def test_nobody_waits_on_the_event_loop_for_what_comes_by_it() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        with pytest.raises(RuntimeError, match="render_cmpl_async"):
+            asker.ask_and_wait([question()])
+        assert not engine.calls
+
+    run(test)
+
+
+class Client:
+    """An engine client of vLLM's that blocks, and whose engine dies before it answers."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def call_utility(self, method: str, payload: bytes) -> bytes:
+        self.asked.set()
+        threading.Event().wait()
+        raise AssertionError
+
+    def ensure_alive(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self.asked.wait(10)
+        raise EngineDeadError
+
+
+def test_a_thread_that_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    monkeypatch.setattr(seam, "_WATCH_SECONDS", 0.01)
+    asker = Asker(16)
+    asker.connect(Client())
+    with pytest.raises(EngineDeadError):
+        asker.ask_and_wait([question()])
 
 
 def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:

@@ -60,10 +60,13 @@ def asked(rows: torch.Tensor, modality: str = "image", explain: bool = False, **
 
 
 def answered(
-    model: Model, *questions: Question, tp_mode: str = "weights", answers: bool = True, **operator: Any
+    model: Model, *questions: Question, tp_mode: str = "weights", ranks: int = 1, answers: bool = True, **operator: Any
 ) -> list[Answer]:
     multimodal = SimpleNamespace(mm_encoder_tp_mode=tp_mode, eadaprune=ServerOptions(**operator))
-    config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(multimodal_config=multimodal),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
     runner = SimpleNamespace(
         get_model=lambda: model, device=torch.device("cpu"), vllm_config=config, encoder_cudagraph_manager=None
     )
@@ -186,6 +189,40 @@ def test_rows_that_overflow_their_dtype_are_refused(model: Model) -> None:
     given[:, 7] = torch.inf
     (failed,) = answered(model, asked(given))
     assert failed == Failed("features of this image are too large for torch.float16", "features")
+
+
+class Small(Model):
+    """Encodes no two at a time, and none of 21 tokens."""
+
+    error: Exception = torch.OutOfMemoryError()
+
+    def eadaprune_encode(self, modality: str, rows: Any, **_: Any) -> tuple[list[torch.Tensor], Any]:
+        encoded = super().eadaprune_encode(modality, rows)
+        if self.batches[-1][1] == [21] or len(rows) > 1:
+            raise self.error
+        return encoded
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("shapes differ")])
+def test_what_fails_in_the_encoder_fails_alone(error: Exception) -> None:
+    """Whoever asked in the same call has an answer."""
+    model, given = Small(), [rows(20), rows(21), rows(22)]
+    model.error = error
+    good, failed, last = answered(model, *map(asked, given))
+    assert model.batches == [("image", [20, 21, 22]), ("image", [20]), ("image", [21]), ("image", [22])]
+    assert isinstance(failed, Failed)
+    assert failed.reason == "engine"
+    assert ("too little memory" in failed.error) == isinstance(error, torch.OutOfMemoryError)
+    for answer, of in ((good, given[0]), (last, given[2])):
+        assert as_decided(answer).kept.indices.tolist() == alone(of[:, :4]).indices.tolist()
+
+
+def test_several_ranks_do_not_encode_anew_what_failed() -> None:
+    """One would wait for the others in a collective of the first attempt."""
+    model = Small()
+    with pytest.raises(torch.OutOfMemoryError):
+        answered(model, asked(rows(20)), asked(rows(22)), ranks=2)
+    assert model.batches == [("image", [20, 22])]
 
 
 def test_memory_that_runs_out_over_one_leaves_the_others(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,11 +135,14 @@ class Core:
     def is_scheduler_paused(self) -> bool:
         return self.paused
 
-    def collective_rpc(self, method: str, args: tuple[bytes]) -> list[bytes]:
+    def collective_rpc(self, method: str, timeout: float | None, args: tuple[bytes]) -> list[bytes]:
         assert method == "eadaprune_decide"
         (payload,) = args
         if payload == b"bad":
             raise RuntimeError("a worker died")
+        if payload == b"slow":
+            assert timeout == 300  # vLLM's own, of a step
+            raise TimeoutError("RPC call to eadaprune_decide timed out.")
         return [b"answer to " + payload, b""]
 
 
@@ -199,6 +202,14 @@ def test_an_error_goes_to_who_asked(core: Any) -> None:
     with pytest.raises(RuntimeError, match="a worker died"):
         bad.result()
     assert good.result() == b"answer to good"
+
+
+def test_an_engine_dies_of_ranks_that_do_not_answer_in_time(core: Any) -> None:
+    """As of a step that takes too long. Its clients then tell those who wait."""
+    slow = seam._ask(core, b"slow")
+    with pytest.raises(TimeoutError):
+        seam._answer_next(core)
+    assert not slow.done()
 
 
 def test_without_a_loop_an_engine_that_sleeps_says_so() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
 
     Returns:
         An answer each, if it does. What fails alone says so.
+
+    Raises:
+        Exception: what encoding a batch raises where there are several ranks, which must do the same in the same order.
     """
     model = runner.get_model()
     options = [PruneOptions.model_validate_json(question.options) for question in questions]
@@ -60,31 +64,32 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
     budget = ServerOptions.of(multimodal).budget
     observed = [seen and each.selector in BY_ATTENTION for each in options]
     found: dict[int, Answer] = {}
-    for batch in _encoded(runner, questions, observed):
+    for batch in _encoded(runner, questions, observed, found):
         if not answers:
             continue
         encodings: dict[int, Encoding] = {}
         for index, encoded in batch.items():
-            with _by_itself(found, index):
+            with isolate_errors(found, index):
                 encodings[index] = _encoding(model, questions[index], encoded, budget)
         with suppress(Exception):  # what it fails over will fail by itself
             compute_spectra([*encodings.values()], [options[index] for index in encodings])
         for index, encoding in encodings.items():
             # Selectors do a little work at a time, which NumPy's threads would mostly wait for one another with.
-            with _by_itself(found, index), _threads().limit(limits=1, user_api="blas"):
+            with isolate_errors(found, index), _threads().limit(limits=1, user_api="blas"):
                 found[index] = _answer(questions[index], options[index], encoding, batch[index])
     return [found[index] for index in range(len(questions))] if answers else []
 
 
 @contextmanager
-def _by_itself(found: dict[int, Answer], index: int) -> Iterator[None]:
+def isolate_errors(found: dict[int, Answer], index: int) -> Iterator[None]:
     """What fails meanwhile fails for one question, of that index."""
     try:
         yield
     except NonFiniteFeaturesError as error:
         found[index] = Failed(str(error), "features")
     except torch.OutOfMemoryError:
-        found[index] = Failed("there is too little memory to decide about this image")
+        logger.warning("There is too little memory for an image", exc_info=True)
+        found[index] = Failed("there is too little memory for this image")
     except Exception as error:
         logger.exception("Nothing could be decided about an image")
         found[index] = Failed(f"this image could not be encoded: {error}")
@@ -95,29 +100,66 @@ def _threads() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _encoded(runner: Any, questions: Sequence[Question], observed: Sequence[bool]) -> Iterator[dict[int, Encoded]]:
+def _encoded(
+    runner: Any, questions: Sequence[Question], observed: Sequence[bool], found: dict[int, Answer]
+) -> Iterator[dict[int, Encoded]]:
     """What the model makes of each, by its index. What vLLM would batch is a batch; where attention is observed, each
-    is one by itself."""
-    model, device = runner.get_model(), runner.device
+    is one by itself. What fails alone is in ``found``."""
     order = sorted(range(len(questions)), key=lambda index: (observed[index], questions[index].modality))
     together = [index for index in order if not observed[index]]
-    batches = [together, *([index] for index in order if observed[index])]
-    for indices in batches:
-        items = [(questions[index].modality, questions[index].item) for index in indices]
-        waiting = iter(indices)
-        for modality, count, kwargs in group_and_batch_mm_kwargs(items, device=device, pin_memory=PIN_MEMORY):
-            start = time.perf_counter()
-            with observing(model, observed[indices[0]]) as attention:
-                rows, features = encode(runner, modality, kwargs, eager=observed[indices[0]])
-            drawn = attention()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = (time.perf_counter() - start) / count
-            batch = {}
-            for number, index in zip(range(count), waiting, strict=False):
-                own = None if drawn is None else model.eadaprune_arrange(modality, _data(questions[index]), drawn.cpu())
-                batch[index] = Encoded(rows[number], None if features is None else features[number], own, seconds)
-            yield batch
+    yield from _in_batches(runner, questions, together, False, found)
+    for index in order[len(together) :]:
+        yield from _in_batches(runner, questions, [index], True, found)
+
+
+def _in_batches(
+    runner: Any, questions: Sequence[Question], indices: Sequence[int], observed: bool, found: dict[int, Answer]
+) -> Iterator[dict[int, Encoded]]:
+    # Other ranks would go on, or wait in a collective for one that begins anew.
+    may_retry = runner.vllm_config.parallel_config.tensor_parallel_size == 1
+    items = [(questions[index].modality, questions[index].item) for index in indices]
+    left = iter(indices)
+    for modality, count, kwargs in group_and_batch_mm_kwargs(items, device=runner.device, pin_memory=PIN_MEMORY):
+        batch = [*islice(left, count)]
+        encoded: list[Encoded] = []
+        try:
+            encoded = _encode(runner, modality, kwargs, [questions[index] for index in batch], observed)
+        except Exception as error:
+            if not may_retry:
+                raise
+            if count == 1:
+                with isolate_errors(found, batch[0]):
+                    raise
+            else:
+                logger.warning("A batch of %d images could not be encoded (%r); each is tried alone", count, error)
+        if encoded:
+            yield dict(zip(batch, encoded, strict=True))
+        elif count > 1:  # outside of the handler, which holds what was allocated
+            for index in batch:
+                yield from _in_batches(runner, questions, [index], observed, found)
+
+
+def _encode(
+    runner: Any, modality: str, kwargs: Mapping[str, Any], questions: Sequence[Question], observed: bool
+) -> list[Encoded]:
+    """A batch, whose arguments of the model these are."""
+    model, device = runner.get_model(), runner.device
+    start = time.perf_counter()
+    with observing(model, observed) as attention:
+        rows, features = encode(runner, modality, kwargs, eager=observed)
+    drawn = attention()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = (time.perf_counter() - start) / len(questions)
+    return [
+        Encoded(
+            rows[number],
+            None if features is None else features[number],
+            None if drawn is None else model.eadaprune_arrange(modality, _data(question), drawn.cpu()),
+            seconds,
+        )
+        for number, question in enumerate(questions)
+    ]
 
 
 def _encoding(model: Any, question: Question, encoded: Encoded, budget: Budget) -> Encoding:

@@ -5,9 +5,11 @@ import asyncio
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from threading import RLock
+from concurrent.futures import Future, wait
+from threading import RLock, Thread
 from typing import Any
+
+from vllm import envs
 
 from eadaprune_vllm.seams.wrap import wrap
 
@@ -62,7 +64,7 @@ def _ask(core: Any, payload: bytes) -> Any:
     if not isinstance(core, EngineCoreProc):
         if core.model_executor.is_sleeping:
             raise RuntimeError("the engine is asleep; wake it up before it is sent images or videos")
-        return ask_workers(core, payload)
+        return _ask_in_time(core, payload)
     if _refuses(core):
         return REFUSED
     promise: Future[bytes] = Future()
@@ -77,7 +79,9 @@ def _answer_next(core: Any) -> bool:
         return False
     payload, promise = waiting.popleft()
     try:
-        promise.set_result(REFUSED if _refuses(core) else ask_workers(core, payload))
+        promise.set_result(REFUSED if _refuses(core) else _ask_in_time(core, payload))
+    except TimeoutError:
+        raise  # replies are left behind: the engine dies of it, as of a step, and tells all that wait
     except Exception as error:
         promise.set_exception(error)
     return True
@@ -89,9 +93,23 @@ def _refuses(core: Any) -> bool:
     return bool(getattr(core, "reject_new_requests", False))
 
 
-def ask_workers(core: Any, payload: bytes) -> bytes:
-    """What rank 0 answers, at once."""
-    answer: bytes = core.model_executor.collective_rpc("eadaprune_decide", args=(payload,))[0]
+def _ask_in_time(core: Any, payload: bytes) -> bytes:
+    """What rank 0 answers, within the time that vLLM gives a step."""
+    return ask_workers(core, payload, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+
+
+def ask_workers(core: Any, payload: bytes, seconds: float | None = None) -> bytes:
+    """What rank 0 answers, at once.
+
+    Args:
+        core: an engine core.
+        payload: packed questions.
+        seconds: how long all ranks may take. Where one fails in the encoder, others wait for it in a collective.
+
+    Raises:
+        TimeoutError: if they take longer; the executor is then of no use any more.
+    """
+    answer: bytes = core.model_executor.collective_rpc("eadaprune_decide", timeout=seconds, args=(payload,))[0]
     return answer
 
 
@@ -105,8 +123,25 @@ def blocking(client: Any) -> Callable[[bytes], bytes] | None:
 
         return ask
     if call := getattr(client, "call_utility", None):
-        return lambda payload: call(_ASK, payload)
+
+        def ask_process(payload: bytes) -> bytes:
+            """On a thread of its own: vLLM tells whoever waits for a utility nothing of an engine that dies."""
+            result: Future[bytes] = Future()
+            Thread(target=_resolve, args=(result, call, _ASK, payload), daemon=True).start()
+            while not wait({result}, _WATCH_SECONDS).done:
+                client.ensure_alive()
+            return result.result()
+
+        return ask_process
     return None
+
+
+def _resolve(result: Future[Any], function: Callable[..., Any], *args: Any) -> None:
+    """Have ``result`` be what the function returns or raises."""
+    try:
+        result.set_result(function(*args))
+    except Exception as error:
+        result.set_exception(error)
 
 
 def _lock(client: Any) -> RLock:
@@ -135,7 +170,8 @@ class AsyncEngines:
     async def __call__(self, payload: bytes) -> bytes:
         """Raises:
         EngineDeadError: if the engine dies meanwhile, which vLLM would not tell who waits for a utility.
-        RetryableRequestError: if the engine is paused, and refuses requests meanwhile.
+        RetryableRequestError: if the engine is paused, and refuses requests meanwhile; or if it is no more one of the
+            client's (elastic EP), and its answer may never come.
         """
         from vllm.exceptions import RetryableRequestError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -150,6 +186,8 @@ class AsyncEngines:
                 await asyncio.wait({call}, timeout=_WATCH_SECONDS)
                 if self._client.resources.engine_dead and not call.done():
                     raise EngineDeadError
+                if engine not in self._client.core_engines and not call.done():
+                    raise RetryableRequestError("The server was scaled down. Please retry.")
             answer: bytes = call.result()
             if answer == REFUSED:
                 raise RetryableRequestError("Generation is paused. Please retry after it resumes.")

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,10 +60,12 @@ def asked(asker: Asker, first: int, count: int, tokens: int = 4) -> "asyncio.Tas
     return asyncio.create_task(asker.ask([question(tokens, name=first + number) for number in range(count)]))
 
 
-async def settle() -> None:
-    """Until all that can go on without the engine has."""
-    for _ in range(5):
-        await asyncio.sleep(0.02)
+async def settle(engine: Engine, asker: Asker) -> None:
+    """Until all requests have entered their questions, and all that can be asked has reached the engine."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+    while sum(not task.done() for task in asker._tasks) != engine.at_once:
+        await asyncio.sleep(0.001)
 
 
 def run(test: Callable[[Engine, Asker], Awaitable[None]], most: int = 16) -> None:
@@ -92,9 +93,9 @@ def test_what_waits_travels_together_one_call_at_a_time() -> None:
     async def test(engine: Engine, asker: Asker) -> None:
         engine.held.clear()
         tasks = [asked(asker, 0, 1)]
-        await settle()
+        await settle(engine, asker)
         tasks += [asked(asker, number, 1) for number in (1, 2, 3)]
-        await settle()
+        await settle(engine, asker)
         assert engine.calls == [[0]]
         engine.held.set()
         await asyncio.gather(*tasks)
@@ -119,9 +120,9 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
     async def test(engine: Engine, asker: Asker) -> None:
         engine.held.clear()
         large = asked(asker, 0, 200)
-        await settle()
+        await settle(engine, asker)
         small = asked(asker, 1000, 1)
-        await settle()
+        await settle(engine, asker)
         assert len(engine.calls) == 1
         engine.held.set()
         assert names(await small) == [1000]
@@ -136,9 +137,9 @@ def test_requests_take_turns() -> None:
     async def test(engine: Engine, asker: Asker) -> None:
         engine.held.clear()
         tasks = [asked(asker, 900, 1)]
-        await settle()
+        await settle(engine, asker)
         tasks += [asked(asker, first, 4) for first in (0, 100, 200)]
-        await settle()
+        await settle(engine, asker)
         engine.held.set()
         await asyncio.gather(*tasks)
         assert engine.calls == [[900], [0, 100, 200, 1], [101, 201, 2, 102], [202, 3, 103, 203]]
@@ -150,9 +151,9 @@ def test_what_is_cancelled_is_not_asked() -> None:
     async def test(engine: Engine, asker: Asker) -> None:
         engine.held.clear()
         tasks = [asked(asker, first, 6) for first in (0, 100, 200)]
-        await settle()
+        await settle(engine, asker)
         tasks[1].cancel()
-        await settle()
+        await settle(engine, asker)
         engine.held.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(found[1], asyncio.CancelledError)
@@ -167,14 +168,14 @@ def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
     async def test(engine: Engine, asker: Asker) -> None:
         engine.held.clear()
         tasks = [asked(asker, 0, 1)]
-        await settle()
+        await settle(engine, asker)
         tasks += [asked(asker, number, 3) for number in range(1, 500)]
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         engine.held.set()
-        await settle()
+        await settle(engine, asker)
         assert engine.calls == [[0]]
         assert not asker._requests
         assert not asker._open
@@ -192,13 +193,13 @@ def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
         shared, own = question(name=1), question(name=2)
         if not sent:
             others = asked(asker, 900, 4)
-            await settle()
+            await settle(engine, asker)
         tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
-        await settle()
+        await settle(engine, asker)
         tasks.append(asyncio.create_task(asker.ask([own, shared])))
-        await settle()
+        await settle(engine, asker)
         tasks[0].cancel()
-        await settle()
+        await settle(engine, asker)
         engine.held.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(found[0], asyncio.CancelledError)
@@ -219,7 +220,7 @@ def test_what_several_requests_ask_fails_for_all_of_them() -> None:
         engine.fails = {1}
         shared = question(name=1)
         tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
-        await settle()
+        await settle(engine, asker)
         engine.held.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [str(each) for each in found] == ["the call failed"] * 3
@@ -232,10 +233,10 @@ def test_an_error_of_a_call_reaches_those_whose_questions_it_held() -> None:
     async def test(engine: Engine, asker: Asker) -> None:
         engine.held.clear()
         first = asked(asker, 900, 1)
-        await settle()
+        await settle(engine, asker)
         engine.fails = {1}
         tasks = [asked(asker, first, 1) for first in (0, 1, 2, 3, 4, 5)]
-        await settle()
+        await settle(engine, asker)
         engine.held.set()
         assert names(await first) == [900]
         found = await asyncio.gather(*tasks, return_exceptions=True)
@@ -254,8 +255,7 @@ def test_whoever_may_wait_asks_from_another_thread() -> None:
         engine.held.clear()
         waiting = asyncio.create_task(asyncio.to_thread(asker.ask_and_wait, [question(name=1), question(name=2)]))
         others = asked(asker, 10, 1)
-        await settle()
-        assert not waiting.done()
+        await settle(engine, asker)
         engine.held.set()
         assert names(await waiting) == [1, 2]
         assert names(await others) == [10]
@@ -329,7 +329,7 @@ def test_an_engine_that_is_idle_is_asked_before_one_that_is_not() -> None:
         tasks = []
         for number in range(4):
             tasks.append(asked(asker, 10 * number, 1))
-            await asyncio.sleep(0.05)
+            await settle(engine, asker)
         assert used == [b"a", b"b"]
         engine.held.set()
         assert [names(await task) for task in tasks] == [[0], [10], [20], [30]]
@@ -344,16 +344,14 @@ def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> No
     from vllm.v1.engine.core_client import InprocClient
 
     client = object.__new__(InprocClient)
-    order: list[str] = []
+    began, ends = threading.Event(), threading.Event()
 
     def step() -> Any:
-        order.append("step")
-        time.sleep(0.2)
-        order.append("done")
+        began.set()
+        assert ends.wait(10)
         return {}, False
 
     def answer(payload: bytes) -> bytes:
-        order.append("asked")
         return payload
 
     client.engine_core = SimpleNamespace(step_fn=step, post_step=lambda model_executed: None, eadaprune_ask=answer)
@@ -361,10 +359,13 @@ def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> No
     assert ask
     with ThreadPoolExecutor(2) as pool:
         stepping = pool.submit(seam._alone, InprocClient.get_output, client)
-        time.sleep(0.05)
-        assert pool.submit(ask, b"1").result() == b"1"
+        assert began.wait(10)
+        asking = pool.submit(ask, b"1")
+        with pytest.raises(TimeoutError):
+            asking.result(0.2)
+        ends.set()
+        assert asking.result() == b"1"
         stepping.result()
-    assert order == ["step", "done", "asked"]
 
 
 def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,8 +376,7 @@ def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.Monke
     async def test(engine: Engine, asker: Asker) -> None:
         engine.held.clear()
         task = asked(asker, 0, 2)
-        await asyncio.sleep(0.2)
-        assert not task.done()
+        await settle(engine, asker)
         engine.resources.engine_dead = True
         with pytest.raises(EngineDeadError):
             await task
@@ -396,15 +396,17 @@ def test_an_engine_that_was_scaled_away_holds_up_nobody(monkeypatch: pytest.Monk
 
         async def answer(method: str, payload: bytes, engine: bytes) -> bytes:
             if engine == b"goes":
+                lost.set()
                 await asyncio.Event().wait()
             return await call(method, payload, engine)
 
         engine._call_utility_async = answer  # type: ignore[method-assign]
+        lost = asyncio.Event()
         engine.held.clear()
         tasks = [asked(asker, 0, 1)]
-        await settle()
+        await settle(engine, asker)
         tasks.append(asked(asker, 10, 1))
-        await settle()
+        await lost.wait()
         engine.core_engines = [b"stays"]
         with pytest.raises(RetryableRequestError, match="scaled down"):
             await tasks[1]
@@ -428,9 +430,9 @@ def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
             failing = asyncio.create_task(
                 asker.ask([*(question(4, name=first + number) for number in range(20)), shared])
             )
-            await settle()
+            await settle(engine, asker)
             other = asyncio.create_task(asker.ask([shared]))
-            await settle()
+            await settle(engine, asker)
             engine.held.set()
             assert names(await other) == [first + 20]
             if fails:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,6 +16,7 @@ from eadaprune_vllm.models.items import New
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.report import Pruning, Reference, Timing
 from eadaprune_vllm.server_options import Choice, ServerOptions
+from eadaprune_vllm.shared_table import table
 from eadaprune_vllm.wire import Answer, Failed
 
 # Images and videos whose threshold under load is remembered, at some hundred bytes each.
@@ -30,14 +32,20 @@ class FrontEnd:
         model_name: label of the metrics.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
         load: of the server, if thresholds follow it.
+        weights: a file in which the front ends of one server share when weights changed; None if there is only one.
 
     Attributes:
         new: by ``mm_hash``, what requests in progress have read, for others with the same image at the same time.
-        weights: the number of the model's weights, which counts up when they change.
     """
 
     def __init__(
-        self, asker: Asker, metrics: Metrics, model_name: str, kv_bytes_per_token: int, load: Load | None = None
+        self,
+        asker: Asker,
+        metrics: Metrics,
+        model_name: str,
+        kv_bytes_per_token: int,
+        load: Load | None = None,
+        weights: Path | None = None,
     ) -> None:
         self.asker = asker
         self.metrics = metrics
@@ -47,7 +55,7 @@ class FrontEnd:
         self._in_force: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._lock = Lock()
         self.new: WeakValueDictionary[str, New] = WeakValueDictionary()
-        self.weights = 0
+        self._weights = table(1, weights)
         metrics.declare(model_name)
 
     def connect(self, client: Any, options: ServerOptions) -> None:
@@ -60,13 +68,17 @@ class FrontEnd:
         self.asker.connect(client)
         self.metrics.set_defaults(self.model_name, Reference.of(options))
 
-    def forget(self) -> None:
-        """Let no request that is in progress use what other weights made."""
-        self.weights += 1
-        self.new.clear()
+    @property
+    def weights(self) -> float:
+        """What tells the model's weights from earlier ones: when they last changed, 0 if never."""
+        return float(self._weights[0])
+
+    def weights_changed(self) -> None:
+        """From now on, no front end of this server uses what other weights made."""
+        self._weights[0] = time.time()
 
     async def ask(self, new: Sequence[New]) -> None:
-        """Have all of them decided."""
+        """Have all of them decided, up to the first of which nothing can be."""
         started = time.time_ns()
         self._answered(new, started, await self.asker.ask([each.question for each in new]))
 
@@ -76,7 +88,7 @@ class FrontEnd:
         self._answered(new, started, self.asker.ask_and_wait([each.question for each in new]))
 
     def _answered(self, new: Sequence[New], started: int, answers: Sequence[Answer]) -> None:
-        for each, answer in zip(new, answers, strict=True):
+        for each, answer in zip(new, answers, strict=False):
             if isinstance(answer, Failed):
                 self.reject(answer.reason)
             elif not each.answer:  # or else it came to another request first

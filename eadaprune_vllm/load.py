@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from eadaprune_vllm.shared_table import table
+
 STEPS = 4
 # An idle engine reports nothing, and with several front ends its last reports may be taken in out of order. What it
 # said counts for longer than a step takes, and not for ever.
@@ -73,8 +75,8 @@ class Load:
 
     def __init__(self, policy: LoadPolicy, engines: int = 1, shared: Path | None = None) -> None:
         self.policy = policy
-        table = _table(1 + 2 * engines, shared)
-        self._level, self._pressures, self._heard = table[:1], table[1 : 1 + engines], table[1 + engines :]
+        numbers = table(1 + 2 * engines, shared)
+        self._level, self._pressures, self._heard = numbers[:1], numbers[1 : 1 + engines], numbers[1 + engines :]
 
     @property
     def level(self) -> float:
@@ -91,12 +93,3 @@ class Load:
     def _fresh(self) -> NDArray[np.bool_]:
         """Which engines reported lately."""
         return self._heard > time.monotonic() - FRESH_SECONDS
-
-
-def _table(length: int, shared: Path | None) -> NDArray[np.float64]:
-    """Numbers, all zero, or as other processes left them in the file ``shared``."""
-    if shared is None:
-        return np.zeros(length)
-    with shared.open("ab") as file:
-        file.truncate(8 * length)
-    return np.memmap(shared, np.float64, "r+")

@@ -135,24 +135,32 @@ def front_end(vllm_config: Any) -> FrontEnd:
     model = vllm_config.model_config
     if not hasattr(model.multimodal_config, KEY):
         raise StartupError("only vllm serve, vllm run-batch and LLM(...) are supported, not vllm launch render")
+    count = front_ends(vllm_config)
     policy, load = ServerOptions.of(model.multimodal_config).load_aware, None
     if policy:
         parallel = vllm_config.parallel_config
         # As vLLM's client counts the engines it manages.
         engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
-        load = Load(policy, engines, _shared_by_front_ends(front_ends(vllm_config)))
+        load = Load(policy, engines, _shared_by_front_ends("load", count))
     asker = Asker(vllm_config.scheduler_config.max_num_encoder_input_tokens)
-    return FrontEnd(asker, _metrics(), model.served_model_name, kv_bytes_per_token(vllm_config), load)
+    return FrontEnd(
+        asker,
+        _metrics(),
+        model.served_model_name,
+        kv_bytes_per_token(vllm_config),
+        load,
+        _shared_by_front_ends("weights", count),
+    )
 
 
-def _shared_by_front_ends(count: int) -> Path | None:
+def _shared_by_front_ends(what: str, count: int) -> Path | None:
     """A file of this server that all of its front ends find, and vLLM removes; None if there is only one of them."""
     if count == 1:
         return None
     # They share this folder for their metrics. So may other servers, and this one's predecessor in its container, but
     # their front ends have another parent.
     parent = psutil.Process(os.getppid())
-    return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{KEY}-load-{parent.pid}-{parent.create_time()}")
+    return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"{KEY}-{what}-{parent.pid}-{parent.create_time()}")
 
 
 @functools.cache

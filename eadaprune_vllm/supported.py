@@ -10,7 +10,6 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.models import ARCHITECTURES, adapter
 from eadaprune_vllm.models.generic import RowPerPlaceholder
-from eadaprune_vllm.seams.processes import front_ends
 from eadaprune_vllm.seams.wrap import check_overrides
 
 _HAND_OVER = {
@@ -72,10 +71,6 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     (
         lambda mm, c: _decodes_on_gpu((mm.media_io_kwargs or {}).get("video") or {}),
         "decoding videos on the GPU (--media-io-kwargs) is not supported: images are prepared on the CPU",
-    ),
-    (
-        lambda mm, c: c.weight_transfer_config and front_ends(c) > 1,
-        "--weight-transfer-config is not supported with several API servers: each remembers what old weights made",
     ),
     (lambda mm, c: mm.mm_encoder_only, "--mm-encoder-only is not supported: other instances would decide again"),
     (

@@ -11,7 +11,7 @@ from samples import decided, item, kept
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
 
-from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split, still, to_client
+from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, digest, may_prune, split, still, to_client
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Kept
 from eadaprune_vllm.report import Timing
@@ -50,7 +50,9 @@ def test_what_was_rendered_before_is_known_by_what_was_kept() -> None:
         SimpleNamespace(modality="image", identifier="c", data=None),
     ]
     admission._identify(features)
-    assert [feature.identifier for feature in features] == ["a" + update.content.digest, "b", "c"]
+    assert update.content.kept
+    names = ["a" + digest(update.content.kept.placeholders), "b", "c"]
+    assert [feature.identifier for feature in features] == names
 
 
 def test_tokens_are_placeholders_unless_it_says_which() -> None:
@@ -86,14 +88,20 @@ def test_newlines_are_counted() -> None:
 
 
 def test_names_tell_what_is_kept_and_nothing_else() -> None:
-    def digest(decision: Kept | None) -> str:
-        return PrunedDetails([IMAGE], kept=decision).digest
+    def identifier(decision: Kept | None, weights: float = 0.0) -> str:
+        found = Items({}, weights=weights)
+        found.done(one(), PrunedDetails([IMAGE], kept=decision))
+        (name,) = found.identifiers.values()
+        return name
 
-    assert digest(None) == ""
+    whole = identifier(None)
+    assert whole == one().image_hash == identifier(None, weights=1.5)  # vLLM's own
     same = replace(kept(2), energy=0.1, selector="random", bound=None)
-    assert digest(kept(2)) == digest(same) != ""
+    assert identifier(kept(2)) == identifier(same) != whole
     others = [torch.tensor(stays) for stays in ([0], [1], [0, 1], [0, 2], [1, 2], [0, 1, 2, 3])]
-    assert len({digest(replace(kept(2), placeholders=stays)) for stays in others}) == len(others)
+    names = {identifier(replace(kept(2), placeholders=stays)) for stays in others}
+    assert len(names) == len(others)
+    assert identifier(kept(2), weights=1.5) not in {identifier(kept(2)), identifier(kept(2), weights=2.5)}
 
 
 def test_the_report_of_a_decision() -> None:

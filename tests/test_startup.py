@@ -124,15 +124,6 @@ def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> 
     supported.check(config)
 
 
-def test_new_weights_are_for_one_front_end(config: Any) -> None:
-    """Others would remember what old ones made."""
-    config.weight_transfer_config = object()
-    supported.check(config)
-    config.parallel_config._api_process_count = 2
-    with pytest.raises(StartupError, match="--weight-transfer-config is not supported with several API servers"):
-        supported.check(config)
-
-
 def test_a_tower_whose_layout_is_not_known_is_refused(config: Any) -> None:
     """Of a model of LLaVA's class."""
     config.model_config.hf_config.vision_config = PixtralVisionConfig()

@@ -55,6 +55,8 @@ class PruningProcessor(BaseMultiModalProcessor):
             return super().apply(inputs, *args, **kwargs)
         assert self.front_end
         items = given if isinstance(given, Items) else self._items(inputs, given, others)
+        if items.weights != self.front_end.weights:  # nothing that old ones made goes on
+            items = self._items(inputs, items.choices, others)
         if items.are_read_first:
             all_read = self._read_new(inputs, items)
             if not all_read or items.undecided():
@@ -78,7 +80,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         if counts != {modality: len(of_each) for modality, of_each in given.items()}:
             raise VLLMServerError(f"options for {given} where there are {counts}")
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
-        algorithm, rule = self.info.ctx.get_mm_config().mm_hasher_algorithm, {"budget": self.server_options.budget}
+        weights = self.front_end.weights
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        rule = {"budget": self.server_options.budget} | ({"weights": weights} if weights else {})
         of: dict[str, list[Item]] = {}
         for modality, of_each in inputs.mm_data_items.items():
             of[modality] = []
@@ -89,7 +93,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                 if may_prune(options):
                     mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key}, **rule)
                 of[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
-        return Items(of, weights=self.front_end.weights)
+        return Items(of, given, weights)
 
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
         """Process, one by one, items that neither the cache has nor were read before, for this request or another: no
@@ -105,9 +109,6 @@ class PruningProcessor(BaseMultiModalProcessor):
         assert self.front_end
         cache, fewest, room = inputs.cache, len(inputs.prompt), self.front_end.asker.most
         all_read = True
-        if items.weights != self.front_end.weights:
-            items.weights = self.front_end.weights
-            items.new.clear()
         if any(of_each.get_passthrough_data() for of_each in inputs.mm_data_items.values()):
             cache = None  # as vLLM has it
         for modality, of_each in items.of.items():

@@ -1,8 +1,9 @@
 """One request's images and videos on their way through the processor."""
 
 import hashlib
+import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -20,14 +21,23 @@ from eadaprune_vllm.models.pruned import KEPT, ROWS
 from eadaprune_vllm.options import CHUNK, KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.prune import Kept
 from eadaprune_vllm.report import ItemReport, Pruning, Timing
+from eadaprune_vllm.server_options import Choice
 from eadaprune_vllm.wire import Answer, Decided, Failed, Question
 
 _FRAMES = 4  # of a still picture as a video
 
 
-def digest(placeholders: torch.Tensor) -> str:
-    """What tells a decision from others about the same image or video: ``[p]`` int64, the placeholders that stay."""
-    return "-" + hashlib.blake2b(placeholders.numpy().data, digest_size=8).hexdigest()
+def digest(placeholders: torch.Tensor, weights: float = 0.0) -> str:
+    """What tells a decision from others about the same image or video.
+
+    Args:
+        placeholders: ``[p]`` int64, those that stay.
+        weights: what tells those that made the rows from earlier ones.
+    """
+    found = hashlib.blake2b(placeholders.numpy().data, digest_size=8)
+    if weights:
+        found.update(struct.pack("d", weights))
+    return "-" + found.hexdigest()
 
 
 @dataclass
@@ -55,11 +65,6 @@ class PrunedDetails(PromptUpdateDetails):
         stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
         left = embeds[stays]
         return PrunedDetails(full[stays].tolist(), self.is_embed and (lambda _: left), kept, kept.newlines)
-
-    @property
-    def digest(self) -> str:
-        """Of what is kept; empty if that is everything, as vLLM sends it."""
-        return "" if self.kept is None else digest(self.kept.placeholders)
 
     def report(self, item: "Item") -> ItemReport:
         kept, num_placeholders = self.kept, int(self.embeds.sum())
@@ -170,8 +175,9 @@ class Items:
 
     Attributes:
         of: each, by vLLM's modality.
+        choices: of their options.
+        weights: ``FrontEnd.weights``, with which they were encoded or will be.
         new: what is made of those that are not cached, by ``mm_hash``.
-        weights: with what number of weights, as ``FrontEnd`` counts them.
         reports: of each, by modality, once vLLM has processed them.
         identifiers: by ``mm_hash``, by which the engine tells what it encodes of each from others: the image or video,
             and the kept tokens, whatever options they come from.
@@ -179,8 +185,9 @@ class Items:
     """
 
     of: Mapping[str, list[Item]]
+    choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
+    weights: float = 0.0
     new: dict[str, New] = field(default_factory=dict)
-    weights: int = 0
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     identifiers: dict[str, str] = field(default_factory=dict)
     skipped: int = 0
@@ -191,7 +198,13 @@ class Items:
         return any(may_prune(item.options) for of_each in self.of.values() for item in of_each)
 
     def undecided(self) -> list[New]:
-        return [new for new in self.new.values() if new.asks and not new.answer]
+        """Those to be asked about.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing could be decided about one; the latter if that is the
+                client's fault.
+        """
+        return [new for new in self.new.values() if new.asks and not (new.answer and new.decided())]
 
     def missing(self, mm_is_cached: Mapping[str, list[bool]]) -> "Items":
         """Those that are not cached."""
@@ -208,7 +221,9 @@ class Items:
         """Note what became of an item, from now on the next of its modality."""
         if item.modality in MODALITIES:
             self.reports[item.modality].append(content.report(item))
-        self.identifiers[item.mm_hash] = item.image_hash + content.digest
+        # Of what vLLM sends whole it is vLLM's.
+        own = "" if content.kept is None else digest(content.kept.placeholders, self.weights)
+        self.identifiers[item.mm_hash] = item.image_hash + own
         self.skipped += content.kept.skipped if content.kept else 0
 
     def pruning(self, kv_bytes_per_token: int) -> Pruning:

@@ -141,12 +141,15 @@ from vllm.engine.arg_utils import EngineArgs
 
 plugin.register()
 EngineArgs.add_cli_args(ArgumentParser())  # which finds the supervisor
-print("registered")
+from eadaprune_vllm.seams.wrap import wrapped_paths
+print(*sorted(wrapped_paths))
 """
     environment = os.environ | {"VLLM_PLUGINS": "eadaprune", "EADAPRUNE_SKIP_VERSION_CHECK": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "registered"
+    # The documents list them all.
+    listed = re.findall(r"^- `(vllm\.[\w.]+:[\w.]+)`$", (ROOT / "docs" / "features.md").read_text(), re.MULTILINE)
+    assert done.stdout.splitlines()[-1].split() == listed
     assert "eadaprune: " not in done.stdout + done.stderr  # a seam that was left out, with a warning
 
 

@@ -93,7 +93,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                 if may_prune(options):
                     mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key}, **rule)
                 of[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
-        return Items(of, given, weights)
+        return Items(of, choices=given, weights=weights)
 
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
         """Process, one by one, items that neither the cache has nor were read before, for this request or another: no

@@ -175,9 +175,9 @@ class Items:
 
     Attributes:
         of: each, by vLLM's modality.
+        new: what is made of those that are not cached, by ``mm_hash``.
         choices: of their options.
         weights: ``FrontEnd.weights``, with which they were encoded or will be.
-        new: what is made of those that are not cached, by ``mm_hash``.
         reports: of each, by modality, once vLLM has processed them.
         identifiers: by ``mm_hash``, by which the engine tells what it encodes of each from others: the image or video,
             and the kept tokens, whatever options they come from.
@@ -185,9 +185,9 @@ class Items:
     """
 
     of: Mapping[str, list[Item]]
+    new: dict[str, New] = field(default_factory=dict)
     choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     weights: float = 0.0
-    new: dict[str, New] = field(default_factory=dict)
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     identifiers: dict[str, str] = field(default_factory=dict)
     skipped: int = 0

@@ -52,6 +52,11 @@ def install() -> None:
         original(client, payload)
         response = msgspec.msgpack.decode(payload)
         told = vars(client).setdefault(_TOLD, {})
+        if KEY not in response:
+            raise StartupError(
+                f"engine {response['data_parallel_rank']} runs without the plugin; each node of a server, headless ones "
+                "too, needs --plugin eadaprune and the same --eadaprune-* flags"
+            )
         told[response["data_parallel_rank"]] = response[KEY]
         # Engines may differ by rounding; all front ends have the same from the first.
         curves = [Curve(name, np.frombuffer(data)) for name, data in told[min(told)]]

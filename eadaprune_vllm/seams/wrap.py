@@ -16,6 +16,7 @@ logger = logging.getLogger("vllm." + __name__)
 _MARK = "_eadaprune_wrapped"
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+wrapped_paths: list[str] = []  # of vLLM's functions, in this process
 
 
 def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]], bool]:
@@ -50,6 +51,7 @@ def wrap(path: str, nicety: str | None = None) -> Callable[[Callable[..., Any]],
         setattr(wrapped, _MARK, True)
         kind = type(static) if isinstance(static, staticmethod | classmethod) else None
         setattr(owner, name, kind(wrapped) if kind else wrapped)
+        wrapped_paths.append(path)
         return True
 
     return decorate

@@ -16,10 +16,10 @@ Found = tuple[dict[str, Any], dict[str, Any]]
 SCRIPT = Path(__file__).with_name("offline.py")
 
 
-def run(what: str, model: Path, **env: str) -> dict[str, Any]:
+def run(what: str, *models: Path, script: Path = SCRIPT, **env: str) -> dict[str, Any]:
     path = os.pathsep.join(str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
     output = subprocess.run(
-        [sys.executable, str(SCRIPT), what, str(model)],
+        [sys.executable, str(script), what, *map(str, models)],
         env=environment(VLLM_PLUGINS="eadaprune", PYTHONPATH=path, VLLM_ALLOW_INSECURE_SERIALIZATION="1", **env),
         capture_output=True,
         text=True,

@@ -1,15 +1,17 @@
 """From a share of tokens to a threshold: what a target comes to, for whom, and within which bounds."""
 
 from statistics import mean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from eadaprune_vllm.budget import Curve, Targets
-from eadaprune_vllm.errors import InvalidOptionsError
+from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.load import LoadPolicy
 from eadaprune_vllm.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.report import Reference
+from eadaprune_vllm.seams.reference import take_curves
 from eadaprune_vllm.server_options import Layer, ServerOptions
 
 FREE = PruneOptions.model_validate(UNBOUNDED)
@@ -33,6 +35,22 @@ def test_pictures_keep_the_target_in_the_mean(target: float, options: PruneOptio
     at = options.model_copy(update={"energy": energy})
     assert mean(each.share(at) for each in CURVES) == pytest.approx(target, abs=2 / N)
     assert CURVES[3].share(at) < CURVES[0].share(at) < CURVES[1].share(at) or options.min_share
+
+
+def test_front_ends_have_the_threshold_of_the_first_engine() -> None:
+    multimodal = SimpleNamespace(eadaprune=ServerOptions())
+    config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
+    client, energies = SimpleNamespace(vllm_config=config), list[float]()
+    for rank, curves in ((1, CURVES[1:]), (0, CURVES), (2, CURVES[2:])):
+        said = [(each.name, each.needed_above.tobytes()) for each in curves]
+        take_curves(client, {"data_parallel_rank": rank, "eadaprune": said})
+        energies.append(ServerOptions.of(multimodal).resolve().energy)
+    assert energies[1] == energies[2] == ServerOptions().informed(CURVES).resolve().energy != energies[0]
+
+
+def test_an_engine_without_the_plugin_stops_the_start() -> None:
+    with pytest.raises(StartupError, match="engine 3 runs without the plugin; every node"):
+        take_curves(SimpleNamespace(), {"data_parallel_rank": 3})
 
 
 def test_the_default_is_what_the_target_comes_to() -> None:

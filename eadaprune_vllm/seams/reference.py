@@ -1,6 +1,6 @@
 """Before it serves, an engine encodes pictures of many kinds, and tells front ends what any threshold keeps of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -20,7 +20,7 @@ from eadaprune_vllm.seams.wrap import wrap
 from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.wire import Answer, Decided, Failed, answers, pack
 
-_TOLD = "_eadaprune_told"
+_READY_CURVES = "_eadaprune_ready_curves"
 
 
 def install() -> None:
@@ -50,17 +50,30 @@ def install() -> None:
     @wrap("vllm.v1.engine.core_client:MPClient._apply_ready_response")
     def apply_ready_response(original: Any, client: Any, payload: bytes) -> None:
         original(client, payload)
-        response = msgspec.msgpack.decode(payload)
-        told = vars(client).setdefault(_TOLD, {})
-        if KEY not in response:
-            raise StartupError(
-                f"engine {response['data_parallel_rank']} runs without the plugin; each node of a server, headless ones "
-                "too, needs --plugin eadaprune and the same --eadaprune-* flags"
-            )
-        told[response["data_parallel_rank"]] = response[KEY]
-        # Engines may differ by rounding; all front ends have the same from the first.
-        curves = [Curve(name, np.frombuffer(data)) for name, data in told[min(told)]]
-        startup.inform(client.vllm_config, curves)
+        take_curves(client, msgspec.msgpack.decode(payload))
+
+
+def take_curves(client: Any, response: Mapping[str, Any]) -> None:
+    """Take in what an engine says of the reference pictures.
+
+    Args:
+        client: of all engines.
+        response: the last that the engine says at start.
+
+    Raises:
+        StartupError: if it says nothing of them.
+    """
+    rank = response["data_parallel_rank"]
+    if KEY not in response:
+        raise StartupError(
+            f"engine {rank} runs without the plugin; every node of a server, headless ones too, needs "
+            "--plugin eadaprune and the same --eadaprune-* flags"
+        )
+    ready_curves = vars(client).setdefault(_READY_CURVES, {})
+    ready_curves[rank] = response[KEY]
+    # Engines may differ by rounding; all front ends have the same from the first.
+    curves = [Curve(name, np.frombuffer(data)) for name, data in ready_curves[min(ready_curves)]]
+    startup.inform(client.vllm_config, curves)
 
 
 def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:

@@ -1,5 +1,5 @@
-"""What ``test_library`` runs in processes of their own: vLLM as a library, where something changes or fails in the middle.
-Prints one JSON object."""
+"""What ``test_library`` runs in processes of their own: vLLM as a library, where something changes or fails in the
+middle. Prints one JSON object."""
 
 import asyncio
 import json

@@ -1,5 +1,6 @@
 """What one image decides must not depend on caches, neighbours or front ends."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from harness import DTYPE, Server, content
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from shared import Reference, noise
 
 from eadaprune_vllm.options import PruneOptions
@@ -64,11 +66,33 @@ def test_two_front_ends_decide_alike(two_front_ends: Server, model: Path, images
     assert server.metric("eadaprune_stage_seconds_count", stage="encode") > len(images)
 
 
-def test_weights_that_one_of_two_would_not_hear_of_are_not_loaded(two_front_ends: Server) -> None:
-    response = two_front_ends.post("/collective_rpc", {"method": "reload_weights"})
-    assert response.status_code >= 400
-    assert "reload_weights with several API servers" in response.text
-    assert two_front_ends.post("/collective_rpc", {"method": "check_health"}).status_code == 200
+def test_new_weights_are_those_of_both_front_ends(two_front_ends: Server, model: Path, tmp_path: Path) -> None:
+    """Each has the image in its cache; one hears of the change. Afterwards all is as before, as the weights are."""
+    others = tmp_path / "others"
+    shutil.copytree(model, others)
+    weights = load_file(others / "model.safetensors")
+    tower = next(name for name in weights if name.endswith("patch_embedding.weight"))
+    weights[tower] = weights[tower].flip(0)
+    save_file(weights, others / "model.safetensors")
+    image = noise(79, blocks=30)
+
+    def counts() -> set[int]:
+        with ThreadPoolExecutor(8) as pool:
+            return {*pool.map(lambda _: two_front_ends.prompt_tokens(image), range(16))}
+
+    def reload(folder: Path) -> None:
+        response = two_front_ends.post(
+            "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        )
+        assert response.status_code == 200, response.text
+
+    (before,) = counts()
+    reload(others)
+    (after,) = counts()
+    kept = [len(Reference(folder, torch.float16).kept(image, energy=0.9)) for folder in (model, others)]
+    assert after - before == kept[1] - kept[0] != 0
+    reload(model)
+    assert counts() == {before}
 
 
 def test_requests_are_clamped_and_reports_are_off(two_front_ends: Server, model: Path, images: Images) -> None:

@@ -1,8 +1,11 @@
 """Engines of several workers, on CPUs: tensor, pipeline and data parallel. Every one of them keeps what one worker
 keeps, and answers alike."""
 
+import os
+from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from conftest import Start
 from harness import OWN_PROCESS, Server, content
@@ -60,6 +63,33 @@ def answers(server: Server, images: Images, options: list[dict[str, Any]]) -> li
 @pytest.fixture(scope="module")
 def alone(start: Start) -> Server:
     return start("alone", *FLAGS)
+
+
+class Failing:
+    """A worker extension: encoding fails on the second rank, before it meets the first in a collective."""
+
+    def fail_to_encode(self) -> None:
+        def embed(**_: Any) -> Any:
+            raise RuntimeError("one rank of two")
+
+        if self.rank == 1:  # type: ignore[attr-defined]
+            model = self.model_runner.get_model()  # type: ignore[attr-defined]
+            model.embed_multimodal = model.eadaprune_encode = embed
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_a_rank_that_fails_alone_ends_the_engine(start: Start, images: Images, plugin: bool) -> None:
+    """As on stock vLLM: within its limit for a step, and whoever asks about the server's health hears of it."""
+    flags = [*(FLAGS if plugin else FLAGS[4:]), *RANKS["tp2"], *OWN_PROCESS]
+    flags += ["--worker-extension-cls", "test_ranks.Failing"]
+    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent))
+    env = TWO_WORKERS | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "8"}
+    server = start(f"failing-{plugin}", *flags, **env)
+    assert server.ask(images["coffee"]).usage
+    assert server.post("/collective_rpc", {"method": "fail_to_encode"}).status_code == 200
+    with pytest.raises(openai.APIError):
+        server.ask(images["moon"])
+    assert server.process.wait(60) != 0
 
 
 @pytest.mark.parametrize("ranks", RANKS)

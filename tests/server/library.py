@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import torch
@@ -59,11 +59,12 @@ def weights(model: str, others: str) -> dict[str, Any]:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     found = {"before": [answer(llm), answer(llm)]}
-    for way, change in {
+    ways: dict[str, Callable[[], object]] = {
         "reloaded": lambda: reload(others),
         "function": lambda: llm.apply_model(scale),
         "extension": lambda: llm.collective_rpc("scale_projector"),
-    }.items():
+    }
+    for way, change in ways.items():
         change()
         found[way] = [answer(llm), answer(llm)]
         reload(model)
@@ -127,6 +128,8 @@ if __name__ == "__main__":
         result = asyncio.run(asynchronous(*folders))
     elif what == "fresh":
         result = {"fresh": answer(LLM(*folders, **SETTINGS))}
+    elif what == "weights":
+        result = weights(*folders)
     else:
-        result = {"weights": weights, "killed": killed}[what](*folders)
+        result = killed(*folders)
     print("RESULT", json.dumps(result))

@@ -37,7 +37,7 @@ def test_nothing_of_old_weights_is_served(model: Path, other_model: Path) -> Non
     found = changed.result()
 
     def differs(one: dict[str, Any], other: dict[str, Any]) -> bool:
-        return one["tokens"] != other["tokens"] or one["first"] != pytest.approx(other["first"], abs=1e-4)
+        return bool(one["tokens"] != other["tokens"] or one["first"] != pytest.approx(other["first"], abs=1e-4))
 
     before, again = found["before"]
     assert not differs(before, again)

@@ -11,6 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.metrics import Source
 from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.report import Pruning, Report
 from eadaprune_vllm.server_options import Choice, Layer, ServerOptions
@@ -224,12 +225,12 @@ def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping
 
 
 @contextmanager
-def refusals(front_end: FrontEnd) -> Iterator[None]:
+def refusals(front_end: FrontEnd, source: Source = "request") -> Iterator[None]:
     """While open, bad options are counted and become vLLM's 400."""
     try:
         yield
     except InvalidOptionsError as error:
-        front_end.reject("options")
+        front_end.reject("options", source)
         raise VLLMValidationError(str(error), parameter=error.field) from None
 
 

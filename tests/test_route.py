@@ -35,7 +35,7 @@ class Body(BaseModel):
 @pytest.fixture
 def app() -> FastAPI:
     app = FastAPI()
-    app.state.eadaprune = SimpleNamespace(front_end=SimpleNamespace(reject=lambda reason: None))
+    app.state.eadaprune = SimpleNamespace(front_end=SimpleNamespace(reject=lambda *_: None))
 
     async def handler(body: Body) -> Any:
         context = current()

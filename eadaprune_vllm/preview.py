@@ -86,7 +86,9 @@ def check_detailed(choices: Choices, **asked: bool) -> None:
         )
 
 
-def iter_preview_items(processor: PruningProcessor, items: Mapping[str, Any], choices: Choices) -> Iterator[PreviewItem]:
+def iter_preview_items(
+    processor: PruningProcessor, items: Mapping[str, Any], choices: Choices
+) -> Iterator[PreviewItem]:
     """Reads one after the other, as it is asked for the next: others may have their turn on the thread meanwhile. Those
     that are equal, under equal options, are the same object, read once.
 

@@ -83,7 +83,7 @@ def png(picture: Image.Image) -> bytes:
 def jpeg(picture: Image.Image) -> bytes:
     """The picture as a JPEG file, a fraction of a PNG's size and time; edges of patches stay sharp in colour."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80, subsampling=0)
+    picture.save(buffer, "JPEG", subsampling=0)
     return buffer.getvalue()
 
 

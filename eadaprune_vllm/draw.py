@@ -23,8 +23,8 @@ def seen(image_processor: Any, image: Image.Image) -> Image.Image:
 def dim_pruned(
     view: Callable[[int], Image.Image], kept: Sequence[int], grids: Sequence[tuple[int, int]]
 ) -> Image.Image:
-    """What is looked at with its pruned patches dark and grey. Views are side by side if there are several, at equal
-    distances if there are too many, and shrunk to about a megapixel together if they are larger.
+    """Views with their pruned patches dark and grey: side by side if there are several, at equal distances if there are
+    too many, and shrunk to about a megapixel together if they are larger.
 
     Args:
         view: what the grid of that number lies over.
@@ -38,8 +38,8 @@ def dim_pruned(
     dimmed: list[Image.Image] = []
     whole: Image.Image | None = None
     for number in (len(grids) * place // shown for place in range(shown)):
-        if (seen := view(number)) is not whole:  # a large one may be behind every grid
-            whole, picture = seen, _shrunk(seen, int(_LONGEST / shown**0.5))
+        if (behind := view(number)) is not whole:  # a large one may be behind every grid
+            whole, picture = behind, _shrunk(behind, int(_LONGEST / shown**0.5))
         first = sum(sizes[:number])
         mask = Image.fromarray(keep[first : first + sizes[number]].reshape(grids[number]))
         grey = picture.convert("L").point(lambda level: level * 0.3).convert("RGB")

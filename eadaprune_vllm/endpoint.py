@@ -165,12 +165,13 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
             await processor.front_end.ask([each.new for each in unasked], "preview")  # which lets go of their pixels
             unasked, room = {}, processor.front_end.asker.most
     await processor.front_end.ask([each.new for each in unasked], "preview")
-    draw = asyncio.get_running_loop().run_in_executor
-    return Response(await draw(_drawing, _told, processor, items, body), media_type="application/json")
+    loop = asyncio.get_running_loop()
+    answer = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
+    return Response(answer, media_type="application/json")
 
 
-def _told(processor: PruningProcessor, items: Sequence[PreviewItem], body: PreviewRequest) -> str:
-    """What the answer is, as JSON; it may be long."""
+def _preview_json(processor: PruningProcessor, items: Sequence[PreviewItem], body: PreviewRequest) -> str:
+    """The answer, which may be long."""
     pruning = previews(processor, items, body.overlay, body.spectrum)
     return Preview.of([told(processor.server_options, pruning)]).model_dump_json()
 

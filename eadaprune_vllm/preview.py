@@ -52,7 +52,7 @@ class PreviewItem:
         return grounds
 
     def overlay(self) -> Image.Image:
-        """What is looked at, with its pruned patches dark and grey."""
+        """The image or video, with its pruned patches dark and grey."""
         grids, kept = self.grounds.grids, self.new.decided().kept
         return draw.dim_pruned(functools.partial(self.view, len(grids)), kept.indices.tolist(), grids)
 

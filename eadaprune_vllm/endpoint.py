@@ -2,7 +2,8 @@
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Annotated, Any
 
@@ -19,10 +20,10 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from eadaprune_vllm import __version__, page
-from eadaprune_vllm.models.items import New
+from eadaprune_vllm.models.base import PruningProcessor
 from eadaprune_vllm.naming import NAME
 from eadaprune_vllm.options import KEY, SELECTOR_NAMES, request_schema
-from eadaprune_vllm.preview import look_at, previews
+from eadaprune_vllm.preview import MAX_DETAILED, PreviewItem, check_detailed, iter_preview_items, previews
 from eadaprune_vllm.report import Config, Preview, Reference
 from eadaprune_vllm.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers, told
 from eadaprune_vllm.route import PruningRoute, documented, is_door
@@ -48,6 +49,8 @@ class OwnRoute(APIRoute):
 
 
 router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"], route_class=OwnRoute)
+# One at a time: previews take no more than a core from requests, and none of the threads that carry questions.
+_drawing = ThreadPoolExecutor(1, "eadaprune-preview")
 
 
 class EndpointPlugin:
@@ -92,8 +95,12 @@ class PreviewRequest(BaseModel):
     model: str | None = None
     messages: list[Message]
     eadaprune: Annotated[Any, WithJsonSchema(request_schema())] = None
-    overlay: bool = Field(default=False, description="Whether to draw what is kept.")
-    spectrum: bool = Field(default=False, description="Whether to tell the whole spectrum.")
+    overlay: bool = Field(
+        default=False, description=f"Whether to draw what is kept, of at most {MAX_DETAILED} images and videos."
+    )
+    spectrum: bool = Field(
+        default=False, description=f"Whether to tell the whole spectrum, of at most {MAX_DETAILED} images and videos."
+    )
 
 
 @router.get("/config")
@@ -125,7 +132,7 @@ async def preview(body: PreviewRequest, request: Request) -> Any:
 
 
 @with_cancellation  # type: ignore[untyped-decorator]
-async def _preview(body: PreviewRequest, request: Request) -> Preview:
+async def _preview(body: PreviewRequest, request: Request) -> Response:
     """What it is, unless the client goes away."""
     state = request.app.state
     models = state.openai_serving_models
@@ -134,7 +141,7 @@ async def _preview(body: PreviewRequest, request: Request) -> Preview:
     processor = state.eadaprune
     messages = [message.model_dump() for message in body.messages]
     extra = body.model_extra or {}
-    with refusals(processor.front_end):
+    with refusals(processor.front_end, "preview"):
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
         layers = request_layers(context, extra.get("mm_processor_kwargs"))
         choices = choose(processor.server_options, layers, messages, context.met)
@@ -144,20 +151,29 @@ async def _preview(body: PreviewRequest, request: Request) -> Preview:
             raise VLLMValidationError(
                 f"a preview is of images as the server processes them by default: leave {name} out", parameter=name
             )
-    items = await _fetch(state.eadaprune_renderer.model_config, messages)
-    found, looked_at = look_at(processor, items, choices), []
-    unasked: list[New] = []
-    room = processor.front_end.asker.most
-    while each := await on_render_thread(state.eadaprune_renderer, next, found, None):
-        looked_at.append(each)
-        unasked.append(each.new)
-        room -= each.new.question.num_placeholders
+    check_detailed(choices, overlay=body.overlay, spectrum=body.spectrum)
+    fetched = await _fetch(state.eadaprune_renderer.model_config, messages)
+    found, items = iter_preview_items(processor, fetched, choices), list[PreviewItem]()
+    unasked, room = dict[PreviewItem, None](), processor.front_end.asker.most
+    while item := await on_render_thread(state.eadaprune_renderer, next, found, None):
+        items.append(item)
+        if item.new.answer or item in unasked:
+            continue
+        unasked[item] = None
+        room -= item.new.question.num_placeholders
         if room <= 0:
-            await processor.front_end.ask(unasked)  # which lets go of their pixels
-            unasked, room = [], processor.front_end.asker.most
-    await processor.front_end.ask(unasked)
-    pruning = await asyncio.to_thread(previews, processor, looked_at, body.overlay, body.spectrum)
-    return Preview.of([told(processor.server_options, pruning)])
+            await processor.front_end.ask([each.new for each in unasked], "preview")  # which lets go of their pixels
+            unasked, room = {}, processor.front_end.asker.most
+    await processor.front_end.ask([each.new for each in unasked], "preview")
+    loop = asyncio.get_running_loop()
+    answer = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
+    return Response(answer, media_type="application/json")
+
+
+def _preview_json(processor: PruningProcessor, items: Sequence[PreviewItem], body: PreviewRequest) -> str:
+    """The answer, which may be long."""
+    pruning = previews(processor, items, body.overlay, body.spectrum)
+    return Preview.of([told(processor.server_options, pruning)]).model_dump_json()
 
 
 async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from cachetools import LRUCache
 
 from eadaprune_vllm.asking import Asker
 from eadaprune_vllm.load import Load
-from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.metrics import Metrics, Source
 from eadaprune_vllm.models.items import New
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.report import Pruning, Reference, Timing
@@ -77,23 +77,23 @@ class FrontEnd:
         """From now on, no front end of this server uses what other weights made."""
         self._weights[0] = time.time()
 
-    async def ask(self, new: Sequence[New]) -> None:
+    async def ask(self, new: Sequence[New], source: Source = "request") -> None:
         """Have all of them decided, up to the first of which nothing can be."""
         started = time.time_ns()
-        self._answered(new, started, await self.asker.ask([each.question for each in new]))
+        self._answered(new, source, started, await self.asker.ask([each.question for each in new]))
 
-    def ask_and_wait(self, new: Sequence[New]) -> None:
+    def ask_and_wait(self, new: Sequence[New], source: Source = "request") -> None:
         """The same from a thread that may wait."""
         started = time.time_ns()
-        self._answered(new, started, self.asker.ask_and_wait([each.question for each in new]))
+        self._answered(new, source, started, self.asker.ask_and_wait([each.question for each in new]))
 
-    def _answered(self, new: Sequence[New], started: int, answers: Sequence[Answer]) -> None:
+    def _answered(self, new: Sequence[New], source: Source, started: int, answers: Sequence[Answer]) -> None:
         for each, answer in zip(new, answers, strict=False):
             if isinstance(answer, Failed):
-                self.reject(answer.reason)
+                self.reject(answer.reason, source)
             elif not each.answer:  # or else it came to another request first
                 each.timing = Timing(each.question.modality, started, answer.seconds)
-                self.metrics.observe_stages(self.model_name, **answer.seconds)
+                self.metrics.observe_stages(self.model_name, source, **answer.seconds)
             each.take(answer)
 
     def in_force(self, choice: Choice, identity: str, held: bool) -> PruneOptions:
@@ -128,6 +128,6 @@ class FrontEnd:
         """Count the images and videos of a prompt that enters the engine."""
         self.metrics.count(self.model_name, pruning)
 
-    def reject(self, reason: str) -> None:
+    def reject(self, reason: str, source: Source = "request") -> None:
         """Count a request that is refused."""
-        self.metrics.count_rejected(self.model_name, reason)
+        self.metrics.count_rejected(self.model_name, reason, source)

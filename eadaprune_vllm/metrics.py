@@ -4,7 +4,8 @@ Plain counters and histograms, so that they add up over several API servers (mul
 ``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
 """
 
-from typing import get_args
+import itertools
+from typing import Literal, get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -12,6 +13,7 @@ from eadaprune_vllm.options import Bound
 from eadaprune_vllm.report import Pruning, Reference
 
 LABEL = "model_name"
+Source = Literal["request", "preview"]  # previews, of the endpoint or of a command, are none of the served traffic
 _RATIOS = [i / 20 for i in range(1, 21)]
 _THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99]
 _THRESHOLDS += [0.995, 0.999, 0.9995, 0.9999, 0.99999, 1.0]
@@ -57,6 +59,7 @@ class Metrics:
             "Requests refused: 'options' for bad pruning options, 'features' for NaN in those of an image, 'engine' "
             "where it could not encode one.",
             "reason",
+            "source",
         )
         self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image or video.", _RATIOS)
         self._threshold = histogram("energy_threshold", "Energy threshold in force, per image or video.", _THRESHOLDS)
@@ -88,6 +91,7 @@ class Metrics:
             "Time of pruning one image or video; what is found in a cache skips stages.",
             _SECONDS,
             "stage",
+            "source",
         )
 
     def declare(self, model_name: str) -> None:
@@ -104,14 +108,14 @@ class Metrics:
             self._load_level,
         ):
             metric.labels(model_name)
-        for labelled, values in (
+        for labelled, *values in (
             (self._visual_tokens, ("encoded", "kept")),
             (self._bound, get_args(Bound)),
-            (self._rejected, ("options", "features", "engine")),
-            (self._stage, ("encode", "spectrum", "select", "total")),
+            (self._rejected, ("options", "features", "engine"), get_args(Source)),
+            (self._stage, ("encode", "spectrum", "select", "total"), get_args(Source)),
         ):
-            for value in values:
-                labelled.labels(model_name, value)
+            for labels in itertools.product(*values):
+                labelled.labels(model_name, *labels)
 
     def count(self, model_name: str, pruning: Pruning) -> None:
         """Count the images and videos of one prompt at the moment it enters the engine."""
@@ -143,11 +147,11 @@ class Metrics:
         """Show how far load lowers thresholds."""
         self._load_level.labels(model_name).set(level)
 
-    def observe_stages(self, model_name: str, **seconds: float) -> None:
+    def observe_stages(self, model_name: str, source: Source, **seconds: float) -> None:
         """Record how long each stage of pruning one image or video took; ``total`` is their sum."""
         for stage, value in (seconds | {"total": sum(seconds.values())}).items():
-            self._stage.labels(model_name, stage).observe(value)
+            self._stage.labels(model_name, stage, source).observe(value)
 
-    def count_rejected(self, model_name: str, reason: str) -> None:
+    def count_rejected(self, model_name: str, reason: str, source: Source) -> None:
         """Count one refused request."""
-        self._rejected.labels(model_name, reason).inc()
+        self._rejected.labels(model_name, reason, source).inc()

@@ -3,11 +3,12 @@ for the commands that look at images without a server."""
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import draw
@@ -18,20 +19,26 @@ from eadaprune_vllm.report import ItemPreview, Pruning
 from eadaprune_vllm.request import Choices
 from eadaprune_vllm.wire import Grounds
 
+# Of one request, with an overlay or the whole spectrum of each. An item takes a few bytes of a request if its URL was
+# there before, and up to a megabyte of the answer.
+MAX_DETAILED = 8
 
-@dataclass(frozen=True)
-class LookedAt:
+
+@dataclass(frozen=True, eq=False)
+class PreviewItem:
     """One image or video, and what is asked about it.
 
     Attributes:
         modality: to the client.
         view: what the grid of a number lies over, of so many.
+        fewest: how many placeholders it keeps at least.
     """
 
     modality: str
     view: Callable[[int, int], Image.Image]
     options: PruneOptions
     new: New
+    fewest: int
 
     @property
     def grounds(self) -> Grounds:
@@ -45,7 +52,7 @@ class LookedAt:
         return grounds
 
     def overlay(self) -> Image.Image:
-        """What is looked at, with its pruned patches dark and grey."""
+        """The image or video, with its pruned patches dark and grey."""
         grids, kept = self.grounds.grids, self.new.decided().kept
         return draw.dim_pruned(functools.partial(self.view, len(grids)), kept.indices.tolist(), grids)
 
@@ -57,12 +64,33 @@ class LookedAt:
             **report,
             curve=self.grounds.curve,
             spectrum=[round(value, 9) for value in self.grounds.needed_above.tolist()] if spectrum else None,
-            overlay=draw.data_url(self.overlay()) if overlay else None,
+            overlay=draw.data_url(self.overlay(), "jpeg") if overlay else None,
         )
 
 
-def look_at(processor: PruningProcessor, items: Mapping[str, Any], choices: Choices) -> Iterator[LookedAt]:
-    """Reads one after the other, as it is asked for the next: others may have their turn on the thread meanwhile.
+def check_detailed(choices: Choices, **asked: bool) -> None:
+    """Args:
+        choices: for each image and video of a request.
+        asked: whether a field is set that is answered at length for each.
+
+    Raises:
+        VLLMValidationError: if it is, and there are too many.
+    """
+    count = sum(map(len, choices.values()))
+    for name in (name for name, is_set in asked.items() if is_set and count > MAX_DETAILED):
+        raise VLLMValidationError(
+            f"{name} is for previews of at most {MAX_DETAILED} images and videos, and this one has {count}: "
+            f"leave {name} out, or send fewer",
+            parameter=name,
+            value=count,
+        )
+
+
+def iter_preview_items(
+    processor: PruningProcessor, items: Mapping[str, Any], choices: Choices
+) -> Iterator[PreviewItem]:
+    """Reads one after the other, as it is asked for the next: others may have their turn on the thread meanwhile. Those
+    that are equal, under equal options, are the same object, read once.
 
     Args:
         processor: of a front end.
@@ -73,20 +101,24 @@ def look_at(processor: PruningProcessor, items: Mapping[str, Any], choices: Choi
         VLLMValidationError: if no prompt with all of them can ever fit.
     """
     inputs, fewest = ProcessorInputs([], processor.info.parse_mm_data(items)), 0
+    hashes, known = processor._get_mm_hashes(inputs), dict[tuple[str, str, PruneOptions], PreviewItem]()
     for modality, names in to_client(inputs.mm_data_items).items():
         for index, (name, choice) in enumerate(zip(names, choices.along(names), strict=True)):
-            new = processor.read(inputs, modality, index, choice.options)
-            fewest += new.fewest(choice.options)
+            options, key = choice.options, (name, hashes[modality][index], choice.options)
+            if key not in known:
+                new = processor.read(inputs, modality, index, options)
+                view = functools.partial(processor.view, inputs.mm_data_items[modality].get(index))
+                known[key] = PreviewItem(name, view, options, new, new.fewest(options))
+                new.asks = new.question.explain = True
+            fewest += known[key].fewest
             processor.check_length(fewest)
-            new.asks = new.question.explain = True
-            view = functools.partial(processor.view, inputs.mm_data_items[modality].get(index))
-            yield LookedAt(name, view, choice.options, new)
+            yield known[key]
 
 
-def previews(processor: PruningProcessor, looked_at: Iterable[LookedAt], overlay: bool, spectrum: bool) -> Pruning:
+def previews(processor: PruningProcessor, items: Sequence[PreviewItem], overlay: bool, spectrum: bool) -> Pruning:
     """Args:
         processor: of a front end.
-        looked_at: what was asked, and answered.
+        items: what was asked, and answered.
         overlay: whether to draw what is kept.
         spectrum: whether to tell the whole spectrum.
 
@@ -94,9 +126,9 @@ def previews(processor: PruningProcessor, looked_at: Iterable[LookedAt], overlay
         VLLMServerError: if the features of one are not finite.
     """
     assert processor.front_end
+    found = {item: item.preview(overlay, spectrum) for item in dict.fromkeys(items)}
     of: dict[str, list[ItemPreview]] = defaultdict(list)
-    seconds = 0.0
-    for each in looked_at:
-        of[each.modality].append(each.preview(overlay, spectrum))
-        seconds += sum(each.new.decided().seconds.values())
+    for item in items:
+        of[item.modality].append(found[item])
+    seconds = sum(sum(item.new.decided().seconds.values()) for item in found)
     return Pruning(of, seconds, processor.front_end.kv_bytes_per_token)

@@ -1,20 +1,22 @@
 """From what a request says to the options of each of its images and videos, whatever door it came through."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.front_end import FrontEnd
+from eadaprune_vllm.metrics import Source
 from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.report import Pruning, Report
 from eadaprune_vllm.server_options import Choice, Layer, ServerOptions
 
+T = TypeVar("T")
 HEADER = "X-EAdaPrune-Energy"
 # The routes that take the field, and whether their answers carry the report. (What is rendered is sent on as another
 # request, so that its body stays as it is.) All others refuse it.
@@ -90,6 +92,18 @@ def request_context(context: RequestContext) -> Iterator[RequestContext]:
         yield context
     finally:
         _current.reset(token)
+
+
+async def in_context(chunks: AsyncIterator[T], context: RequestContext) -> AsyncGenerator[T]:
+    """The chunks of a stream, whose code finds ``context`` also after the route's handler has returned. Whoever takes
+    the chunks does not: what a generator sets at a ``yield`` is set for its consumer."""
+    while True:
+        with request_context(context):
+            try:
+                chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+        yield chunk
 
 
 def current() -> RequestContext:
@@ -224,12 +238,12 @@ def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping
 
 
 @contextmanager
-def refusals(front_end: FrontEnd) -> Iterator[None]:
+def refusals(front_end: FrontEnd, source: Source = "request") -> Iterator[None]:
     """While open, bad options are counted and become vLLM's 400."""
     try:
         yield
     except InvalidOptionsError as error:
-        front_end.reject("options")
+        front_end.reject("options", source)
         raise VLLMValidationError(str(error), parameter=error.field) from None
 
 

@@ -18,7 +18,16 @@ from starlette.requests import ClientDisconnect
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.options import KEY, request_schema
 from eadaprune_vllm.report import Report
-from eadaprune_vllm.request import DOORS, HEADER, RequestContext, check_places, mentions, refusals, request_context
+from eadaprune_vllm.request import (
+    DOORS,
+    HEADER,
+    RequestContext,
+    check_places,
+    in_context,
+    mentions,
+    refusals,
+    request_context,
+)
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
@@ -49,6 +58,8 @@ class PruningRoute(APIRoute):
             options = body.get(KEY) if isinstance(body, dict) else None
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
                 response = await handler(request)
+            if isinstance(response, StreamingResponse):  # which may render more turns, after calls of built-in tools
+                response.body_iterator = in_context(aiter(response.body_iterator), context)
             return _reported(response, context.report(), in_body=DOORS[self.path])
 
         return handle

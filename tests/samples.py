@@ -1,12 +1,13 @@
 """Small questions and answers, as front ends and engines exchange them."""
 
 import torch
+from msgspec.structs import replace
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
 
 from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
 from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.wire import Decided, Question
+from eadaprune_vllm.wire import Decided, Grounds, Question
 
 
 def item(modality: str = "image", on_cpu: tuple[str, ...] = (), **fields: torch.Tensor) -> MultiModalKwargsItem:
@@ -33,6 +34,11 @@ def kept(k: int = 2, newlines: bool = False) -> Kept:
     ends = Newlines(mask, torch.tensor([0, 0, 1, 1])) if newlines else None
     encoding = Encoding(VisualTokens(torch.eye(4, 6), None), Layout(torch.zeros(4).long(), ((2, 2),), ends, extent=3))
     return prune(encoding, PruneOptions(energy=0.5, min_tokens=k, max_tokens=k))
+
+
+def explained(k: int = 2) -> Decided:
+    """What is decided, with what that rests on, and without rows."""
+    return replace(decided(k, torch.empty(0, 3)), grounds=Grounds([(1, 0.5), (4, 1.0)], torch.arange(4) / 4, [(2, 2)]))
 
 
 def decided(k: int = 2, rows: torch.Tensor | None = None) -> Decided:

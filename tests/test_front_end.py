@@ -12,7 +12,7 @@ from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMod
 from eadaprune_vllm.asking import Asker
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.metrics import Metrics, Source
 from eadaprune_vllm.models.items import Items, New, PrunedDetails
 from eadaprune_vllm.seams.asking import ask_first
 from eadaprune_vllm.wire import Answer, Failed, Question
@@ -39,15 +39,17 @@ def new() -> New:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_stages_are_timed_and_failures_counted(waits: bool) -> None:
+@pytest.mark.parametrize(("source", "other"), [("request", "preview"), ("preview", "request")])
+def test_stages_are_timed_and_failures_counted(waits: bool, source: Source, other: Source) -> None:
+    """By whose they are."""
     registry = CollectorRegistry()
     asker = Prepared(decided(1), Failed("NaN", "features"), decided(3), Failed("no memory"))
     front_end = FrontEnd(asker, Metrics(registry), "m", 1)
     asked = [new() for _ in range(4)]
     if waits:
-        front_end.ask_and_wait(asked)
+        front_end.ask_and_wait(asked, source)
     else:
-        asyncio.run(front_end.ask(asked))
+        asyncio.run(front_end.ask(asked, source))
     assert [bool(each.answer) for each in asked] == [True] * 4
     assert [each.timing.stages if each.timing else None for each in asked] == [{"encode": 0.25}, None] * 2
     assert len(asked[2].decided().kept) == 3
@@ -55,9 +57,10 @@ def test_stages_are_timed_and_failures_counted(waits: bool) -> None:
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, {"model_name": "m", **labels})
 
-    assert value("eadaprune_stage_seconds_count", stage="encode") == 2
-    for reason in ("features", "engine"):
-        assert value("eadaprune_rejected_requests_total", reason=reason) == 1
+    for of, times in ((source, 1), (other, 0)):
+        assert value("eadaprune_stage_seconds_count", stage="encode", source=of) == 2 * times
+        for reason in ("features", "engine"):
+            assert value("eadaprune_rejected_requests_total", reason=reason, source=of) == times
 
 
 def test_what_two_requests_wait_for_is_timed_once() -> None:
@@ -68,7 +71,7 @@ def test_what_two_requests_wait_for_is_timed_once() -> None:
     front_end.ask_and_wait([shared])
     front_end.ask_and_wait([shared])
     assert len(shared.decided().kept) == 1
-    labels = {"model_name": "m", "stage": "encode"}
+    labels = {"model_name": "m", "stage": "encode", "source": "request"}
     assert registry.get_sample_value("eadaprune_stage_seconds_count", labels) == 1
     assert "name" in question.item  # which another may be sending
     assert not shared.question.item

@@ -106,8 +106,8 @@ def test_metrics() -> None:
         selector="attention",
     )
     metrics.count("m", Pruning({"image": [report], "video": [report]}, 0.5, kv_bytes_per_token=10))
-    metrics.observe_stages("m", encode=0.5, spectrum=0.0002, select=0.0003)
-    metrics.count_rejected("m", "options")
+    metrics.observe_stages("m", "request", encode=0.5, spectrum=0.0002, select=0.0003)
+    metrics.count_rejected("m", "options", "request")
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, {"model_name": "m", **labels})
@@ -126,11 +126,11 @@ def test_metrics() -> None:
     assert value("eadaprune_energy_requested_bucket", le="0.995") == 2
     assert value("eadaprune_load_lowered_total") == 2
     assert value("eadaprune_bound_total", bound="max_tokens") == 2
-    assert value("eadaprune_stage_seconds_sum", stage="total") == pytest.approx(0.5005)
-    assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0001") == 0
-    assert value("eadaprune_stage_seconds_bucket", stage="spectrum", le="0.0002") == 1
-    assert value("eadaprune_stage_seconds_bucket", stage="encode", le="10.0") == 1
-    assert value("eadaprune_rejected_requests_total", reason="options") == 1
+    assert value("eadaprune_stage_seconds_sum", stage="total", source="request") == pytest.approx(0.5005)
+    assert value("eadaprune_stage_seconds_bucket", stage="spectrum", source="request", le="0.0001") == 0
+    assert value("eadaprune_stage_seconds_bucket", stage="spectrum", source="request", le="0.0002") == 1
+    assert value("eadaprune_stage_seconds_bucket", stage="encode", source="request", le="10.0") == 1
+    assert value("eadaprune_rejected_requests_total", reason="options", source="request") == 1
     assert b"vllm:" not in generate_latest(registry)  # vLLM unregisters such names
 
 

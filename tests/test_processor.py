@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
-from samples import decided
+from samples import decided, explained
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor
@@ -23,7 +23,7 @@ from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.metrics import Metrics
 from eadaprune_vllm.models import adapter
 from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.options import KEY
+from eadaprune_vllm.options import KEY, PruneOptions
 from eadaprune_vllm.request import Choices
 from eadaprune_vllm.server_options import Choice, ServerOptions
 
@@ -165,8 +165,26 @@ def test_more_than_can_ever_fit_is_not_asked_about(processor: PruningProcessor, 
     assert len(apply(processor, {}, *three[:2]).undecided()) == 2
     with pytest.raises(VLLMValidationError, match="length is 150 tokens, and this request has at least 192, however"):
         apply(processor, {}, *three)
-    choices = Choices({"image": (Choice(processor.server_options.defaults),) * 3})
-    looked_at = preview.look_at(processor, {"image": three}, choices)
-    assert [next(looked_at).new.asks for _ in range(2)] == [True] * 2
-    with pytest.raises(VLLMValidationError, match="at least 192, however"):
-        next(looked_at)
+    for each in (three, three[:1] * 3):
+        choices = Choices({"image": (Choice(processor.server_options.defaults),) * 3})
+        items = preview.iter_preview_items(processor, {"image": each}, choices)
+        assert [next(items).new.asks for _ in range(2)] == [True] * 2
+        with pytest.raises(VLLMValidationError, match="at least 192, however"):
+            next(items)
+
+
+def test_equal_images_of_a_preview_are_read_and_drawn_once(processor: PruningProcessor, images: Images) -> None:
+    """Under equal options. A few bytes each are all that they take of a request."""
+    other, asked = processor.server_options.defaults, PruneOptions(energy=0.5, min_share=0, min_tokens=1, max_tokens=1)
+    given = [(images[name].copy(), asked) for name in ("coffee", "moon", "coffee")] + [(images["coffee"], other)]
+    choices = Choices({"image": tuple(Choice(options) for _, options in given)})
+    items = [*preview.iter_preview_items(processor, {"image": [image for image, _ in given]}, choices)]
+    coffee, moon, again = dict.fromkeys(items)
+    assert items == [coffee, moon, coffee, again]
+    for item in (coffee, moon, again):
+        item.new.take(explained())
+    found = preview.previews(processor, items, overlay=True, spectrum=True)
+    reports = found.of("image")
+    assert [report.kept_tokens for report in reports] == [2] * 4
+    assert reports[0] is reports[2]
+    assert found.seconds == 3 * 0.25

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from eadaprune_vllm.report import ItemReport, Pruning
-from eadaprune_vllm.request import RequestContext, current
+from eadaprune_vllm.request import RequestContext, current, in_context
 from eadaprune_vllm.route import PruningRoute, documented
 
 DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
@@ -35,7 +35,7 @@ class Body(BaseModel):
 @pytest.fixture
 def app() -> FastAPI:
     app = FastAPI()
-    app.state.eadaprune = SimpleNamespace(front_end=SimpleNamespace(reject=lambda reason: None))
+    app.state.eadaprune = SimpleNamespace(front_end=SimpleNamespace(reject=lambda *_: None))
 
     async def handler(body: Body) -> Any:
         context = current()
@@ -97,6 +97,57 @@ def test_the_report_is_in_the_first_event_and_only_there(app: FastAPI) -> None:
     assert response.text.startswith(": keep-alive\n\nevent: x\ndata: {")
     assert lines[-1] == "[DONE]"
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
+
+
+def test_what_a_stream_renders_later_has_the_options_too(app: FastAPI) -> None:
+    """As where built-in tools are called: their output goes into another prompt. Each stream has its own."""
+    turns: dict[str | None, list[str | None]] = {"0.5": [], "0.7": []}
+
+    async def handler(body: Body) -> StreamingResponse:
+        pruning, found = Pruning({"image": [IMAGE]}, 0.25, kv_bytes_per_token=10), turns[current().header]
+        current().prunings.append(pruning)
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                for number in range(2):
+                    await both.wait()
+                    found.append(current().header)
+                    current().prunings.append(pruning)
+                    yield f'data: {{"number": {number}}}\n\n'
+            finally:
+                found.append(current().header)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def ask_both() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            headers = [{"X-EAdaPrune-Energy": str(energy)} for energy in turns]
+            return await asyncio.gather(*(client.post("/v1/responses", json={}, headers=each) for each in headers))
+
+    both = asyncio.Barrier(2)
+    app.router.add_api_route("/v1/responses", handler, methods=["POST"], route_class_override=PruningRoute)
+    for response in asyncio.run(ask_both()):
+        assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
+        assert response.text.count('"kept_tokens":76') == 2  # of the request, and of its image
+    assert turns == {energy: [energy] * 3 for energy in ("0.5", "0.7")}
+
+
+def test_the_context_of_a_stream_ends_with_it() -> None:
+    """A consumer has its own between two chunks, also if it leaves early."""
+
+    async def chunks() -> AsyncIterator[object]:
+        while True:
+            yield current().options
+
+    async def consume() -> None:
+        stream = in_context(chunks(), RequestContext(options=1))
+        async for seen in stream:
+            assert (seen, current().options) == (1, None)
+            break
+        await stream.aclose()
+        assert current().options is None
+
+    asyncio.run(consume())
 
 
 def test_the_type_of_a_body_may_be_written_in_capitals(app: FastAPI) -> None:

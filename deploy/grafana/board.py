@@ -70,6 +70,7 @@ def ratio(part: str, whole: str) -> str:
     return f"{part} / ({whole} > 0)"
 
 
+REQUESTS = 'SEL,source="request"'  # without previews
 ENCODED = rate("eadaprune_visual_tokens_total", 'SEL,stage="encoded"')
 KEPT = rate("eadaprune_visual_tokens_total", 'SEL,stage="kept"')
 ITEMS = f"({rate('eadaprune_images_total')} + {rate('eadaprune_videos_total')})"
@@ -145,7 +146,7 @@ COST = Row(
             "95th percentile of the time that a stage takes for one image or video; what is found in a cache skips "
             "stages. eadaprune_stage_seconds",
             "spectrum and select together below a twentieth of encode",
-            (Query(quantile(0.95, "eadaprune_stage_seconds", by="le, stage"), "{{stage}}"),),
+            (Query(quantile(0.95, "eadaprune_stage_seconds", REQUESTS, "le, stage"), "{{stage}}"),),
             unit="s",
         ),
         Panel(
@@ -153,7 +154,7 @@ COST = Row(
             "Quantiles of the time that encoding and pruning one image or video take. eadaprune_stage_seconds",
             "near what encoding takes alone; p99 far above p50 means very large pictures",
             tuple(
-                Query(quantile(q, "eadaprune_stage_seconds", 'SEL,stage="total"'), f"p{q * 100:g}")
+                Query(quantile(q, "eadaprune_stage_seconds", f'{REQUESTS},stage="total"'), f"p{q * 100:g}")
                 for q in (0.5, 0.95, 0.99)
             ),
             unit="s",
@@ -236,7 +237,7 @@ TROUBLE = Row(
             "Requests per second refused for bad pruning options, or for features that are not finite. "
             "eadaprune_rejected_requests_total",
             "none; features and engine are the server's fault, the others a client's",
-            (Query(rate("eadaprune_rejected_requests_total", by="reason"), "{{reason}}"),),
+            (Query(rate("eadaprune_rejected_requests_total", REQUESTS, "reason"), "{{reason}}"),),
             width=12,
         ),
         Panel(

@@ -12,7 +12,7 @@ from vllm.multimodal.media import ImageMediaIO
 from eadaprune_vllm.models.base import PruningProcessor
 from eadaprune_vllm.models.items import still
 from eadaprune_vllm.naming import NAME, name_plugins
-from eadaprune_vllm.preview import look_at
+from eadaprune_vllm.preview import iter_preview_items
 from eadaprune_vllm.report import ItemPreview
 from eadaprune_vllm.request import Choices
 from eadaprune_vllm.server_options import Layer, ServerOptions
@@ -56,9 +56,9 @@ class OfflineModel:
         assert processor.front_end
         chosen = processor.server_options.choose(Layer("options", given))
         items = still(picture, processor.info.allowed_mm_limits)
-        (looked_at,) = look_at(processor, items, Choices(image=(chosen,), video=(chosen,)))
-        processor.front_end.ask_and_wait([looked_at.new])
+        (item,) = iter_preview_items(processor, items, Choices(image=(chosen,), video=(chosen,)))
+        processor.front_end.ask_and_wait([item.new], "preview")
         try:
-            return looked_at.preview(overlay, spectrum)
+            return item.preview(overlay, spectrum)
         except VLLMServerError as error:
             raise ValueError(str(error)) from None

@@ -1,25 +1,32 @@
 """What the operator sets, and the routes of the plugin's own."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import yaml
 from browser import Browser
+from grafana.board import ROWS
 from harness import DTYPE, Server, content
+from numpy.typing import NDArray
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 from shared import Reference
+from transformers import AutoImageProcessor
 
-from eadaprune_vllm.draw import picture
+from eadaprune_vllm.draw import picture, seen
 from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.server_options import ServerOptions
 
 Images = dict[str, Image.Image]
+RULES = Path(__file__).parents[2] / "deploy/prometheus/rules.yml"
 KEY = {"Authorization": "Bearer sesame"}
 OPTIONS: dict[str, Any] = {
     "energy": 0.9,
@@ -116,7 +123,9 @@ def test_config(guarded: Server) -> None:
     assert sorted(found["doors"]) == [*doors, "/v1/messages/count_tokens", "/v1/responses"]
 
 
-def test_preview_says_what_a_request_would_get(guarded: Server, images: Images, reference: Reference) -> None:
+def test_preview_says_what_a_request_would_get(
+    guarded: Server, images: Images, reference: Reference, model: Path
+) -> None:
     body = chat(images["astronaut"], images["noise"], eadaprune={"energy": 0.8})
     body["messages"][0]["content"][0]["eadaprune"] = {"energy": 0.6, "selector": "attention"}
     before = guarded.metric("eadaprune_images_total")
@@ -126,10 +135,11 @@ def test_preview_says_what_a_request_would_get(guarded: Server, images: Images, 
     for name in ("visual_tokens", "kept_tokens", "tokens_saved", "kv_cache_bytes_saved"):
         assert found[name] == report[name]
     expected = [
-        reference.kept(images["astronaut"], energy=0.6, selector="attention", max_tokens=150),
-        reference.kept(images["noise"], energy=0.8, max_tokens=150),
+        ("astronaut", reference.kept(images["astronaut"], energy=0.6, selector="attention", max_tokens=150)),
+        ("noise", reference.kept(images["noise"], energy=0.8, max_tokens=150)),
     ]
-    for image, same, kept in zip(found["images"], report["images"], expected, strict=True):
+    processor = AutoImageProcessor.from_pretrained(model)
+    for image, same, (name, kept) in zip(found["images"], report["images"], expected, strict=True):
         assert same.items() <= image.items()
         assert image["kept_tokens"] == len(kept)
         curve = image["curve"]
@@ -142,20 +152,19 @@ def test_preview_says_what_a_request_would_get(guarded: Server, images: Images, 
         reached = [k for k, energy in curve if energy >= image["energy_threshold"]]
         assert below[-1] < reached[0]
         assert min(max(below[-1] + 1, 16), 150) <= image["kept_tokens"] <= max(reached[0], 16)
-        assert image["overlay"].startswith("data:image/png;base64,")
+        assert image["overlay"].startswith("data:image/jpeg;base64,")
         overlay = picture(image["overlay"])
         assert overlay.size == (336, 336)
-        shown = [index for index in range(576) if patch_shown(overlay, index)]
-        # A patch that is kept may be grey itself.
-        assert set(shown) <= set(kept.indices.tolist())
-        assert len(shown) >= 0.9 * len(kept)
+        shown = patches(seen(processor, images[name]))
+        pruned = ~np.isin(np.arange(576), kept.indices)
+        shown[pruned] = 0.3 * shown[pruned] @ [[0.299], [0.587], [0.114]]  # dark and grey
+        assert np.abs(patches(overlay) - shown).max() < 10
 
 
-def patch_shown(picture: Image.Image, index: int) -> bool:
-    """Whether a patch is in colour: the others are grey."""
-    row, column = divmod(index, 24)
-    pixels = np.asarray(picture)[14 * row : 14 * row + 14, 14 * column : 14 * column + 14]
-    return bool(np.ptp(pixels, axis=2).any())
+def patches(picture: Image.Image) -> NDArray[np.float64]:
+    """``[576, 3]``, the mean colour of each: what JPEG leaves as it is."""
+    means: NDArray[np.float64] = np.asarray(picture).reshape(24, 14, 24, 14, 3).mean(axis=(1, 3))
+    return means.reshape(576, 3)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +185,12 @@ def patch_shown(picture: Image.Image, index: int) -> bool:
             "an image or video could not be read",
         ),
         ({"messages": [{"content": [{"image_url": "data:,", "uuid": "a"}] * 3}]}, 400, "At most 2 image(s)"),
+        (
+            {"messages": [{"content": [{"image_url": "data:,"}] * 9}], "overlay": True},
+            400,
+            "overlay is for previews of at most 8 images and videos, and this one has 9",
+        ),
+        ({"messages": [{"content": [{"image_url": "data:,"}] * 9}], "spectrum": True}, 400, "spectrum is for previews"),
         ({"mm_processor_kwargs": {"max_pixels": 9}}, 400, "leave mm_processor_kwargs out"),
         ({"media_io_kwargs": "video"}, 400, "leave media_io_kwargs out"),
     ],
@@ -184,6 +199,45 @@ def test_a_preview_that_cannot_be_given(guarded: Server, change: Any, status: in
     response = guarded.post("/v1/eadaprune/preview", {"messages": []} | change, **KEY)
     assert response.status_code == status, response.text
     assert words in response.json()["error"]["message"]
+
+
+WATCHED = [query.expr for row in ROWS for panel in row.panels for query in panel.queries]
+WATCHED += [rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def watched(server: Server) -> dict[str, float]:
+    """All samples that the dashboard or an alert looks at."""
+    found = {}
+    for name, matchers in re.findall(r"((?:eadaprune_|vllm:)\w+)(?:\{([^}]*)\})?", " ".join(WATCHED)):
+        fixed = [(label, value) for label, value in re.findall(r'(\w+)=~?"([^"]*)"', matchers) if "$" not in value]
+        for sample in server.samples():
+            if sample.name == name and all(re.fullmatch(value, sample.labels[label]) for label, value in fixed):
+                found[f"{name}{sample.labels}"] = sample.value
+    return found
+
+
+def test_previews_move_nothing_that_is_watched(guarded: Server, images: Images) -> None:
+    """Neither those that are given, whatever they cost, nor those that are refused. Equal images are encoded once."""
+    body = chat(images["rocket"])
+    assert guarded.post("/v1/chat/completions", body | {"max_tokens": 1}, **KEY).status_code == 200
+    guarded.wait_until_idle()
+    before = watched(guarded)
+    own = {"source": "preview"}
+    encoded, refused = (
+        partial(guarded.metric, "eadaprune_stage_seconds_count", stage="encode", **own),
+        partial(guarded.metric, "eadaprune_rejected_requests_total", reason="options", **own),
+    )
+    counts = encoded(), refused()
+    for given, status in (
+        (chat(images["moon"], images["moon"], overlay=True, spectrum=True), 200),
+        (chat(images["moon"], eadaprune={"energy": 7}), 400),
+        (chat(images["moon"], images["moon"], images["moon"]), 400),
+    ):
+        assert guarded.post("/v1/eadaprune/preview", given, **KEY).status_code == status
+    assert (encoded(), refused()) == (counts[0] + 1, counts[1] + 1)
+    assert watched(guarded) == before
+    guarded.post("/v1/chat/completions", body | {"eadaprune": {"energy": 7}}, **KEY)
+    assert watched(guarded) != before
 
 
 def test_a_preview_of_what_is_no_json(guarded: Server) -> None:

@@ -47,7 +47,7 @@ def test_preview(pruning: Server, reference: Reference, images: Images) -> None:
     body = {"messages": [{"role": "user", "content": content(images["coffee"])}], "eadaprune": ENERGY}
     found = pruning.post("/v1/eadaprune/preview", body | {"overlay": True}).json()
     assert found["kept_tokens"] == len(reference.kept(images["coffee"], **ENERGY))
-    assert found["images"][0]["overlay"].startswith("data:image/png;base64,")
+    assert found["images"][0]["overlay"].startswith("data:image/jpeg;base64,")
 
 
 def test_messages(pruning: Server, images: Images) -> None:

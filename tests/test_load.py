@@ -1,10 +1,8 @@
 """Thresholds under load: the policy, its level, and who is exempt."""
 
-import math
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,66 +172,3 @@ def test_what_is_held_keeps_the_threshold_it_last_had() -> None:
     assert front_end.in_force(choice, "a", held=True).energy == 0.9
     assert front_end.in_force(Choice(PruneOptions(energy=0.97), 0.9), "a", held=True).energy == 0.97  # asked otherwise
     assert front_end.in_force(choice, "a", held=False).energy == 0.98
-
-
-@dataclass
-class Outcome:
-    steps: int
-    preemptions: int
-    longest_queue: int
-    levels: list[float]
-
-
-def simulate(policy: LoadPolicy | None, arrivals: list[int], capacity: int = 4096, max_num_seqs: int = 12) -> Outcome:
-    """Serve requests of one image each on a toy engine: one new token per request and step, and the youngest request
-    is preempted when the KV cache overflows.
-
-    Args:
-        policy: None for thresholds that stay.
-        arrivals: how many requests come before each step; the engine then runs until all are served.
-        capacity: tokens in the KV cache.
-        max_num_seqs: most requests that run at once.
-    """
-    load = Load(policy or POLICY)
-    choice = Choice(PruneOptions(energy=0.99), policy.energy_floor if policy else None)
-    waiting: list[list[int]] = []  # each [tokens in the cache once it runs, tokens left to generate]
-    running: list[list[int]] = []
-    outcome = Outcome(0, 0, 0, [])
-    while waiting or running or outcome.steps < len(arrivals):
-        for _ in range(arrivals[outcome.steps] if outcome.steps < len(arrivals) else 0):
-            lost = 1 - choice.at(load.level).energy  # of the energy; tokens fall off steeply at first
-            waiting.append([30 + int(576 * math.exp(-25 * (lost - 0.01))), 200])
-        while (
-            waiting and len(running) < max_num_seqs and sum(tokens for tokens, _ in running) + waiting[0][0] <= capacity
-        ):
-            running.append(waiting.pop(0))
-        for request in running:
-            request[0], request[1] = request[0] + 1, request[1] - 1
-        running = [request for request in running if request[1]]
-        while sum(tokens for tokens, _ in running) > capacity:
-            waiting.insert(0, running.pop())
-            outcome.preemptions += 1
-        load.observe(0, sum(tokens for tokens, _ in running) / capacity, len(waiting))
-        outcome.levels.append(load.level)
-        outcome.longest_queue = max(outcome.longest_queue, len(waiting))
-        outcome.steps += 1
-    return outcome
-
-
-@pytest.mark.parametrize("gap", [10, 20])
-def test_in_simulation_a_burst_is_over_sooner(gap: int) -> None:
-    burst = [1 if step % gap == 0 else 0 for step in range(60 * gap)]
-    without, following = simulate(None, burst), simulate(POLICY, burst)
-    assert without.preemptions > 10
-    assert following.preemptions < without.preemptions / 2
-    assert following.longest_queue < without.longest_queue * 2 / 3
-    assert following.steps < without.steps * 2 / 3
-    assert following.levels[0] == following.levels[-1] == 0
-    changes = sum(a != b for a, b in zip(following.levels, following.levels[1:], strict=False))
-    assert changes < len(burst) / 10
-
-
-def test_in_simulation_nothing_changes_without_load() -> None:
-    trickle = [1 if step % 150 == 0 else 0 for step in range(1500)]
-    assert set(simulate(POLICY, trickle).levels) == {0}
-    assert simulate(POLICY, trickle).steps == simulate(None, trickle).steps

@@ -24,12 +24,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader import utils as loader
+from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm import startup
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.models import ARCHITECTURES
+from eadaprune_vllm.models import ARCHITECTURES, adapter
 from eadaprune_vllm.models.items import New
 from eadaprune_vllm.options import CHUNK, PruneOptions
 from eadaprune_vllm.prune import Kept, prune
@@ -182,6 +183,13 @@ def test_tables_of_rotary_embeddings_reach_as_far_as_positions_may(load: Callabl
     layers = load(name).model.modules()
     tables = [layer.cos_sin_cache for layer in layers if isinstance(layer, MRotaryEmbedding)]
     assert {len(table) for table in tables} == {4 * 4096}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_our_classes_have_the_names_of_vllms(name: str) -> None:
+    """By which drafters of speculative decoding know them."""
+    _, stock = _MULTIMODAL_MODELS[name]
+    assert adapter(name).__name__ == stock
 
 
 def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:

@@ -1,12 +1,14 @@
 """What front ends and engine say to each other arrives as it was said."""
 
 import gc
+import struct
 import weakref
 from dataclasses import fields, replace
 
+import msgspec
 import pytest
 import torch
-from samples import decided, item, kept, question
+from samples import decided, item, kept
 
 from eadaprune_vllm import wire
 from eadaprune_vllm.prune import Kept
@@ -106,7 +108,14 @@ def test_nothing_arrives_of_nothing() -> None:
 
 
 def test_what_was_cut_off_is_not_taken_for_a_message() -> None:
-    data = pack([question(), question()])
-    for length in (4, len(data) // 2, len(data) - 1):
-        with pytest.raises(Exception, match=r"."):
+    data = pack([Question("image", item(pixel_values=torch.randn(30, 40)), "{}", 6)])
+    (first,) = struct.unpack_from("<Q", data)
+    cuts: list[tuple[int, type[Exception]]] = [
+        (4, struct.error),  # in the size of a frame
+        (8 + first // 2, msgspec.DecodeError),  # in the first frame
+        (8 + first, IndexError),  # before the tensor, which is a frame of its own
+        (len(data) - 1, RuntimeError),  # in the tensor
+    ]
+    for length, error in cuts:
+        with pytest.raises(error):
             questions(data[:length])

@@ -28,6 +28,8 @@ class Pruned(SupportsMultiModal):
 
     Modifications:
     - embeds an item that comes as rows by them
+    - has the name of vLLM's class, by which drafters of speculative decoding know where its configuration has the
+      placeholder
 
     Attributes:
         eadaprune_modalities: what it takes that can be pruned.
@@ -42,6 +44,13 @@ class Pruned(SupportsMultiModal):
     eadaprune_takes_embeddings: ClassVar[bool] = True
     eadaprune_energy: ClassVar[float | None] = None
     eadaprune_observes: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = (
+            base for base in cls.__mro__ if issubclass(base, torch.nn.Module) and base.__module__.startswith("vllm.")
+        )
+        cls.__name__ = next((base.__name__ for base in stock), cls.__name__)
 
     @override
     def embed_multimodal(self, **kwargs: Any) -> Any:

@@ -1,12 +1,15 @@
 """Admission: a request counts once it has passed vLLM's own checks and is sent to the engine, where its images are
 known by what is kept of them."""
 
+from dataclasses import replace
 from typing import Any
 
 from eadaprune_vllm.models.items import digest
 from eadaprune_vllm.models.pruned import KEPT
 from eadaprune_vllm.options import KEY
 from eadaprune_vllm.seams.wrap import wrap
+
+_LOST = "a beam search with an image that is cached may fail, if the engine decided about that image again"
 
 
 def install() -> None:
@@ -21,11 +24,20 @@ def install() -> None:
         for feature in request.mm_features:
             feature.identifier = prompt[KEY].identifiers[feature.mm_hash]
         input_processor.renderer.mm_processor.front_end.admit(prompt[KEY])
-        if input_processor.vllm_config.observability_config.otlp_traces_endpoint:
+        if prompt[KEY].reports and input_processor.vllm_config.observability_config.otlp_traces_endpoint:
             from eadaprune_vllm.tracing import trace_pruning  # vLLM checks that OpenTelemetry is installed
 
             request.trace_headers = trace_pruning(request.trace_headers, prompt[KEY])
         return request
+
+    @wrap("vllm.entrypoints.generate.beam_search.utils:BeamSearchSequence.get_prompt", nicety=_LOST)
+    def get_prompt(original: Any, beam: Any) -> Any:
+        """Each step of each beam is a request, which vLLM makes of tokens and items: identifiers go along, and nothing
+        that would be counted with each."""
+        prompt = original(beam)
+        if KEY in beam.orig_prompt:
+            prompt[KEY] = replace(beam.orig_prompt[KEY], reports={}, timings=())
+        return prompt
 
 
 def _identify(features: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ from eadaprune_vllm.demo.server import VLLM
 from eadaprune_vllm.demo.server import Server as PlainServer
 from eadaprune_vllm.draw import data_url
 
-__all__ = ["BLOCK_SIZE", "DTYPE", "KV_BYTES", "MAX_DECODED", "VLLM", "PlainServer", "Server", "content", "environment"]
+__all__ = [
+    "BLOCK_SIZE",
+    "DTYPE",
+    "KV_BYTES",
+    "MAX_DECODED",
+    "VLLM",
+    "PlainServer",
+    "Server",
+    "content",
+    "environment",
+    "eventually",
+]
 
 # On every machine: half the digits round otherwise in other company, and decisions are compared to the token.
 DTYPE = "float32"
@@ -89,12 +101,17 @@ class Server(PlainServer):
         return next(sample.labels[label] for sample in self.samples() if sample.name == name)
 
     def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if not self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting"):
-                return
-            time.sleep(0.2)
-        raise AssertionError("requests are left in the engine")
+        """Until no request is left in the engine, nor any block of one."""
+        gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        eventually(lambda: not any(map(self.metric, gauges)))
+
+
+def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} seconds"
+        time.sleep(0.2)
 
 
 def content(*parts: Image.Image | str) -> list[Any]:

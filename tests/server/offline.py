@@ -10,6 +10,7 @@ from harness import DTYPE
 from PIL import Image
 from shared import noise, photo
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 from eadaprune_vllm.draw import data_url
 from eadaprune_vllm.engine import decide
@@ -75,8 +76,14 @@ def whims(llm: LLM) -> dict[str, Any]:
         return {"energy": 0.5, "min_tokens": k, "max_tokens": k}
 
     def ask(*requests: Any) -> list[tuple[int, list[int]]]:
-        outputs = llm.generate([*requests], SamplingParams(max_tokens=6, temperature=0), use_tqdm=False)
+        sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+        outputs = llm.generate([*requests], sampling, use_tqdm=False)
         return [(len(out.prompt_token_ids or []), list(out.outputs[0].token_ids)) for out in outputs]
+
+    def search(request: Any) -> tuple[int, list[int]]:
+        (beams,) = llm.beam_search([request], BeamSearchParams(1, 6, ignore_eos=True))
+        tokens = beams.sequences[0].tokens
+        return len(tokens) - 6, tokens[-6:]
 
     def whim(encoding: Any, options: Any) -> Any:
         return prune(encoding, options.model_copy(update=fixed(draw.choice(budgets))))
@@ -85,11 +92,22 @@ def whims(llm: LLM) -> dict[str, Any]:
     for number in range(30):
         engine.reset_mm_cache()
         first, second, _, last = ask(prompt(image), prompt(image), prompt(noise(number)), prompt(image))
-        found += [first, second, last]
+        found += [first, second, last, search(prompt(image))]
     decide.prune = prune  # type: ignore[attr-defined]
     engine.reset_mm_cache()
     llm.reset_prefix_cache()
     return {"whims": found, "fixed": [*ask(*(prompt(image, **fixed(k)) for k in budgets))]}
+
+
+def beams(llm: LLM) -> dict[str, Any]:
+    """All tokens of beams, the best first: of a search with one beam, of one with several, and of a greedy answer."""
+    asked = prompt(photo("coffee"), energy=0.9)
+    one, several = (
+        [beam.tokens for beam in llm.beam_search([asked], BeamSearchParams(width, 6, ignore_eos=True))[0].sequences]
+        for width in (1, 3)
+    )
+    (greedy,) = llm.generate(asked, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    return {"beams": [one, several], "greedy": [*(greedy.prompt_token_ids or ()), *greedy.outputs[0].token_ids]}
 
 
 def embeddings(model: str, settings: dict[str, Any]) -> list[tuple[int, list[float]]]:
@@ -110,5 +128,5 @@ if __name__ == "__main__":
     llm = LLM(model, mm_processor_kwargs={"eadaprune": options}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":
-        result |= blocks(llm) | whims(llm)
+        result |= beams(llm) | blocks(llm) | whims(llm)
     print("RESULT", json.dumps(result))

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,13 +143,22 @@ def test_requests_that_are_out_of_date_are_cancelled(browser: Browser, coffee: P
     browser.picture(coffee)
     browser.wait("#kept")
     browser.driver.execute_cdp_cmd("Network.enable", {})
-    slow: dict[str, Any] = {"offline": False, "latency": 2000, "downloadThroughput": -1, "uploadThroughput": -1}
+    # Longer than it takes to send the next.
+    slow: dict[str, Any] = {"offline": False, "latency": 10_000, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
-    for _ in range(3):
+
+    def previews() -> list[dict[str, Any]]:
+        return [sent for sent in browser.network(SENT) if sent["request"]["url"].endswith("/preview")]
+
+    def ask_anew() -> None:
+        before = len(previews())
         browser.press("#slider", *[Keys.ARROW_RIGHT] * 10)  # one request for all
-        time.sleep(0.5)
+        browser.until(lambda: len(previews()) > before)
+
+    for _ in range(3):
+        ask_anew()
     browser.wait("#threshold", has=str(browser.find("#value").get_property("value")))
-    sent = [sent for sent in browser.network(SENT) if sent["request"]["url"].endswith("/preview")]
+    sent = previews()
     assert len(sent) == 4
     cancelled = [failed["requestId"] for failed in browser.network("loadingFailed") if failed["canceled"]]
     assert cancelled == [each["requestId"] for each in sent[1:3]]

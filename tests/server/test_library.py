@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from library import FACTOR
+from library import FACTOR, is_scaled
 from safetensors.torch import load_file, save_file
 from shared import Reference, photo
 from test_offline import run
@@ -17,12 +17,12 @@ ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 @pytest.fixture(scope="module")
 def other_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with another projector."""
+    """The same model with another tower."""
     folder = tmp_path_factory.mktemp("models") / "other"
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
-        if "multi_modal_projector" in name:
+        if is_scaled(name):
             weight *= FACTOR
     save_file(weights, folder / "model.safetensors")
     return folder
@@ -41,15 +41,15 @@ def test_nothing_of_old_weights_is_served(model: Path, other_model: Path) -> Non
 
     before, again = found["before"]
     assert not differs(before, again)
-    assert again["cached"] > 64
+    assert again["cached"] > 0
     assert differs(before, fresh)
     for way in ("reloaded", "function", "extension"):
         first, second = found[way]
         assert not differs(first, fresh)
         assert not differs(second, fresh)
-        assert first["cached"] < 64 < second["cached"]
+        assert first["cached"] == 0 < second["cached"]
         assert not differs(found[f"before {way}"][0], before)
-    assert found["kept"][0]["cached"] > 64  # a call that leaves weights alone costs nothing
+    assert found["kept"][0]["cached"] > 0  # a call that leaves weights alone costs nothing
 
 
 def test_an_engine_that_dies_while_it_is_asked_is_an_error(model: Path) -> None:

@@ -17,7 +17,8 @@ SCRIPT = Path(__file__).with_name("offline.py")
 
 
 def run(what: str, *models: Path, script: Path = SCRIPT, **env: str) -> dict[str, Any]:
-    path = os.pathsep.join(str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
+    own = (str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *own])
     output = subprocess.run(
         [sys.executable, str(script), what, *map(str, models)],
         env=environment(VLLM_PLUGINS="eadaprune", PYTHONPATH=path, VLLM_ALLOW_INSECURE_SERIALIZATION="1", **env),
@@ -71,8 +72,17 @@ def test_two_decisions_about_one_image_never_meet(found: Found) -> None:
     fixed = dict(inside["fixed"])
     assert len(fixed) == 3
     assert {tokens for tokens, _ in inside["whims"]} == fixed.keys()
-    assert len(inside["whims"]) == 90
+    assert len(inside["whims"]) == 120
     assert all(answer == fixed[tokens] for tokens, answer in inside["whims"])
+
+
+def test_beam_search(found: Found, reference: Reference) -> None:
+    _, inside = found
+    (one,), several = inside["beams"]
+    assert one == inside["greedy"]
+    assert len(several) == len({*map(tuple, several)}) == 3
+    kept = len(reference.kept(photo("coffee"), energy=0.9))
+    assert {len(beam) for beam in several} == {inside["tokens"][2] - 576 + kept + 6}
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
 # Most bodies do not even hold the word, and may be long. JSON may write its letters as escapes, or in UTF-16.
 _WORD = re.compile(KEY.encode() + rb"|\\u00|\x00")
-_FIRST_EVENT = re.compile(r"^data: \{", re.MULTILINE)
+_FIRST_EVENT = re.compile(r"^data: \{(\s*\})?", re.MULTILINE)
 
 
 class PruningRoute(APIRoute):
@@ -144,7 +144,9 @@ def _reported(response: Response, report: Report | None, in_body: bool) -> Respo
         response.body_iterator = _with_first_event(response.body_iterator, member)
     elif response.media_type == "application/json" and bytes(response.body).endswith(b"}"):
         # Neither parsed nor rendered again: it may be long.
-        response.body = bytes(response.body)[:-1] + f",{member}}}".encode()
+        start = bytes(response.body)[:-1].rstrip()
+        comma = "" if start == b"{" else ","
+        response.body = start + f"{comma}{member}}}".encode()
         response.headers["content-length"] = str(len(response.body))
     return response
 
@@ -154,5 +156,6 @@ async def _with_first_event(chunks: Any, member: str) -> AsyncIterator[Any]:
     waiting = True
     async for chunk in chunks:
         if waiting and isinstance(chunk, str) and _FIRST_EVENT.search(chunk):
-            chunk, waiting = _FIRST_EVENT.sub(lambda start: f"{start[0]}{member},", chunk, count=1), False
+            chunk = _FIRST_EVENT.sub(lambda start: f"data: {{{member}{'}' if start[1] else ','}", chunk, count=1)
+            waiting = False
         yield chunk

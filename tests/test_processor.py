@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from prometheus_client import CollectorRegistry
 from samples import decided, explained
@@ -48,9 +49,12 @@ class Numbering(BaseMultiModalProcessor):  # type: ignore[misc]
         return PromptUpdateDetails.select_token_id([index, *tokens], tokens[0])
 
 
-def build(model: Path, **changes: Any) -> PruningProcessor:
+def build(model: Path, flags: dict[str, Any] | None = None, **changes: Any) -> PruningProcessor:
     """That of our class for a model, with changes to what makes it."""
-    config = EngineArgs(str(model), max_model_len=MAX_MODEL_LEN, limit_mm_per_prompt={"image": 4}).create_model_config()
+    limits = {"image": 4}
+    config = EngineArgs(
+        str(model), max_model_len=MAX_MODEL_LEN, limit_mm_per_prompt=limits, **flags or {}
+    ).create_model_config()
     setattr(config.get_multimodal_config(), KEY, ServerOptions(energy=0.5, min_share=0, min_tokens=LEAST))
     context = MULTIMODAL_REGISTRY._create_processing_ctx(config)
     factory = replace(adapter(config.architecture)._processor_factory, **changes)
@@ -122,6 +126,27 @@ def test_nothing_is_asked_about_what_keeps_everything(processor: PruningProcesso
     made = apply(processor, {"energy": 1.0}, images["coffee"])
     assert [place.length for place in made["mm_placeholders"]["image"]] == [576]
     assert "pixel_values" in made["mm_kwargs"]["image"][0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])
+@pytest.mark.parametrize("options", [{}, {"energy": 1.0}, {"enabled": False}])
+@pytest.mark.parametrize(("name", "modality"), [("llava", "image"), ("qwen2_5_vl", "image"), ("qwen2_5_vl", "video")])
+def test_embeddings_that_are_not_finite_are_refused(
+    model: Path, family: Family, name: str, modality: str, options: Any, value: float
+) -> None:
+    """Also where nothing may be pruned, and what is too large for the model's dtype."""
+    processor = build(
+        model if name == "llava" else family(name), flags={"enable_mm_embeds": True, "dtype": torch.float16}
+    )
+    rows = torch.ones(2, 4, processor.info.ctx.model_config.get_inputs_embeds_size())
+    rows[1, 2, 3] = value
+    data: Any = rows
+    if name != "llava":
+        data = {f"{modality}_embeds": rows.flatten(0, 1), f"{modality}_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+        data |= {"second_per_grid_ts": torch.ones(2)} if modality == "video" else {}
+    given = ProcessorInputs([], processor.info.parse_mm_data({modality: data}), hf_processor_mm_kwargs={KEY: options})
+    with pytest.raises(VLLMValidationError, match=f"embeddings of {modality} 1 hold NaN, infinity or values too large"):
+        processor.apply(given, TimingContext(enabled=False))
 
 
 def test_one_image_of_two_requests_is_read_once(processor: PruningProcessor, images: Images) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.report import ItemReport, Pruning
 from eadaprune_vllm.request import RequestContext, current, in_context
@@ -29,6 +30,7 @@ class Body(BaseModel):
     messages: list[Any] = []
     stream: bool = False
     wait: bool = False
+    empty: bool = False
     images: int = 1
 
 
@@ -44,11 +46,15 @@ def app() -> FastAPI:
         if body.wait:
             await asyncio.sleep(60)
         if body.stream:
-            return StreamingResponse(events(), media_type="text/event-stream")
+            return StreamingResponse(events(body.empty), media_type="text/event-stream")
+        if body.empty:
+            return {}
         return {"options": context.options, "header": context.header}
 
-    async def events() -> AsyncIterator[str]:
+    async def events(empty: bool) -> AsyncIterator[str]:
         yield ": keep-alive\n\n"
+        if empty:
+            yield "data: {}\n\n"
         for number in range(3):
             yield f'event: x\ndata: {{"number": {number}}}\n\n'
         yield "data: [DONE]\n\n"
@@ -150,6 +156,15 @@ def test_the_context_of_a_stream_ends_with_it() -> None:
     asyncio.run(consume())
 
 
+def test_the_report_may_be_all_there_is(app: FastAPI) -> None:
+    whole, streamed = post(app, DOOR, {"empty": True}, {"empty": True, "stream": True})
+    assert whole.json().keys() == {"eadaprune"}
+    assert int(whole.headers["content-length"]) == len(whole.content)
+    first, second = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")][:2]
+    assert first.keys() == {"eadaprune"}
+    assert second == {"number": 0}
+
+
 def test_the_type_of_a_body_may_be_written_in_capitals(app: FastAPI) -> None:
     (response,) = post(
         app, DOOR, {"messages": [], "eadaprune": {"energy": 0.5}}, headers={"Content-Type": "Application/JSON"}
@@ -168,7 +183,9 @@ def test_the_type_of_a_body_may_be_written_in_capitals(app: FastAPI) -> None:
     ],
 )
 def test_options_in_the_wrong_place_are_refused(app: FastAPI, body: Any) -> None:
-    with pytest.raises(Exception, match="eadaprune belongs to the request, or to a content part that is an image"):
+    with pytest.raises(
+        VLLMValidationError, match="eadaprune belongs to the request, or to a content part that is an image"
+    ):
         post(app, DOOR, body)
 
 
@@ -187,7 +204,9 @@ def test_no_images_no_report(app: FastAPI) -> None:
 @pytest.mark.parametrize("body", [{"eadaprune": {}}, {"parts": [{"type": "image_url", "eadaprune": {"energy": 1}}]}])
 def test_requests_without_images_refuse_the_field(app: FastAPI, body: Any) -> None:
     for path in (OTHER, DOOR):
-        with pytest.raises(Exception, match=f"eadaprune does nothing at {path}: this request takes no images"):
+        with pytest.raises(
+            VLLMValidationError, match=f"eadaprune does nothing at {path}: this request takes no images"
+        ):
             post(app, path, body)
     for allowed in ({}, {"eadaprune": None}, {"prompt": "eadaprune"}):
         assert post(app, OTHER, allowed)[0].status_code == 200
@@ -199,7 +218,7 @@ def test_the_field_is_refused_however_it_is_written(app: FastAPI, body: bytes) -
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             await client.post(OTHER, content=body, headers={"content-type": "application/json"})
 
-    with pytest.raises(Exception, match=f"eadaprune does nothing at {OTHER}"):
+    with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing at {OTHER}"):
         asyncio.run(send())
 
 
@@ -212,7 +231,7 @@ def test_a_door_that_takes_text_only_is_none(app: FastAPI) -> None:
     app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
     assert documented(app.routes[-1]) == {}  # type: ignore[arg-type]
     assert post(app, path, {"input": "a"})[0].status_code == 200
-    with pytest.raises(Exception, match=f"eadaprune does nothing at {path}: this request takes no images"):
+    with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing at {path}: this request takes no images"):
         post(app, path, {"input": "a", "eadaprune": {"energy": 0.5}})
 
 

@@ -21,7 +21,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm.front_end import FrontEnd
 from eadaprune_vllm.models import adapter
-from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, may_prune, split, to_client
+from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, check_finite, may_prune, split, to_client
 from eadaprune_vllm.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.request import Choices, RequestContext, refusals, request_layers
 from eadaprune_vllm.server_options import ServerOptions
@@ -85,6 +85,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         rule = {"budget": self.server_options.budget} | ({"weights": weights} if weights else {})
         of: dict[str, list[Item]] = {}
         for modality, of_each in inputs.mm_data_items.items():
+            check_finite(modality, of_each, self.info.ctx.model_config.dtype)
             of[modality] = []
             choices = given.along(names[modality])
             for name, choice, image_hash, data in zip(names[modality], choices, hashes[modality], of_each, strict=True):

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
 from eadaprune_vllm.models.pruned import KEPT, ROWS
 from eadaprune_vllm.options import CHUNK, KEY, MODALITIES, PruneOptions
-from eadaprune_vllm.prune import Kept
+from eadaprune_vllm.prune import Kept, finite
 from eadaprune_vllm.report import ItemReport, Pruning, Timing
 from eadaprune_vllm.server_options import Choice
 from eadaprune_vllm.wire import Answer, Decided, Failed, Question
@@ -255,6 +256,22 @@ def still(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, list[Any
     frames = np.stack([np.asarray(picture)] * _FRAMES)
     metadata = {"fps": 1.0, "frames_indices": [*range(_FRAMES)], "total_num_frames": _FRAMES, "do_sample_frames": False}
     return {"video": [(frames, metadata)]}
+
+
+def check_finite(modality: str, items: Any, dtype: torch.dtype) -> None:
+    """Raises:
+    VLLMValidationError: if embeddings of a client are not finite in the model's dtype. In the KV cache they would
+        outlive their request and spoil others.
+    """
+    if not isinstance(items, EmbeddingItems | DictEmbeddingItems):
+        return
+    for index, item in enumerate(items):
+        tensors = item.values() if isinstance(item, Mapping) else [item]
+        if not all(finite(of.to(dtype)) for of in tensors if of is not None and of.is_floating_point()):
+            raise VLLMValidationError(
+                f"embeddings of {modality} {index} hold NaN, infinity or values too large for {dtype}",
+                parameter="messages",
+            )
 
 
 def may_prune(options: PruneOptions) -> bool:

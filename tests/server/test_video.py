@@ -119,7 +119,10 @@ def test_embeddings_are_pruned_as_the_image_is_by_span(
     assert found["choices"][0]["message"]["content"] == image["choices"][0]["message"]["content"]
 
 
-def test_embeddings_that_cannot_be_are_refused(qwen: Server, encoded: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("options", [{"energy": 1.0}, SOME])
+def test_embeddings_that_cannot_be_are_refused(
+    qwen: Server, encoded: dict[str, torch.Tensor], options: dict[str, Any]
+) -> None:
     rows, grid = encoded["image_embeds"], encoded["image_grid_thw"]
     bad = rows.clone()
     bad[3] = torch.nan
@@ -129,7 +132,7 @@ def test_embeddings_that_cannot_be_are_refused(qwen: Server, encoded: dict[str, 
         embeds(image_embeds=rows, image_grid_thw=grid * 2),
         embeds(image_embeds=rows[:, :-1], image_grid_thw=grid),
     ):
-        response = ask_embeds(qwen, part, SOME)
+        response = ask_embeds(qwen, part, options)
         assert response.status_code == 400, response.text
     assert chat(qwen, "square", TEXT)["status"] == 200
 

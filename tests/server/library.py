@@ -119,9 +119,9 @@ async def asynchronous(model: str) -> dict[str, Any]:
     found["rendered"] = await count("rendered", rendered)
     found["stream"] = await count("stream", stream(rendered))
     try:
-        await count("raw stream", stream(image))
+        await count("raw stream", stream(prompt(photo("coffee"))))  # which no cache has
     except Exception as error:
-        found["error"] = str(error.__cause__ or error)
+        found["error"] = f"{error} {error.__cause__}"
     found["after"] = await count("after", image)
     llm.shutdown()
     return found

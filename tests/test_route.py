@@ -160,7 +160,8 @@ def test_the_report_may_be_all_there_is(app: FastAPI) -> None:
     whole, streamed = post(app, DOOR, {"empty": True}, {"empty": True, "stream": True})
     assert whole.json().keys() == {"eadaprune"}
     assert int(whole.headers["content-length"]) == len(whole.content)
-    first, second = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: ")][:2]
+    events = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: ")]
+    first, second = map(json.loads, events[:2])
     assert first.keys() == {"eadaprune"}
     assert second == {"number": 0}
 

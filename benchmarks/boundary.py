@@ -58,7 +58,7 @@ def answer(question: Question) -> Decided:
     """Rows of as many bytes, of as many tokens, as the question says in its options."""
     row, kept = map(int, question.options.split())
     indices = torch.arange(kept)
-    decision = Kept(indices, indices, TOKENS, 0, 1.0, None, "span")
+    decision = Kept(indices, indices, TOKENS, 0, 1.0, 1.0, None, "span")
     return Decided(decision, torch.zeros(kept, row, dtype=torch.uint8), {})
 
 

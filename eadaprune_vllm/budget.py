@@ -10,11 +10,15 @@ from numpy.typing import NDArray
 
 from eadaprune_vllm.options import PruneOptions
 
-# float32 eigenvalues make the cumulative energy uncertain by about this share of the total. A threshold met only
-# within it counts as not met, so that k is rounded up at ties.
-TIE_TOLERANCE = 1e-6
+TIE_TOLERANCE = 1e-6  # see ``due``
 _DIGITS = 6  # of a threshold that is solved for
 _FULL_RANK = 0.9  # if no picture needs this share of its tokens at any threshold, its features are of a smaller one
+
+
+def due(energy: float | NDArray[np.float64]) -> Any:
+    """What tokens must hold for a threshold to count as met. It is a little more, so that rounding does not decide at
+    ties, and k is rounded up: at most ``TIE_TOLERANCE`` of the energy, and a thousandth of what may be left out."""
+    return energy + np.minimum(TIE_TOLERANCE, (1 - np.asarray(energy)) / 1000)
 
 
 def needed(needed_above: NDArray[np.float64], energy: float | NDArray[np.float64]) -> Any:
@@ -27,7 +31,7 @@ def needed(needed_above: NDArray[np.float64], energy: float | NDArray[np.float64
     Returns:
         An integer, or an array of such.
     """
-    reached = np.searchsorted(needed_above, np.minimum(np.add(energy, TIE_TOLERANCE), 1.0))
+    reached = np.searchsorted(needed_above, due(energy))
     return np.where(np.less(energy, 1), reached, len(needed_above))
 
 

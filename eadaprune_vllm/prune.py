@@ -12,7 +12,7 @@ from eadaprune_vllm.budget import clamped
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.options import Bound, Budget, PruneOptions
 from eadaprune_vllm.selectors import BY_ATTENTION, SELECTORS, VisualTokens
-from eadaprune_vllm.spectrum import Spectrum, spanned, spectra
+from eadaprune_vllm.spectrum import Spectrum, precision, spanned, spectra
 
 # Most tokens with one spectrum and one selection, by scope: these take time with the square and the cube of them.
 WINDOW = {"tile": 1024, "image": 4096}
@@ -91,7 +91,7 @@ class Encoding:
     layout: Layout
     budget: Budget = "spectrum"
     _parts: dict[str, list[tuple[torch.Tensor, VisualTokens]]] = field(default_factory=dict, repr=False)
-    _spectra: dict[str, Spectrum] = field(default_factory=dict, repr=False)
+    _spectra: dict[tuple[str, torch.dtype], Spectrum] = field(default_factory=dict, repr=False)
 
     def parts(self, scope: str) -> list[tuple[torch.Tensor, VisualTokens]]:
         """What the option ``scope`` gives a budget of its own: the tokens of each part, after their indices ``[n]``
@@ -114,9 +114,10 @@ class Encoding:
         parts = [tokens for _, tokens in self.parts(scope)]
         if self.budget == "span":
             return spanned(parts, energy, least)
-        if scope not in self._spectra:
-            self._spectra[scope] = Spectrum.of(parts)
-        return self._spectra[scope]
+        key = scope, precision(energy)
+        if key not in self._spectra:
+            self._spectra[key] = Spectrum.of(parts, key[1])
+        return self._spectra[key]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ class Kept:
         placeholders: ``[p]`` int64, ascending, the placeholders that stay: these tokens and their newlines.
         unpruned: how many placeholders there are unpruned.
         skipped: by how much positions may run ahead of tokens at most (M-RoPE).
-        energy: share of the spectral energy that a budget of k holds.
+        spectral_energy: share of the energy that the k largest singular values hold; None if none were computed.
+        span_energy: share of the energy in the span of these tokens, of each part in that of its own; None if it is not
+            known, as of other selectors than ``span``.
         bound: the option that decided on k in the threshold's place.
         selector: what chose them.
         spectrum_seconds: time the spectrum took.
@@ -139,7 +142,8 @@ class Kept:
     placeholders: torch.Tensor
     unpruned: int
     skipped: int
-    energy: float
+    spectral_energy: float | None
+    span_energy: float | None
     bound: Bound | None
     selector: str
     spectrum_seconds: float = 0
@@ -157,19 +161,31 @@ class Kept:
 def compute_spectra(encodings: Sequence[Encoding], options: Sequence[PruneOptions]) -> None:
     """Compute the spectra that ``prune`` goes by with these options, all at once."""
     wanting = [
-        (encoding, each.scope)
+        (encoding, each.scope, precision(each.energy))
         for encoding, each in zip(encodings, options, strict=True)
         if encoding.budget == "spectrum" and _by_threshold(encoding.tokens, each)
     ]
-    parts = [[tokens for _, tokens in encoding.parts(scope)] for encoding, scope in wanting]
-    for (encoding, scope), spectrum in zip(wanting, spectra(parts), strict=True):
+    parts = [[tokens for _, tokens in encoding.parts(scope)] for encoding, scope, _ in wanting]
+    found = spectra(parts, [dtype for _, _, dtype in wanting])
+    for (encoding, scope, dtype), spectrum in zip(wanting, found, strict=True):
         if spectrum:  # or else ``prune`` says why not
-            encoding._spectra[scope] = spectrum
+            encoding._spectra[scope, dtype] = spectrum
 
 
 def _by_threshold(tokens: VisualTokens, options: PruneOptions) -> bool:
     fewer = options.max_tokens is not None and options.max_tokens < tokens.num_tokens
     return options.enabled and (options.energy < 1 or fewer)
+
+
+def _span_energy(parts: Sequence[VisualTokens], budgets: Sequence[int]) -> float | None:
+    """The share of all parts' energy in the spans of the tokens that ``span`` has chosen of each."""
+    total, held = 0.0, 0.0
+    for tokens, budget in zip(parts, budgets, strict=True):
+        of_part = tokens.pivots.held(budget)
+        if of_part is None:
+            return None
+        total, held = total + tokens.pivots.total, held + of_part
+    return held / total if total else 1.0
 
 
 def finite(rows: torch.Tensor) -> bool:
@@ -189,7 +205,9 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
     tokens = encoding.tokens
     if not finite(tokens.features):
         raise NonFiniteFeaturesError("the vision tower produced NaN or infinite features for this image")
-    k, energy, budgets, seconds = tokens.num_tokens, 1.0, None, 0.0
+    k, budgets, seconds = tokens.num_tokens, None, 0.0
+    spectral_energy: float | None = 1.0
+    span_energy: float | None = 1.0
     bound: Bound | None = None
     if _by_threshold(tokens, options):
         spectrum = encoding.spectrum(options.scope, options.energy, options.floor(tokens.num_tokens))
@@ -199,17 +217,17 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
             bound = "min_tokens" if options.floor(tokens.num_tokens) == options.min_tokens else "min_share"
         elif k < needed:
             bound = "max_tokens"
-        energy, budgets, seconds = spectrum.energy_at(k), spectrum.allocate(k), spectrum.seconds
+        budgets, seconds = spectrum.allocate(k), spectrum.seconds
     start = time.perf_counter()
     selector = "span" if tokens.attention is None and options.selector in BY_ATTENTION else options.selector
     if budgets is None or k == tokens.num_tokens:
         indices = torch.arange(k)
     else:
-        chosen = [
-            members[SELECTORS[selector](part, budget)]
-            for (members, part), budget in zip(encoding.parts(options.scope), budgets, strict=True)
-        ]
-        indices = torch.cat(chosen).sort().values
+        members, parts = zip(*encoding.parts(options.scope), strict=True)
+        chosen = [SELECTORS[selector](part, budget) for part, budget in zip(parts, budgets, strict=True)]
+        indices = torch.cat([own[picks] for own, picks in zip(members, chosen, strict=True)]).sort().values
+        spectral_energy = spectrum.energy_at(k) if encoding.budget == "spectrum" else None
+        span_energy = _span_energy(parts, budgets) if selector == "span" else None
     assert len(indices) == k
     layout = encoding.layout
     return Kept(
@@ -217,7 +235,8 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         layout.placeholders(indices),
         len(layout.is_newline),
         max(layout.extent - k, 0),
-        energy,
+        spectral_energy,
+        span_energy,
         bound,
         selector,
         seconds,

@@ -28,7 +28,14 @@ class ItemReport(BaseModel):
     )
     energy_threshold: float = Field(description="The threshold in force.")
     energy_requested: float = Field(description="The threshold asked for; load may have lowered it.")
-    energy_kept: float = Field(description="Share of the spectral energy that a budget of so many tokens holds.")
+    spectral_energy: float | None = Field(
+        description="Share of the spectral energy that as many singular values hold as tokens stay; null if budgets go "
+        "by span, which takes no singular values.",
+    )
+    span_energy: float | None = Field(
+        description="Share of the energy that lies in the span of the tokens that stay, of each tile or window by "
+        "itself; null where it is not known, as with other selectors than 'span'.",
+    )
     target: float | None = Field(
         default=None,
         description="The mean share of tokens that the threshold stands for; null if it was named itself.",

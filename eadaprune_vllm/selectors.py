@@ -7,6 +7,7 @@ Every selector must be deterministic; at ties the lower index wins. What it cost
 each step of a greedy selector looks at every token.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 
 # Tokens that are chosen one by one. Of more, the rest are chosen at once, by what they are worth after these.
 GREEDY_STEPS = 1024
+# What is left of a token below this share of its own energy is rounding error of float32, which stays below half of it.
+_ROUNDING = 64 * np.finfo(np.float32).eps
+_precision = threading.Lock()
 
 
 class Pivots:
@@ -27,6 +31,7 @@ class Pivots:
         gram: ``[N, N]`` float32, ``X X^T``.
 
     Attributes:
+        total: ``||X||_F^2``, which may not be finite.
         chosen: tokens, in this order.
         gains: by how much the energy in their span grew with each, so that the first j sum to ``||P X||_F^2``.
         residual: ``[N]`` float32, for every token the squared norm of its part outside the span, so that it sums to
@@ -37,9 +42,9 @@ class Pivots:
         self.chosen: list[int] = []
         self.gains: list[float] = []
         self.residual = gram.diagonal().copy()
+        self.total = float(self.residual.sum(dtype=np.float64))
         self._gram = gram
-        # Below this a residual is rounding error of float32, not energy.
-        self._rounding = self.residual.max() * np.finfo(np.float32).eps * len(gram)
+        self._rounding = self.residual * _ROUNDING
         self._factor = np.empty((min(len(gram), GREEDY_STEPS), len(gram)), np.float32)
 
     def choose(self, k: int, energy: float = 0.0) -> None:
@@ -50,9 +55,11 @@ class Pivots:
             if step >= k and held >= energy:
                 break
             pivot = int(residual.argmax())
-            if residual[pivot] <= self._rounding:
-                residual[residual > -np.inf] = 0  # nothing is left of any
-                break
+            if residual[pivot] <= self._rounding[pivot]:
+                residual[(residual <= self._rounding) & (residual > -np.inf)] = 0  # nothing is left of these
+                pivot = int(residual.argmax())
+                if residual[pivot] <= 0:
+                    break
             row = (self._gram[pivot] - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
             factor[step] = row
             squares = row * row
@@ -61,6 +68,12 @@ class Pivots:
             self.chosen.append(pivot)
             self.gains.append(float(squares.sum()))
             held += self.gains[-1]
+
+    def held(self, k: int) -> float | None:
+        """The energy in the span of the ``k`` tokens that ``span`` chooses; None if some of them were not chosen one by
+        one, and hold more than those that were."""
+        beyond = k > len(self.chosen) and self.residual.max() > 0
+        return None if beyond else min(sum(self.gains[:k]), self.total)
 
 
 @dataclass(frozen=True)
@@ -83,16 +96,17 @@ class VisualTokens:
     @cached_property
     def token_gram(self) -> torch.Tensor:
         """``X X^T``, ``[N, N]`` float32, shared by spectrum and selection."""
-        rows = self.features.float()
-        return rows @ rows.T
+        return _gram(self.features.float())
 
-    @property
-    def gram(self) -> torch.Tensor:
-        """The Gram matrix of the smaller side, ``[min(N, D)] * 2`` float32: of the same eigenvalues, zeros aside."""
-        if self.num_tokens <= self.features.shape[1]:
-            return self.token_gram
-        rows = self.features.float()
-        return rows.T @ rows
+    def gram(self, dtype: torch.dtype) -> torch.Tensor:
+        """The Gram matrix of the smaller side, ``[min(N, D)] * 2``: of the same eigenvalues, zeros aside.
+
+        Args:
+            dtype: float32 or float64, in which it is computed.
+        """
+        if self.num_tokens > self.features.shape[1]:
+            return _gram(self.features.T.to(dtype))
+        return self.token_gram if dtype == torch.float32 else _gram(self.features.to(dtype))
 
     @property
     def products(self) -> NDArray[np.float32]:
@@ -110,6 +124,21 @@ class VisualTokens:
         """Some of the tokens, by their indices ``[n]`` int64."""
         attention = self.attention
         return VisualTokens(self.features[indices], None if attention is None else attention[indices])
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    """``rows rows^T``, not in TF32 or bfloat16, which ``VLLM_FLOAT32_MATMUL_PRECISION`` allows the model's products.
+
+    That setting is the process's, there is none of a thread. What another thread multiplies meanwhile is more exact
+    than it need be; the lock keeps two of us from restoring each other's setting.
+    """
+    with _precision:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return rows @ rows.T
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 Selector = Callable[[VisualTokens, int], torch.Tensor]

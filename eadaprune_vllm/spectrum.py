@@ -4,7 +4,8 @@ X is the feature matrix of one image, ``[N, D]``, with singular values sigma_1 >
 
     k = min { k : sigma_1^2 + ... + sigma_k^2 >= energy * ||X||_F^2 }
 
-computed exactly: the squared singular values are the eigenvalues of the Gram matrix on the smaller side.
+from all singular values: their squares are the eigenvalues of the Gram matrix on the smaller side. Thresholds above
+``FLOAT32_UP_TO`` take float64. Up to it float32 takes half the time, and a few millionths of ||X||_F^2 are uncertain.
 X is used as it is, uncentred and unnormalised, and the total is ||X||_F^2 itself, never a sum of computed values.
 
 An image may come in parts (tiles, temporal patches), each with a matrix and a threshold to reach of its own. A part's
@@ -20,9 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from eadaprune_vllm.budget import TIE_TOLERANCE, needed
+from eadaprune_vllm.budget import due, needed
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.selectors import VisualTokens
+
+FLOAT32_UP_TO = 0.999
+_MOST_ENERGY = torch.finfo(torch.float32).max  # selectors, which come after, go by float32
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,11 @@ class Spectrum:
     seconds: float = 0
 
     @classmethod
-    def of(cls, parts: Sequence[VisualTokens]) -> "Spectrum":
+    def of(cls, parts: Sequence[VisualTokens], dtype: torch.dtype = torch.float64) -> "Spectrum":
         """Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite, or their energy overflows float32.
         """
-        (found,) = spectra([parts])
+        (found,) = spectra([parts], [dtype])
         if found is None:
             raise _not_finite()
         return found
@@ -79,15 +83,28 @@ class Spectrum:
         return [(k, self.energy_at(k)) for k in sorted(steps)]
 
 
-def spectra(images: Sequence[Sequence[VisualTokens]]) -> list[Spectrum | None]:
-    """The spectra of images, each in parts, all at once; None for those whose features, or their energy in float32, are
-    not finite."""
+def precision(energy: float) -> torch.dtype:
+    """In which a spectrum is computed for thresholds up to this one."""
+    return torch.float32 if energy <= FLOAT32_UP_TO else torch.float64
+
+
+def spectra(images: Sequence[Sequence[VisualTokens]], dtypes: Sequence[torch.dtype]) -> list[Spectrum | None]:
+    """The spectra of images, each in parts, all at once.
+
+    Args:
+        images: the parts of each.
+        dtypes: for each, in which it is computed.
+
+    Returns:
+        None for those whose features, or their energy in float32, are not finite.
+    """
     start = time.perf_counter()
-    found = iter(_energies([tokens for parts in images for tokens in parts]))
+    grams = [tokens.gram(dtype) for parts, dtype in zip(images, dtypes, strict=True) for tokens in parts]
+    found = iter(_energies(grams))
     energies = [[next(found) for _ in parts] for parts in images]
     seconds = (time.perf_counter() - start) / max(len(images), 1)
     return [
-        _spectrum(parts, of_parts, seconds) if all(math.isfinite(total) for _, total in of_parts) else None
+        _spectrum(parts, of_parts, seconds) if all(total <= _MOST_ENERGY for _, total in of_parts) else None
         for parts, of_parts in zip(images, energies, strict=True)
     ]
 
@@ -108,13 +125,13 @@ def spanned(parts: Sequence[VisualTokens], energy: float, least: int) -> Spectru
     start = time.perf_counter()
     energies = []
     for tokens in parts:
-        total = float(tokens.token_gram.diagonal().double().sum())
+        pivots, total = tokens.pivots, tokens.pivots.total
         if not math.isfinite(total):
             raise _not_finite()
-        pivots, due = tokens.pivots, (energy + TIE_TOLERANCE) * total
-        pivots.choose(least, due)
+        reached = float(due(energy)) * total
+        pivots.choose(least, reached)
         gains = pivots.gains or [1.0]  # of a zero matrix one is needed
-        if sum(gains) < due:  # each of the others holds what is left of it at least
+        if sum(gains) < reached:  # each of the others holds what is left of it at least
             gains = [*gains, *sorted(pivots.residual[pivots.residual > 0].tolist(), reverse=True)]
         energies.append((torch.tensor(gains, dtype=torch.float64) / (total or 1.0), total))
     return _spectrum(parts, energies, time.perf_counter() - start)
@@ -147,22 +164,21 @@ def _spectrum(
     )
 
 
-def _energies(parts: Sequence[VisualTokens]) -> list[tuple[torch.Tensor, float]]:
-    """Of each its squared singular values as shares of their total, descending, ``[min(N, D)]`` float64, and the total,
-    which may not be finite. Those of one size are computed together: many take a GPU little longer than one."""
+def _energies(grams: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
+    """Of each Gram matrix ``[n, n]`` its eigenvalues as shares of their total, descending, ``[n]`` float64, and the
+    total, which may not be finite. Those of one size are computed together: many take a GPU little longer than one."""
     # Of a zero matrix one token holds everything.
     ones = torch.ones(1, dtype=torch.float64)
     found: dict[int, tuple[torch.Tensor, float]] = {}
-    by_size: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
-    for index, tokens in enumerate(parts):
-        gram = tokens.gram
-        by_size[len(gram)][index] = gram
-    for grams in by_size.values():
-        totals = torch.stack([gram.diagonal().double().sum() for gram in grams.values()]).tolist()
-        found |= {index: (ones, total) for index, total in zip(grams, totals, strict=True)}
-        having = [index for index in grams if 0 < found[index][1] < math.inf]
+    by_size: dict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
+    for index, gram in enumerate(grams):
+        by_size[len(gram), gram.dtype].append(index)
+    for indices in by_size.values():
+        totals = torch.stack([grams[index].diagonal().double().sum() for index in indices]).tolist()
+        found |= {index: (ones, total) for index, total in zip(indices, totals, strict=True)}
+        having = [index for index in indices if 0 < found[index][1] <= _MOST_ENERGY]
         if having:
             eigenvalues = torch.linalg.eigvalsh(torch.stack([grams[index] for index in having]))
             for index, values in zip(having, eigenvalues.cpu().flip(1).clamp(min=0).double(), strict=True):
                 found[index] = values / found[index][1], found[index][1]
-    return [found[index] for index in range(len(parts))]
+    return [found[index] for index in range(len(grams))]

@@ -96,7 +96,7 @@ def test_names_tell_what_is_kept_and_nothing_else() -> None:
 
     whole = identifier(None)
     assert whole == one().image_hash == identifier(None, weights=1.5)  # vLLM's own
-    same = replace(kept(2), energy=0.1, selector="random", bound=None)
+    same = replace(kept(2), spectral_energy=0.1, selector="random", bound=None)
     assert identifier(kept(2)) == identifier(same) != whole
     others = [torch.tensor(stays) for stays in ([0], [1], [0, 1], [0, 2], [1, 2], [0, 1, 2, 3])]
     names = {identifier(replace(kept(2), placeholders=stays)) for stays in others}
@@ -109,14 +109,14 @@ def test_the_report_of_a_decision() -> None:
     found = PrunedDetails([IMAGE] * 6, num_newlines=2).pruned(kept(2, newlines=True)).report(about)
     assert (found.visual_tokens, found.kept_tokens, found.newline_tokens) == (6, 3, 1)
     assert (found.energy_threshold, found.energy_requested) == (0.5, 0.75)
-    assert found.energy_kept == pytest.approx(0.5)
+    assert (found.spectral_energy, found.span_energy) == pytest.approx((0.5, 0.5))
     assert (found.selector, found.cached) == ("span", True)  # nothing is known about attention
 
 
 def test_the_report_of_what_nothing_was_asked_about() -> None:
     found = replace(placeholders(TIME, IMAGE, IMAGE), num_newlines=1).report(one(energy=1.0, selector="hybrid"))
     assert (found.visual_tokens, found.kept_tokens, found.newline_tokens) == (2, 2, 1)
-    assert (found.energy_threshold, found.energy_kept, found.bound) == (1.0, 1.0, None)
+    assert (found.energy_threshold, found.spectral_energy, found.span_energy, found.bound) == (1.0, 1.0, 1.0, None)
     assert (found.selector, found.cached) == ("hybrid", False)
 
 

@@ -101,7 +101,8 @@ def test_metrics() -> None:
         kept_tokens=144,
         energy_threshold=0.99,
         energy_requested=0.995,
-        energy_kept=0.991,
+        spectral_energy=0.991,
+        span_energy=0.98,
         bound="max_tokens",
         selector="attention",
     )

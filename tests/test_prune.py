@@ -52,7 +52,7 @@ def test_kept_is_in_raster_order_and_within_the_clamps(selector: str) -> None:
 def test_null_case_keeps_every_token(options: dict[str, object], scope: str) -> None:
     kept = prune(tiles(0.5, 2, length=15), PruneOptions.model_validate(options | {"scope": scope}))
     assert kept.indices.tolist() == list(range(30))
-    assert kept.energy == 1.0
+    assert (kept.spectral_energy, kept.span_energy) == (1.0, 1.0)
 
 
 def test_every_token_means_no_more_than_the_most_allowed() -> None:
@@ -60,7 +60,7 @@ def test_every_token_means_no_more_than_the_most_allowed() -> None:
     found = image(30, 8)
     kept = prune(found, PruneOptions(energy=1.0, min_tokens=1, max_tokens=5))
     assert len(kept) == 5
-    assert kept.energy == pytest.approx(Spectrum.of([found.tokens]).energy_at(5))
+    assert kept.spectral_energy == pytest.approx(Spectrum.of([found.tokens]).energy_at(5))
 
 
 def test_without_attention_the_selector_is_span() -> None:
@@ -101,7 +101,7 @@ def test_the_energy_reported_is_that_of_all_parts() -> None:
     totals = [float(part.features.square().sum()) for _, part in found.parts("tile")]
     of_each = counts(found, energy=0.8, min_tokens=1)
     held = sum(total * spectrum.energy_at(k) for total, spectrum, k in zip(totals, spectra, of_each, strict=True))
-    assert kept.energy == pytest.approx(held / sum(totals), rel=1e-5)
+    assert kept.spectral_energy == pytest.approx(held / sum(totals), rel=1e-5)
 
 
 def test_a_part_of_many_tokens_is_decided_on_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:

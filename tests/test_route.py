@@ -20,7 +20,13 @@ from eadaprune_vllm.route import PruningRoute, documented
 
 DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
 IMAGE = ItemReport(
-    visual_tokens=576, kept_tokens=76, energy_threshold=0.9, energy_requested=0.9, energy_kept=0.91, selector="span"
+    visual_tokens=576,
+    kept_tokens=76,
+    energy_threshold=0.9,
+    energy_requested=0.9,
+    spectral_energy=0.91,
+    span_energy=0.82,
+    selector="span",
 )
 
 

@@ -4,7 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -71,8 +71,10 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
         for index, encoded in batch.items():
             with isolate_errors(found, index):
                 encodings[index] = _encoding(model, questions[index], encoded, budget)
-        with suppress(Exception):  # what it fails over will fail by itself
+        try:
             compute_spectra([*encodings.values()], [options[index] for index in encodings])
+        except Exception as error:  # what it fails over will fail by itself
+            logger.warning("Spectra of %d images were not computed together (%r)", len(encodings), error)
         for index, encoding in encodings.items():
             # Selectors do a little work at a time, which NumPy's threads would mostly wait for one another with.
             with isolate_errors(found, index), _threads().limit(limits=1, user_api="blas"):

@@ -69,6 +69,12 @@ def caption(report: ItemReport) -> str:
     return f"{threshold}\n{report.kept_tokens} of {report.visual_tokens} tokens{bound}"
 
 
+def _held(report: ItemReport, k: int, curve: Sequence[tuple[int, float]]) -> float:
+    """Where a budget is on the curve that it goes by."""
+    known = [energy for energy in (report.spectral_energy, report.span_energy) if energy is not None]
+    return (known or [energy for tokens, energy in reversed(curve) if tokens <= k])[0]
+
+
 def explanation(
     panels: Sequence[tuple[str, Image.Image]],
     curve: Sequence[tuple[int, float]],
@@ -94,7 +100,7 @@ def explanation(
     axes.plot([k for k, _ in curve], missing, color="black")
     for number, report in enumerate(chosen):
         k, label = report.kept_tokens - report.newline_tokens, f"energy {report.energy_threshold:g}"
-        axes.plot(k, max(1 - report.energy_kept, 1e-5), "o", color=f"C{number}", label=f"{label}: {k} tokens")
+        axes.plot(k, max(1 - _held(report, k, curve), 1e-5), "o", color=f"C{number}", label=f"{label}: {k} tokens")
         axes.axvline(k, color=f"C{number}", linewidth=0.5)
     axes.set_xscale("log")
     axes.set_yscale("log")

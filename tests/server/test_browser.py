@@ -82,7 +82,7 @@ def test_numbers_follow_the_slider_and_what_is_copied_does_the_same(
     assert browser.text("#share") == f"{100 * kept / 576:.0f} %"
     assert browser.text("#bytes").startswith(f"{int((576 - kept) * KV_BYTES / 1024 + 0.5)} KiB of ")
     assert browser.run("return [shown.naturalWidth, shown.naturalHeight]") == [336, 336]
-    assert str(browser.find("#curve").get_attribute("aria-label")).startswith(f"Energy over tokens: {kept} of 576 hold")
+    assert str(browser.find("#curve").get_attribute("aria-label")).endswith(f" at {kept} of 576")
 
     browser.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
     curl = copied(browser, "curl").replace("curl ", f"{program('curl')} --silent ", 1)

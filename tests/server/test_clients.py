@@ -32,7 +32,8 @@ def test_openai(pruning: Server, reference: Reference, images: Images) -> None:
     assert answer.model_extra
     report = answer.model_extra["eadaprune"]
     (image,) = report["images"]
-    assert image["energy_kept"] == pytest.approx(kept.energy, abs=1e-6)
+    assert image["spectral_energy"] == pytest.approx(kept.spectral_energy, abs=1e-6)
+    assert image["span_energy"] == pytest.approx(kept.span_energy, abs=1e-5)
     expected = {"visual_tokens": 576, "kept_tokens": len(kept), "energy_threshold": 0.8, "selector": kept.selector}
     assert image.items() >= expected.items()
     assert report["tokens_saved"] == 576 - len(kept)

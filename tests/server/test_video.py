@@ -164,7 +164,7 @@ def test_lora_on_the_tower_is_left_out(qwen: Server, folder: Path, tmp_path: Pat
     response = qwen.post("/v1/load_lora_adapter", {"lora_name": "tower", "lora_path": str(tmp_path)})
     assert response.status_code == 200, response.text
     base, tuned = (chat(qwen, "square", TEXT, model=model, options=SOME, logprobs=True) for model in ("demo", "tower"))
-    assert base["eadaprune"]["images"][0]["energy_kept"] == tuned["eadaprune"]["images"][0]["energy_kept"]
+    assert base["eadaprune"]["images"][0]["spectral_energy"] == tuned["eadaprune"]["images"][0]["spectral_energy"]
     assert base["choices"][0]["logprobs"] != tuned["choices"][0]["logprobs"]
     assert "visual.blocks.0.attn.qkv will be ignored" in qwen.log.read_text()
 

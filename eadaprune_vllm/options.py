@@ -42,8 +42,8 @@ class PruneOptions(BaseModel):
         default=1.0,
         gt=0,
         le=1,
-        description="Share of the spectral energy of an image that its tokens must hold; 1.0 keeps every token. It "
-        "takes the place of a target.",
+        description="Share of the spectral energy of an image that as many singular values must hold as tokens stay; "
+        "1.0 keeps every token. It takes the place of a target.",
     )
     min_tokens: int = Field(
         default=16, ge=1, description="Fewest tokens an image is cut down to. Given alone, it switches min_share off."
@@ -77,8 +77,8 @@ class PruneOptions(BaseModel):
 
     @property
     def key(self) -> str:
-        """Canonical JSON: options that prune equally give equal strings, wherever their energy comes from. Part of
-        every image's cache key."""
+        """Canonical JSON, part of every image's cache key: equal options give equal strings, wherever their energy
+        comes from. (Others may come to the same tokens; the engine's caches then know them as the same.)"""
         return self.model_dump_json(exclude={"target"})
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from generic_families import GENERIC
+from independent import check
 from llava_onevision2 import LlavaOnevision2ForConditionalGeneration
 from molmo2 import Molmo2ForConditionalGeneration
 from parts import original
@@ -67,6 +68,13 @@ def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def checked(encoding: Encoding, options: PruneOptions) -> Kept:
+    """The decision about an image, which is LAPACK's, too."""
+    kept = prune(encoding, options)
+    check(encoding, options, kept)
+    return kept
+
+
 class Reference:
     """What the engine of a server with ``--dtype dtype`` should decide.
 
@@ -87,7 +95,7 @@ class Reference:
         """What stays of an image, with the server's option ``budget`` among these."""
         encoding = self.encode(self.image_processor(image, return_tensors="pt"))
         encoding = replace(encoding, budget=options.pop("budget", "spectrum"))
-        return prune(encoding, PruneOptions.model_validate(options))
+        return checked(encoding, PruneOptions.model_validate(options))
 
     @torch.inference_mode()
     def encode(self, inputs: Mapping[str, Any]) -> Encoding:

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, OWN_CODE, UNPRUNED, WITHOUT_IMAGE, WITHOUT_VIDEO
 from inprocess import SCENES
 from processors import processor
-from reference import Reference
+from reference import Reference, checked
 from vllm import ModelRegistry
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -33,7 +33,7 @@ from eadaprune_vllm.engine.decide import decide
 from eadaprune_vllm.models import ARCHITECTURES, adapter
 from eadaprune_vllm.models.items import New
 from eadaprune_vllm.options import CHUNK, PruneOptions
-from eadaprune_vllm.prune import Kept, prune
+from eadaprune_vllm.prune import Kept
 from eadaprune_vllm.server_options import ServerOptions
 from eadaprune_vllm.wire import Decided, answers, pack, questions
 
@@ -126,7 +126,7 @@ class Loaded:
         """The reference's decisions about all images and the clip, as far as it takes any."""
         found = [self.reference.kept(image, **options) for image in self.images.values()]
         if self.video:
-            found.append(prune(self.reference.encode(self.clip), PruneOptions.model_validate(options)))
+            found.append(checked(self.reference.encode(self.clip), PruneOptions.model_validate(options)))
         return found
 
     @property

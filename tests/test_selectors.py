@@ -112,3 +112,27 @@ def test_every_selector_returns_k_distinct_tokens(selector: str, num_tokens: int
         picks = SELECTORS[selector](found, k)
         assert picks.dtype == torch.int64
         assert len(set(picks.tolist()) & set(range(num_tokens))) == k
+
+
+def test_products_are_never_in_less_than_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever vLLM's own may be in; which they are again afterwards."""
+    seen: list[str] = []
+    product = torch.Tensor.__matmul__
+
+    def noted(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return product(one, other)
+
+    found = tokens(torch.randn(6, 4))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noted)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for dtype in (torch.float32, torch.float64):
+            found.gram(dtype)
+        span(found, 3)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen
+    assert {*seen} == {"highest"}

@@ -17,7 +17,16 @@ ENERGIES = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 NEAR_ONE = (0.9997, 0.9999, 0.99999, 0.999999)
 # By what share of all energy a budget up to ``FLOAT32_UP_TO`` may miss. docs/design.md says so, too.
 UNCERTAIN = 5e-6
-KINDS = ("gaussian", "low rank", "power law", "dominant mean", "constant", "fast decay", "low rank and noise", "outliers")
+KINDS = (
+    "gaussian",
+    "low rank",
+    "power law",
+    "dominant mean",
+    "constant",
+    "fast decay",
+    "low rank and noise",
+    "outliers",
+)
 SHAPES = ((576, 1024), (729, 300), (200, 2000))
 
 

@@ -20,10 +20,10 @@ from harness import environment
 from inprocess import CHATS, CLIPS, SCENES, TEXT, VIDEO_CHATS
 from PIL import Image
 from processors import processor
-from reference import Reference, transformers_model
+from reference import Reference, checked, transformers_model
 
 from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Kept, prune
+from eadaprune_vllm.prune import Kept
 
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for all models
 SCRIPT = Path(__file__).with_name("inprocess.py")
@@ -110,7 +110,7 @@ class Family:
         if word in SCENES:
             return self.reference.kept(SCENES[word], **json.loads(options))
         inputs = self.processor.video_processor(frames(word), do_sample_frames=False, return_tensors="pt")
-        return prune(self.reference.encode(inputs), PruneOptions(**json.loads(options)))
+        return checked(self.reference.encode(inputs), PruneOptions(**json.loads(options)))
 
     def inputs(self, word: str) -> dict[str, Any]:
         """What transformers makes of a chat with one image or video."""

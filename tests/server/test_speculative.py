@@ -28,7 +28,7 @@ Images = dict[str, Image.Image]
 def text_config(model: Path) -> dict[str, Any]:
     config = json.loads((model / "config.json").read_text())["text_config"]
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    own = {name: config[name] for name in (*names, "max_position_embeddings")}
+    own = {name: config[name] for name in (*names, "num_hidden_layers", "max_position_embeddings")}
     return own | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
 
 
@@ -55,7 +55,7 @@ def draft_model(model: Path, folder: Path) -> dict[str, Any]:
     """The model's own language model, to which placeholders are words."""
     weights, prefix = load_file(model / "model.safetensors"), "language_model."
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(text_config(model) | {"num_hidden_layers": 2}))
+    (folder / "config.json").write_text(json.dumps(text_config(model)))
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     save_file(own, folder / "model.safetensors")
     return {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}

@@ -12,7 +12,7 @@ from eadaprune_vllm.naming import NAME, named_plugins
 _SEAMS = (
     *("configuration", "reference"),
     *("engine", "graphs", "weights"),
-    *("rendering", "pooling", "run_batch", "anthropic"),
+    *("rendering", "pooling", "scoring", "run_batch", "anthropic", "cohere"),
     *("admission", "sent"),
 )
 

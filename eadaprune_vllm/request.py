@@ -18,22 +18,44 @@ from eadaprune_vllm.server_options import Choice, Layer, ServerOptions
 
 T = TypeVar("T")
 HEADER = "X-EAdaPrune-Energy"
-# The routes that take the field, and whether their answers carry the report. (What is rendered is sent on as another
-# request, so that its body stays as it is.) All others refuse it.
+
+
+@dataclass(frozen=True)
+class Door:
+    """One of vLLM's routes that take images and videos, and with them the field. All others refuse it.
+
+    Attributes:
+        fields: of its bodies, that hold images and videos.
+        reports: whether its answers carry the report. What is rendered is sent on as another request, so that its body
+            stays as it is.
+    """
+
+    fields: tuple[str, ...] = ("messages",)
+    reports: bool = True
+
+
+_CHATS = ("messages", "input")
+_PAIRS = ("query", "queries", "documents", "items", "data_1", "data_2", "text_1", "text_2")
 DOORS = {
-    "/v1/chat/completions": True,
-    "/v1/chat/completions/batch": True,
-    "/v1/chat/completions/render": False,
-    "/v1/responses": True,
-    "/v1/responses/render": False,
-    "/v1/messages": True,
-    "/v1/messages/count_tokens": True,
-    "/v1/messages/render": False,
-    "/v1/embeddings": True,
-    "/pooling": True,
-    "/classify": True,
-    "/tokenize": True,
-    "/invocations": True,
+    "/v1/chat/completions": Door(),
+    "/v1/chat/completions/batch": Door(),
+    "/v1/chat/completions/render": Door(reports=False),
+    "/v1/responses": Door(("input",)),
+    "/v1/responses/render": Door(("input",), reports=False),
+    "/v1/messages": Door(("messages", "system")),
+    "/v1/messages/count_tokens": Door(("messages", "system")),
+    "/v1/messages/render": Door(("messages", "system"), reports=False),
+    "/v1/embeddings": Door(_CHATS),
+    "/v2/embed": Door(("inputs", "images")),
+    "/pooling": Door(),
+    "/classify": Door(),
+    "/score": Door(_PAIRS),
+    "/v1/score": Door(_PAIRS),
+    "/rerank": Door(_PAIRS),
+    "/v1/rerank": Door(_PAIRS),
+    "/v2/rerank": Door(_PAIRS),
+    "/tokenize": Door(),
+    "/invocations": Door((*_CHATS, *_PAIRS)),
 }
 # vLLM's content parts that are of a modality: by type, or by key where the type is missing or a uuid is given.
 _TYPES = {
@@ -215,10 +237,15 @@ def rendered(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tup
     for chat in chats:
         conversations += chat[0]
         prompts += chat[1]
+    note(renderer, prompts)
+    return conversations, prompts
+
+
+def note(renderer: Any, prompts: Iterable[Any]) -> None:
+    """What was pruned of these engine inputs is told with the answer."""
     options = renderer.mm_processor.server_options
     if options.report:
         current().prunings.extend(told(options, prompt[KEY]) for prompt in prompts if KEY in prompt)
-    return conversations, prompts
 
 
 def told(server: ServerOptions, pruning: Pruning) -> Pruning:
@@ -231,6 +258,8 @@ def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping
     VLLMValidationError: if a request without images or videos says how to prune them.
     """
     kwargs = (prompt_extras or {}).get("mm_processor_kwargs") or {}
+    if isinstance(kwargs.get(KEY), Choices):  # resolved: of others of the same request
+        return
     given = current().options is not None or KEY in kwargs
     if given and not any(isinstance(prompt, dict) and prompt.get("multi_modal_data") for prompt in prompts):
         with refusals(renderer.mm_processor.front_end):

@@ -4,7 +4,7 @@ The routes are vLLM's, with their bodies, checks and handlers; only their class 
 """
 
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from copy import deepcopy
 from typing import Any, get_args
 
@@ -31,6 +31,7 @@ from eadaprune_vllm.request import (
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
+_KWARGS = "mm_processor_kwargs"
 # Most bodies do not even hold the word, and may be long. JSON may write its letters as escapes, or in UTF-16.
 _WORD = re.compile(KEY.encode() + rb"|\\u00|\x00")
 _FIRST_EVENT = re.compile(r"^data: \{(\s*\})?", re.MULTILINE)
@@ -60,7 +61,7 @@ class PruningRoute(APIRoute):
                 response = await handler(request)
             if isinstance(response, StreamingResponse):  # which may render more turns, after calls of built-in tools
                 response.body_iterator = in_context(aiter(response.body_iterator), context)
-            return _reported(response, context.report(), in_body=DOORS[self.path])
+            return _reported(response, context.report(), in_body=DOORS[self.path].reports)
 
         return handle
 
@@ -68,18 +69,26 @@ class PruningRoute(APIRoute):
         """Raises:
         InvalidOptionsError: if the field is somewhere in the body where it would be ignored.
         """
-        if isinstance(body, dict) and is_door(self) and ("messages" in body or "input" in body):
-            check_places([body.get(key) for key in ("messages", "input", "system")])
+        fields = DOORS[self.path].fields if is_door(self) else ()
+        if isinstance(body, dict) and not body.keys().isdisjoint(fields):
+            check_places([body.get(field) for field in fields])
+            if any(mentions(body.get(_KWARGS))) and not _has_fields(self, (_KWARGS,)):
+                raise InvalidOptionsError(f"{KEY} does nothing in {_KWARGS} at {self.path}", KEY)
         elif any(mentions(body)):
             raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images or videos", KEY)
 
 
 def is_door(route: APIRoute) -> bool:
-    """Whether a route takes chats, and with them images and videos. Under some pooling tasks one of their paths takes
-    text only."""
-    if route.path not in DOORS or not route.body_field or route.path.startswith("/v1/responses"):
-        return route.path in DOORS
-    return any("messages" in model.model_fields for model in _models(route.body_field.field_info.annotation))
+    """Whether a route takes images and videos. Under some pooling tasks one of their paths takes text only."""
+    return route.path in DOORS and _has_fields(route, DOORS[route.path].fields)
+
+
+def _has_fields(route: APIRoute, fields: Iterable[str]) -> bool:
+    """Whether one of these is a field of the route's bodies, or any may be, as nothing is said about them."""
+    if not route.body_field:
+        return True
+    models = _models(route.body_field.field_info.annotation)
+    return any(field in model.model_fields for model in models for field in fields)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -94,7 +103,7 @@ def documented(route: APIRoute) -> dict[str, Any]:
     """The ``openapi_extra`` of one of vLLM's routes: what vLLM says there, and what is ours if it is a door."""
     extra = deepcopy(route.openapi_extra or {})
     if is_door(route):
-        deep_dict_update(extra, _door(DOORS[route.path]))
+        deep_dict_update(extra, _door(DOORS[route.path].reports))
     return extra
 
 

@@ -68,10 +68,6 @@ CASES = [
         [*PRUNING, "--load-format", "dummy", "--skip-tokenizer-init"],
         change=llama,
     ),
-    Case(
-        "--weight-transfer-config is not supported with several API servers",
-        [*PRUNING, "--api-server-count", "2", "--weight-transfer-config", '{"backend": "ipc"}'],
-    ),
 ]
 
 

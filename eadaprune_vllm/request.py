@@ -34,8 +34,8 @@ class Door:
     reports: bool = True
 
 
-_CHATS = ("messages", "input")
-_PAIRS = ("query", "queries", "documents", "items", "data_1", "data_2", "text_1", "text_2")
+_CHATS, _RERANK = ("messages", "input"), ("query", "documents")
+_SCORE = ("queries", "documents", "items", "data_1", "data_2", "text_1", "text_2")
 DOORS = {
     "/v1/chat/completions": Door(),
     "/v1/chat/completions/batch": Door(),
@@ -49,13 +49,14 @@ DOORS = {
     "/v2/embed": Door(("inputs", "images")),
     "/pooling": Door(),
     "/classify": Door(),
-    "/score": Door(_PAIRS),
-    "/v1/score": Door(_PAIRS),
-    "/rerank": Door(_PAIRS),
-    "/v1/rerank": Door(_PAIRS),
-    "/v2/rerank": Door(_PAIRS),
+    "/score": Door(_SCORE),
+    "/v1/score": Door(_SCORE),
+    "/rerank": Door(_RERANK),
+    "/v1/rerank": Door(_RERANK),
+    "/v2/rerank": Door(_RERANK),
+    "/v1/systemone": Door(("images", "videos")),
     "/tokenize": Door(),
-    "/invocations": Door((*_CHATS, *_PAIRS)),
+    "/invocations": Door((*_CHATS, *_RERANK, *_SCORE)),
 }
 # vLLM's content parts that are of a modality: by type, or by key where the type is missing or a uuid is given.
 _TYPES = {

@@ -74,7 +74,10 @@ class PruningRoute(APIRoute):
             check_places([body.get(field) for field in fields])
             if any(mentions(body.get(_KWARGS))) and not _has_fields(self, (_KWARGS,)):
                 raise InvalidOptionsError(f"{KEY} does nothing in {_KWARGS} at {self.path}", KEY)
-        elif any(mentions(body)):
+            return
+        if isinstance(body, dict) and self.path.endswith("/derender"):
+            body = body | {"chat_request": None}  # is the request as it was rendered, and the field did something then
+        if any(mentions(body)):
             raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images or videos", KEY)
 
 
@@ -84,11 +87,11 @@ def is_door(route: APIRoute) -> bool:
 
 
 def _has_fields(route: APIRoute, fields: Iterable[str]) -> bool:
-    """Whether one of these is a field of the route's bodies, or any may be, as nothing is said about them."""
+    """Whether all of these are fields of the route's bodies, or may be, as nothing is said about them."""
     if not route.body_field:
         return True
-    models = _models(route.body_field.field_info.annotation)
-    return any(field in model.model_fields for model in models for field in fields)
+    models = list(_models(route.body_field.field_info.annotation))
+    return all(any(field in model.model_fields for model in models) for field in fields)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

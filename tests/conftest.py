@@ -5,6 +5,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copytree
 from threading import Thread
 from unittest import mock
 
@@ -13,8 +14,10 @@ import torch
 from families import make_family
 from harness import DTYPE, MAX_DECODED, OWN_PROCESS, Server
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from shared import Reference, noise, photo
 from stub import Stub
+from transformers import AutoConfig
 
 from eadaprune_vllm.demo.model import make_model
 
@@ -68,6 +71,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scorer(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a cross-encoder: with a head of one label."""
+    folder = tmp_path_factory.mktemp("scorer") / "model"
+    copytree(model, folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_labels = config.text_config.num_labels = 1
+    config.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["language_model.score.weight"] = torch.randn(1, config.text_config.hidden_size) / 4
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of the small model of that name, made on first use."""
     folder = tmp_path_factory.mktemp("families")
@@ -111,7 +128,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", DTYPE]
     flags += ["--eadaprune-min-tokens", "16"]  # and no least share, so that budgets differ where there are few tokens
     flags += ["--max-num-batched-tokens", "128", "--max-num-seqs", "16", "--limit-mm-per-prompt", '{"image": 4}']
-    flags += ["--mm-processor-cache-gb", "0.002"]  # two megabytes: images are evicted and encoded again
+    flags += ["--mm-processor-cache-gb", "0.003"]  # two images: others are evicted and encoded again
     flags += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--enable-scale-out"]
     flags += ["--eadaprune-report-cached", *OWN_PROCESS]
     env = {"VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES": str(MAX_DECODED), "VLLM_SERVER_DEV_MODE": "1"}  # which can pause it
@@ -123,7 +140,7 @@ def pruning(logs: Path, model: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def stock(logs: Path, model: Path) -> Iterator[Server]:
     """vLLM with this package installed and not named."""
-    server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", DTYPE, *OWN_PROCESS)
+    server = Server(logs / "stock.log", model, "--enforce-eager", "--dtype", DTYPE, "--enable-scale-out", *OWN_PROCESS)
     yield server
     server.close()
 

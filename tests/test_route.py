@@ -34,6 +34,8 @@ class Body(BaseModel):
     """As vLLM's: what is not declared is dropped here."""
 
     messages: list[Any] = []
+    input: list[Any] = []
+    system: list[Any] = []
     stream: bool = False
     wait: bool = False
     empty: bool = False
@@ -65,7 +67,7 @@ def app() -> FastAPI:
             yield f'event: x\ndata: {{"number": {number}}}\n\n'
         yield "data: [DONE]\n\n"
 
-    for path in (DOOR, OTHER, RENDER):
+    for path in (DOOR, OTHER, RENDER, "/v1/messages", "/v1/responses"):
         app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
     return app
 
@@ -111,7 +113,7 @@ def test_the_report_is_in_the_first_event_and_only_there(app: FastAPI) -> None:
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
 
 
-def test_what_a_stream_renders_later_has_the_options_too(app: FastAPI) -> None:
+def test_what_a_stream_renders_later_has_the_options_too() -> None:
     """As where built-in tools are called: their output goes into another prompt. Each stream has its own."""
     turns: dict[str | None, list[str | None]] = {"0.5": [], "0.7": []}
 
@@ -136,7 +138,7 @@ def test_what_a_stream_renders_later_has_the_options_too(app: FastAPI) -> None:
             headers = [{"X-EAdaPrune-Energy": str(energy)} for energy in turns]
             return await asyncio.gather(*(client.post("/v1/responses", json={}, headers=each) for each in headers))
 
-    both = asyncio.Barrier(2)
+    both, app = asyncio.Barrier(2), FastAPI()
     app.router.add_api_route("/v1/responses", handler, methods=["POST"], route_class_override=PruningRoute)
     for response in asyncio.run(ask_both()):
         assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
@@ -180,20 +182,26 @@ def test_the_type_of_a_body_may_be_written_in_capitals(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("path", "body"),
     [
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "eadaprune": {}}]}]},
-        {"messages": [{"role": "user", "eadaprune": {}}]},
-        {"input": [{"type": "function_call_output", "output": [], "eadaprune": {}}]},
-        {"messages": [], "system": [{"type": "text", "text": "a", "eadaprune": {}}]},
-        {"messages": [{"content": [{"type": "image", "source": {"eadaprune": {}}}]}]},
+        (DOOR, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "eadaprune": {}}]}]}),
+        (DOOR, {"messages": [{"role": "user", "eadaprune": {}}]}),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "output": [], "eadaprune": {}}]}),
+        ("/v1/messages", {"messages": [], "system": [{"type": "text", "text": "a", "eadaprune": {}}]}),
+        ("/v1/messages", {"messages": [{"content": [{"type": "image", "source": {"eadaprune": {}}}]}]}),
     ],
 )
-def test_options_in_the_wrong_place_are_refused(app: FastAPI, body: Any) -> None:
+def test_options_in_the_wrong_place_are_refused(app: FastAPI, path: str, body: Any) -> None:
     with pytest.raises(
         VLLMValidationError, match="eadaprune belongs to the request, or to a content part that is an image"
     ):
-        post(app, DOOR, body)
+        post(app, path, body)
+
+
+def test_a_body_without_mm_processor_kwargs_refuses_options_there(app: FastAPI) -> None:
+    with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing in mm_processor_kwargs at {DOOR}"):
+        post(app, DOOR, {"messages": [], "mm_processor_kwargs": {"eadaprune": {"energy": 0.5}}})
+    assert post(app, DOOR, {"messages": [], "mm_processor_kwargs": {"other": 1}})[0].status_code == 200
 
 
 def test_what_is_rendered_stays_as_it_is(app: FastAPI) -> None:
@@ -217,6 +225,17 @@ def test_requests_without_images_refuse_the_field(app: FastAPI, body: Any) -> No
             post(app, path, body)
     for allowed in ({}, {"eadaprune": None}, {"prompt": "eadaprune"}):
         assert post(app, OTHER, allowed)[0].status_code == 200
+
+
+def test_derendering_takes_the_request_as_it_was_rendered(app: FastAPI) -> None:
+    path = "/v1/chat/completions/derender"
+
+    async def handler(body: dict[str, Any]) -> None: ...
+
+    app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
+    assert post(app, path, {"chat_request": {"eadaprune": {"energy": 0.5}}})[0].status_code == 200
+    with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing at {path}"):
+        post(app, path, {"chat_request": {}, "eadaprune": {"energy": 0.5}})
 
 
 @pytest.mark.parametrize("body", [rb'{"\u0065adaprune": {}}', '{"eadaprune": {}}'.encode("utf-16")])

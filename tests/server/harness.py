@@ -97,6 +97,10 @@ class Server(PlainServer):
         headers = {"content-type": "application/json"} | headers
         return httpx.post(f"{self.url}{path}", content=text, headers=headers, timeout=120)
 
+    def document(self) -> Any:
+        """What OpenAPI says of it."""
+        return httpx.get(f"{self.url}/openapi.json", timeout=120).json()
+
     def label(self, name: str, label: str) -> str:
         return next(sample.labels[label] for sample in self.samples() if sample.name == name)
 

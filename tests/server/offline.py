@@ -110,21 +110,28 @@ def beams(llm: LLM) -> dict[str, Any]:
     return {"beams": [one, several], "greedy": [*(greedy.prompt_token_ids or ()), *greedy.outputs[0].token_ids]}
 
 
-def embeddings(model: str, settings: dict[str, Any]) -> list[tuple[int, list[float]]]:
+def embeddings(llm: LLM) -> list[tuple[int, list[float]]]:
     """Of more images than fit in at once, each twice: vLLM renders them on a thread of its own, which asks the engine
     while another one steps it."""
-    llm = LLM(model, runner="pooling", convert="embed", max_num_seqs=4, **settings)
     found = llm.embed([prompt(noise(number % 20), energy=0.9) for number in range(40)], use_tqdm=False)
     return [(len(out.prompt_token_ids), out.outputs.embedding) for out in found]
+
+
+def scored(llm: LLM) -> list[int]:
+    """Tokens of a query with a picture, by default and under options of its own."""
+    documents = [{"content": chat(photo("astronaut"), **options)[0]["content"]} for options in ({}, {"energy": 0.99})]
+    return [len(out.prompt_token_ids) for out in llm.score("What is it?", documents, use_tqdm=False)]
 
 
 if __name__ == "__main__":
     what, model = sys.argv[1:]
     settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "dtype": DTYPE, "block_size": 32}
-    if what == "embed":
-        print("RESULT", json.dumps({"embeddings": embeddings(model, settings)}))
-        sys.exit()
     options = DEFAULTS | ({"budget": "span"} if what == "by span" else {})
+    if what in ("embed", "classify"):
+        settings |= {"mm_processor_kwargs": {"eadaprune": options}, "runner": "pooling", "convert": what}
+        llm = LLM(model, max_num_seqs=4, **settings)
+        print("RESULT", json.dumps({"scored": scored(llm), "embeddings": embeddings(llm) if what == "embed" else None}))
+        sys.exit()
     llm = LLM(model, mm_processor_kwargs={"eadaprune": options}, max_num_batched_tokens=128, **settings)
     result = counts(llm)
     if what == "blocks":

@@ -3,111 +3,51 @@
 import importlib.util
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from endpoints import (
+    BOTH,
+    CLASSIFYING,
+    EMBEDDING,
+    GENERATING,
+    OWN,
+    TEXT,
+    Body,
+    Images,
+    chat,
+    check_bad_options,
+    check_options,
+    check_parity,
+    offered,
+    taking_images,
+)
 from harness import DTYPE, VLLM, Server, content, environment
-from PIL import Image
 from shared import Reference
 
-Images = dict[str, Image.Image]
-Body = dict[str, Any]
-BOTH, OWN = {"energy": 0.99}, {"energy": 0.9, "min_tokens": 4}  # the request's options, and one image's
-TEXT = "What is it?"
+from eadaprune_vllm.request import DOORS
 
 
-def chat(images: Images, own: object = OWN, **extra: Any) -> Body:
-    """Two images, of which the second has options of its own."""
-    first, second, text = content(images["astronaut"], images["noise"], TEXT)
-    if own is not None:
-        second["eadaprune"] = own
-    return {"model": "demo", "messages": [{"role": "user", "content": [first, second, text]}], **extra}
+@pytest.mark.parametrize("path", GENERATING)
+def test_options_count(pruning: Server, reference: Reference, images: Images, path: str) -> None:
+    check_options(pruning, reference, images, path, GENERATING)
 
 
-def batch(images: Images, own: object = OWN, **extra: Any) -> Body:
-    first, second, text = chat(images, own)["messages"][0]["content"]
-    messages = [[{"role": "user", "content": [image, text]}] for image in (first, second)]
-    return {"model": "demo", "messages": messages, **extra}
-
-
-def responses(images: Images, own: object = OWN, **extra: Any) -> Body:
-    *parts, _ = chat(images, own)["messages"][0]["content"]
-    parts = [part | {"type": "input_image", "image_url": part["image_url"]["url"], "detail": "auto"} for part in parts]
-    return {"model": "demo", "input": [{"role": "user", "content": [*parts, {"type": "input_text", "text": TEXT}]}]} | (
-        extra
-    )
-
-
-def anthropic(images: Images, own: object = OWN, **extra: Any) -> Body:
-    """The second image is the result of a tool."""
-    first, second = (
-        part
-        | {
-            "type": "image",
-            "source": {"type": "base64", "media_type": "image/png", "data": part["image_url"]["url"].split(",")[1]},
-        }
-        for part in chat(images, own)["messages"][0]["content"][:2]
-    )
-    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "a"}, second]}
-    turns = [
-        {"role": "user", "content": [first, {"type": "text", "text": TEXT}]},
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "look", "input": {}}]},
-        {"role": "user", "content": [result]},
-    ]
-    return {"model": "demo", "system": "Be brief.", "messages": turns, **extra}
-
-
-SHORT = {"max_tokens": 1}
-WORKING: dict[str, tuple[Callable[..., Body], Body]] = {
-    "/v1/chat/completions": (chat, SHORT),
-    "/v1/chat/completions/batch": (batch, SHORT),
-    "/v1/chat/completions/render": (chat, SHORT),
-    "/v1/responses": (responses, {"max_output_tokens": 1}),
-    "/v1/responses/render": (responses, {"max_output_tokens": 1}),
-    "/v1/messages": (anthropic, SHORT),
-    "/v1/messages/count_tokens": (anthropic, {}),
-    "/v1/messages/render": (anthropic, SHORT),
-    "/tokenize": (chat, {}),
-    "/invocations": (chat, SHORT),
-}
-
-
-@pytest.mark.parametrize("path", WORKING)
-def test_the_field_works(pruning: Server, reference: Reference, images: Images, path: str) -> None:
-    build, extra = WORKING[path]
-    kept = [len(reference.kept(images[n], **options)) for n, options in (("astronaut", BOTH), ("noise", BOTH | OWN))]
-    response = pruning.post(path, build(images, eadaprune=BOTH, **extra))
-    assert response.status_code == 200, response.text
-    assert response.headers["X-EAdaPrune-Visual-Tokens"] == str(2 * 576)
-    assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(sum(kept))
-    if path.endswith("/render"):
-        assert "eadaprune" not in response.json()
-    else:
-        report = response.json()["eadaprune"]
-        assert [image["kept_tokens"] for image in report["images"]] == kept
-        assert [image["energy_threshold"] for image in report["images"]] == [0.99, 0.9]
-    # Without options of its own, a request gets the header's, and without that the server's.
-    for headers, energy in (({"X-EAdaPrune-Energy": "0.8"}, 0.8), ({}, 0.95)):
-        response = pruning.post(path, build(images, own=None, **extra), **headers)
-        total = sum(len(reference.kept(images[name], energy=energy)) for name in ("astronaut", "noise"))
-        assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(total)
-
-
-@pytest.mark.parametrize("path", WORKING)
+@pytest.mark.parametrize("path", GENERATING)
 def test_bad_options_are_a_400(pruning: Server, images: Images, path: str) -> None:
-    build, extra = WORKING[path]
-    for own, request, field in (
-        (OWN, {"energy": 7}, "eadaprune.energy"),
-        ({"energy": 7}, BOTH, "images[1].eadaprune.energy"),
-    ):
-        response = pruning.post(path, build(images, own, eadaprune=request, **extra))
-        assert response.status_code == 400
-        error = response.json()["error"]
-        assert f"{field}=7 is not allowed; it must be a number greater than 0 and at most 1" in error["message"]
-        if build is not anthropic:  # whose errors have no such field
-            assert error["param"] == field
+    check_bad_options(pruning, images, path, GENERATING)
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_answers_are_stocks(pruning: Server, stock: Server, images: Images, path: str) -> None:
+    check_parity(pruning, stock, images, path, GENERATING)
+
+
+def test_no_other_endpoint_takes_images(pruning: Server) -> None:
+    """Derendering takes the request along, and does not look at its images."""
+    assert taking_images(pruning) - {"/v1/chat/completions/derender"} == offered(pruning) - {"/invocations"}
+    assert offered(pruning) == {*GENERATING, "/v1/systemone"}
+    assert {*DOORS} == {*GENERATING, *EMBEDDING, *CLASSIFYING, "/v1/systemone"}
 
 
 @pytest.mark.parametrize(

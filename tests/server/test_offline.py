@@ -88,7 +88,20 @@ def test_beam_search(found: Found, reference: Reference) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("own_process", ["1", "0"])
 def test_embeddings_of_many_images(model: Path, reference: Reference, own_process: str) -> None:
-    found = run("embed", model, VLLM_ENABLE_V1_MULTIPROCESSING=own_process)["embeddings"]
+    results = run("embed", model, VLLM_ENABLE_V1_MULTIPROCESSING=own_process)
+    found = results["embeddings"]
     assert found[:20] == found[20:]
     kept = [len(reference.kept(noise(number), energy=0.9, min_tokens=16)) for number in range(20)]
     assert len({tokens - own for (tokens, _), own in zip(found, kept, strict=False)}) == 1
+    check_scored(results, reference)
+
+
+@pytest.mark.slow
+def test_pairs_of_a_cross_encoder(scorer: Path, reference: Reference) -> None:
+    check_scored(run("classify", scorer), reference)
+
+
+def check_scored(found: dict[str, Any], reference: Reference) -> None:
+    """Options in a document count."""
+    default, dense = (len(reference.kept(photo("astronaut"), energy=energy)) for energy in (0.9, 0.99))
+    assert found["scored"][1] - found["scored"][0] == dense - default > 0

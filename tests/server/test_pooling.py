@@ -1,67 +1,157 @@
-"""An embedding server: images of its requests are pruned too, and routes that cannot say how refuse the field."""
+"""Servers of embeddings and of classes: the images of their requests are pruned too, at every endpoint."""
 
 from collections.abc import Callable
+from pathlib import Path
 
-import httpx
 import pytest
-from harness import Server, content
-from PIL import Image
+from endpoints import (
+    CLASSIFYING,
+    EMBEDDING,
+    TEXT,
+    Images,
+    Table,
+    chat,
+    check_bad_options,
+    check_options,
+    check_parity,
+    cohere,
+    contents,
+    offered,
+    parts,
+    rerank,
+    score,
+    taking_images,
+)
+from harness import DTYPE, Server
+from shared import Reference
 
-Images = dict[str, Image.Image]
-QUESTION = "What is it?"
+POOLING = ["--runner", "pooling", "--enforce-eager", "--dtype", DTYPE]
+PRUNING = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--eadaprune-min-tokens", "16"]
+PRUNING += ["--eadaprune-detail-low", '{"energy": 0.6, "min_tokens": 4}', "--eadaprune-report-cached"]
 
 
 @pytest.fixture(scope="module")
-def pooling(start: Callable[..., Server]) -> Server:
-    """An embedding server with random weights, another cache, another plugin, and clients it was told to trust."""
-    flags = ["--plugin", "eadaprune", "--plugin", "lora_filesystem_resolver", "--runner", "pooling"]
-    flags += ["--load-format", "dummy", "--enforce-eager", "--mm-processor-cache-type", "shm"]
-    flags += ["--eadaprune-report-cached"]
-    return start("pooling", *flags, "--trust-request-mm-kwargs")
+def embedding(start: Callable[..., Server]) -> Server:
+    """Another cache, another plugin, and clients it was told to trust."""
+    flags = [*PRUNING, "--plugin", "lora_filesystem_resolver", "--mm-processor-cache-type", "shm"]
+    return start("embedding", *POOLING, *flags, "--trust-request-mm-kwargs")
 
 
-def test_embeddings_of_images(pooling: Server, images: Images) -> None:
-    def embed(**options: object) -> httpx.Response:
-        messages = [{"role": "user", "content": content(images["noise"], QUESTION)}]
-        body = {"model": "demo", "messages": messages, "eadaprune": options}
-        return pooling.post("/v1/embeddings", body)
-
-    full, pruned, again = (embed(energy=energy).json() for energy in (1.0, 0.5, 0.5))
-    assert pruned["usage"]["prompt_tokens"] < full["usage"]["prompt_tokens"] - 100
-    assert pruned["data"] == again["data"]
-    assert pooling.metric("eadaprune_images_total") == 3
-    assert pruned["eadaprune"]["images"][0]["energy_threshold"] == 0.5
-    assert pruned["eadaprune"]["kept_tokens"] < full["eadaprune"]["kept_tokens"] == 576
-    assert again["eadaprune"]["images"][0]["cached"]
-    refused = embed(energy=2)
-    assert refused.status_code == 400
-    assert "eadaprune.energy=2 is not allowed" in refused.json()["error"]["message"]
+@pytest.fixture(scope="module")
+def classifying(start: Callable[..., Server], scorer: Path) -> Server:
+    return start("classifying", *POOLING, "--convert", "classify", *PRUNING, model=scorer)
 
 
-@pytest.mark.parametrize("path", ["/pooling", "/v1/embeddings"])
-def test_images_of_a_pooling_request_have_options_of_their_own(pooling: Server, images: Images, path: str) -> None:
-    parts = content(images["noise"], QUESTION)
-    parts[0]["eadaprune"] = {"energy": 0.6}
-    body = {"model": "demo", "messages": [{"role": "user", "content": parts}], "eadaprune": {"energy": 0.8}}
-    response = pooling.post(path, body)
-    assert response.json()["eadaprune"]["images"][0]["energy_threshold"] == 0.6
-    assert response.headers["X-EAdaPrune-Kept-Tokens"] == str(response.json()["eadaprune"]["kept_tokens"])
-    text = pooling.post(path, {"model": "demo", "input": "hi", "eadaprune": {"energy": 0.8}})
-    assert text.status_code == 400
-    assert "eadaprune does nothing here: this request takes no images" in text.json()["error"]["message"]
-    parts[0]["eadaprune"] = {"energy": 6}
-    assert pooling.post(path, body).json()["error"]["param"] == "images[0].eadaprune.energy"
+@pytest.fixture(scope="module")
+def stock_embedding(start: Callable[..., Server]) -> Server:
+    return start("stock-embedding", *POOLING)
 
 
-@pytest.mark.parametrize("path", ["/v2/embed", "/score", "/v1/score", "/rerank", "/v1/rerank", "/invocations"])
-def test_other_pooling_routes_refuse_the_field(pooling: Server, images: Images, path: str) -> None:
-    part = content(images["flat"])[0]
-    pair = {"model": "demo", "query": "a", "documents": ["b"], "data_1": "a", "data_2": "b", "inputs": []}
-    for change in (
-        {"eadaprune": {"energy": 0.5}},
-        {"data_2": {"content": [part | {"eadaprune": {"energy": 0.5}}]}},
-        {"mm_processor_kwargs": {"eadaprune": {"energy": 0.5}}},
+@pytest.fixture(scope="module")
+def stock_classifying(start: Callable[..., Server], scorer: Path) -> Server:
+    return start("stock-classifying", *POOLING, "--convert", "classify", model=scorer)
+
+
+CASES = [(kind, path) for kind, table in (("embedding", EMBEDDING), ("classifying", CLASSIFYING)) for path in table]
+TABLES: dict[str, Table] = {"embedding": EMBEDDING, "classifying": CLASSIFYING}
+all_cases = pytest.mark.parametrize(("kind", "path"), CASES)
+
+
+@all_cases
+def test_options_count(
+    request: pytest.FixtureRequest, reference: Reference, images: Images, kind: str, path: str
+) -> None:
+    check_options(request.getfixturevalue(kind), reference, images, path, TABLES[kind])
+
+
+@all_cases
+def test_bad_options_are_a_400(request: pytest.FixtureRequest, images: Images, kind: str, path: str) -> None:
+    check_bad_options(request.getfixturevalue(kind), images, path, TABLES[kind])
+
+
+@all_cases
+def test_answers_are_stocks(request: pytest.FixtureRequest, images: Images, kind: str, path: str) -> None:
+    server, stock = request.getfixturevalue(kind), request.getfixturevalue(f"stock_{kind}")
+    check_parity(server, stock, images, path, TABLES[kind])
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_no_other_endpoint_takes_images(request: pytest.FixtureRequest, kind: str) -> None:
+    server = request.getfixturevalue(kind)
+    assert taking_images(server) == offered(server) - {"/invocations"}
+    assert offered(server) == {*TABLES[kind], "/v1/systemone"}  # which no model with pooling has
+
+
+def test_detail_counts(embedding: Server, classifying: Server, reference: Reference, images: Images) -> None:
+    kept = [len(reference.kept(images["astronaut"], energy=0.95))]
+    kept += [len(reference.kept(images["noise"], energy=0.6, min_tokens=4))]
+    for server, path, body in (
+        (embedding, "/score", score(images, None)),
+        (embedding, "/v2/embed", cohere(images, None)),
+        (classifying, "/rerank", rerank(images, None)),
     ):
-        response = pooling.post(path, pair | change)
+        for place in body.get("inputs") or body.get("documents") or body["data_2"]:
+            place["content"][0]["image_url"]["detail"] = "auto"
+        place["content"][0]["image_url"]["detail"] = "low"
+        report = server.post(path, body).json()["eadaprune"]
+        assert [image["kept_tokens"] for image in report["images"]] == kept
+
+
+def test_images_of_a_query_are_in_every_prompt_of_a_cross_encoder(
+    embedding: Server, classifying: Server, images: Images
+) -> None:
+    query, document = contents(images, None)
+    body = {"model": "demo", "query": query, "documents": ["text", document], "eadaprune": {"energy": 0.9}}
+    for server, count in ((embedding, 2), (classifying, 3)):
+        response = server.post("/rerank", body).json()
+        assert len(response["eadaprune"]["images"]) == count
+        assert response["usage"]["prompt_tokens"] > response["eadaprune"]["kept_tokens"]
+
+
+def test_prompts_without_images_take_options_along(embedding: Server, images: Images) -> None:
+    """Of one request: a text and a picture."""
+    body = {"model": "demo", "data_1": TEXT, "data_2": contents(images, None)[0], "eadaprune": {"energy": 1}}
+    report = embedding.post("/score", body).json()["eadaprune"]
+    assert report["kept_tokens"] == 576
+
+
+def test_what_is_cached_is_told(embedding: Server, images: Images) -> None:
+    body = chat(images, None, eadaprune={"energy": 0.71})
+    first, again = (embedding.post("/v1/embeddings", body).json() for _ in range(2))
+    assert first["data"] == again["data"]
+    assert [image["cached"] for image in first["eadaprune"]["images"]] == [False, False]
+    assert [image["cached"] for image in again["eadaprune"]["images"]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/pooling", {"input": "hi"}),
+        ("/v1/embeddings", {"input": "hi"}),
+        ("/invocations", {"input": "hi"}),
+        ("/v2/embed", {"texts": ["hi"]}),
+        ("/tokenize", {"prompt": "hi"}),
+    ],
+)
+def test_texts_refuse_the_field(embedding: Server, path: str, body: dict[str, object]) -> None:
+    response = embedding.post(path, {"model": "demo", "eadaprune": {"energy": 0.8}} | body)
+    assert response.status_code == 400
+    assert "eadaprune does nothing" in response.json()["error"]["message"]
+    assert "this request takes no images" in response.json()["error"]["message"]
+
+
+def test_mm_processor_kwargs_say_it_where_there_are_any(embedding: Server, images: Images) -> None:
+    kwargs = {"mm_processor_kwargs": {"eadaprune": {"energy": 0.6}}}
+    report = embedding.post("/score", score(images, None) | kwargs).json()["eadaprune"]
+    assert [image["energy_threshold"] for image in report["images"]] == [0.6, 0.6]
+    refused = embedding.post("/v2/embed", cohere(images, None) | kwargs)
+    assert refused.json()["error"]["message"].startswith("eadaprune does nothing in mm_processor_kwargs at /v2/embed")
+
+
+def test_options_on_texts_are_a_400(embedding: Server, images: Images) -> None:
+    text = {"type": "text", "text": TEXT, "eadaprune": {"energy": 0.5}}
+    for path, field in (("/score", "data_2"), ("/v2/embed", "inputs")):
+        body = {"model": "demo", "data_1": TEXT, field: [{"content": [*parts(images), text]}]}
+        response = embedding.post(path, body)
         assert response.status_code == 400
-        assert f"eadaprune does nothing at {path}" in response.json()["error"]["message"]
+        assert "eadaprune belongs to the request, or to a content part that is an image" in response.text

@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import httpx
+from endpoints import anthropic
 from fastapi import FastAPI
 from harness import Server, content
 from PIL import Image
 from shared import Reference, noise
-from test_doors import anthropic
 from vllm.entrypoints.openai.chat_completion.api_router import router
 from vllm.v1.engine.core import EngineCoreProc
 

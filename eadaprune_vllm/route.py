@@ -56,7 +56,7 @@ class PruningRoute(APIRoute):
                     self._check(body)
             if not is_door(self):
                 return await handler(request)
-            options = body.get(KEY) if isinstance(body, dict) else None
+            options = body.pop(KEY, None) if isinstance(body, dict) else None  # vLLM's models may forbid it
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
                 response = await handler(request)
             if isinstance(response, StreamingResponse):  # which may render more turns, after calls of built-in tools

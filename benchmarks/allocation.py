@@ -28,13 +28,13 @@ from rich.console import Console
 from transformers import AutoImageProcessor
 from vllm import LLM
 
-from eadaprune_vllm.budget import Curve
+from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.selectors import VisualTokens
+from eadaprune_vllm.core.spectrum import Spectrum, spanned
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.spectrum import Spectrum, spanned
 from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import Setting, exactly, interval, run
 from eadaprune_vllm.tools.images import picture, read

@@ -22,8 +22,8 @@ from merging import PLAIN, served
 from quality import curve, held_out
 from rich.console import Console
 
-from eadaprune_vllm.budget import Curve
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, Setting, fixed, interval, run
 from eadaprune_vllm.tools.examiner import ServedModel

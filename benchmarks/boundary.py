@@ -22,8 +22,8 @@ from rich.table import Table
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from eadaprune_vllm.prune import Kept
-from eadaprune_vllm.wire import Decided, Question, answers, pack, questions
+from eadaprune_vllm.core.prune import Kept
+from eadaprune_vllm.messages import Decided, Question, answers, pack, questions
 
 TOKENS = 1024
 REPEATS = 15

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import ThreadpoolController
 
-from eadaprune_vllm.budget import TIE_TOLERANCE
-from eadaprune_vllm.options import Budget, PruneOptions
-from eadaprune_vllm.prune import WINDOW, Encoding, Layout, compute_spectra, prune
-from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.core.budget import TIE_TOLERANCE
+from eadaprune_vllm.core.options import Budget, PruneOptions
+from eadaprune_vllm.core.prune import WINDOW, Encoding, Layout, compute_spectra, prune
+from eadaprune_vllm.core.selectors import VisualTokens
 
 ENERGY = 0.95
 K_MAX, OVERSAMPLING = 192, 10

@@ -21,9 +21,9 @@ from common import RESULTS, about, scene
 from rich.console import Console
 from rich.table import Table
 
+from eadaprune_vllm.core.draw import data_url
 from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import DTYPE, Server
-from eadaprune_vllm.draw import data_url
 
 FLAGS = [
     "--runner",

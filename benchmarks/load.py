@@ -26,9 +26,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from eadaprune_vllm.core.draw import data_url
 from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import Server, total
-from eadaprune_vllm.draw import data_url
 
 POLICY = {"energy_floor": 0.9, "kv_usage_low": 0.4, "kv_usage_high": 0.7, "waiting_low": 1, "waiting_high": 8}
 TEXT_LAYERS = 192

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from eadaprune_vllm import prune
+from eadaprune_vllm.core import prune
+from eadaprune_vllm.core.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.engine import decide
-from eadaprune_vllm.selectors import SELECTORS, VisualTokens
-from eadaprune_vllm.wire import Decided
+from eadaprune_vllm.messages import Decided
 
 
 class Merging:

@@ -17,14 +17,14 @@ import typer
 from common import RESULTS, about
 from rich.console import Console
 
-from eadaprune_vllm.budget import Curve
+from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.draw import png
+from eadaprune_vllm.core.options import UNBOUNDED, PruneOptions
+from eadaprune_vllm.core.selectors import SELECTORS
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import write_questions
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
-from eadaprune_vllm.draw import png
-from eadaprune_vllm.options import UNBOUNDED, PruneOptions
-from eadaprune_vllm.selectors import SELECTORS
 from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, adaptive, run
 from eadaprune_vllm.tools.examiner import Examiner

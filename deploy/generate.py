@@ -31,7 +31,7 @@ from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from prometheus_client import CollectorRegistry
 
-from eadaprune_vllm.metrics import Metrics
+from eadaprune_vllm.frontend.metrics import Metrics
 
 HERE = Path(__file__).parent
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")

@@ -72,7 +72,7 @@ def _given(**options: Any) -> dict[str, Any]:
     Raises:
         InvalidOptionsError: naming option, value and allowed range.
     """
-    from eadaprune_vllm.options import PruneOptions, overlay
+    from eadaprune_vllm.core.options import PruneOptions, overlay
 
     given = {name: value for name, value in options.items() if value is not None}
     overlay(PruneOptions(), given, "options")
@@ -134,8 +134,8 @@ def calibrate(
     Every image is encoded once, by a server (--url) or an engine of this command's own (--model); go on after an
     interruption, or ask for another target, with the same --store. Options that are not given are the server's.
     """
-    from eadaprune_vllm.budget import Curve
-    from eadaprune_vllm.options import overlay
+    from eadaprune_vllm.core.budget import Curve
+    from eadaprune_vllm.core.options import overlay
     from eadaprune_vllm.tools import calibrate as tool
 
     with _examiner(url, model, dtype, revision) as examiner:
@@ -195,7 +195,7 @@ def explain(
     Asks a server (--url), or an engine of this command's own (--model). Options that are not given are the server's,
     and so is the threshold if there is none.
     """
-    from eadaprune_vllm.draw import picture
+    from eadaprune_vllm.core.draw import picture
     from eadaprune_vllm.tools import images
     from eadaprune_vllm.tools.plots import caption, explanation
 

@@ -6,20 +6,20 @@ to add its flags to vLLM's command line.
 
 from importlib import import_module
 
-from eadaprune_vllm.naming import NAME, named_plugins
+from eadaprune_vllm.startup.naming import NAME, named_plugins
 
 # Of the start, of the engine, of rendering requests, and of sending them to it; ``command_line`` comes without them.
-_SEAMS = (
-    *("configuration", "reference"),
-    *("engine", "graphs", "weights"),
-    *("rendering", "pooling", "scoring", "run_batch", "anthropic", "cohere"),
-    *("admission", "sent"),
+_PATCHES = (
+    *("config", "engine_core", "engine_client"),
+    *("cudagraph", "weights"),
+    *("renderer", "pooling", "scoring", "run_batch", "anthropic", "cohere"),
+    *("input_processor", "sender_cache"),
 )
 
 
 def register() -> None:
     """Add the flags; if the plugin is named, activate it as well."""
-    from eadaprune_vllm.seams import command_line
+    from eadaprune_vllm.patches import command_line
 
     if NAME in (named_plugins() or ()):
         activate()
@@ -32,11 +32,11 @@ def activate() -> None:
     Raises:
         StartupError: if vLLM is of no supported version, or lacks what pruning depends on.
     """
-    from eadaprune_vllm.seams.window import check_version
+    from eadaprune_vllm.compat import check_version
 
     check_version()  # before anything that may fail to import from another one
-    from eadaprune_vllm import models
+    from eadaprune_vllm import architectures
 
-    models.register()
-    for seam in _SEAMS:
-        import_module(f"eadaprune_vllm.seams.{seam}").install()
+    architectures.register()
+    for patch in _PATCHES:
+        import_module(f"eadaprune_vllm.patches.{patch}").install()

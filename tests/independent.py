@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import qr
 
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Kept
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.prune import Encoding, Kept
 
 Array = NDArray[np.float64]
 UNCERTAIN = 5e-6  # share of all energy that float32 may miss, up to the energy of 0.999

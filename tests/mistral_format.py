@@ -23,8 +23,8 @@ from transformers import (
 )
 from vllm.tokenizers.mistral import MistralTokenizer
 
+from eadaprune_vllm.core.draw import data_url
 from eadaprune_vllm.demo.model import byte_tokenizer
-from eadaprune_vllm.draw import data_url
 
 MISTRAL = byte_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 IMAGE_TOKEN = 10  # of Mistral's library

@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from eadaprune_vllm.core.prune import Encoding, Layout, Newlines
+from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.demo.model import byte_tokenizer
-from eadaprune_vllm.prune import Encoding, Layout, Newlines
-from eadaprune_vllm.selectors import VisualTokens
 
 WORDS, MORE = 304, 16  # tokens that answers are made of, and others
 # What the configuration calls a token -> what the tokenizer does.

@@ -4,10 +4,10 @@ import torch
 from msgspec.structs import replace
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
 
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
-from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.wire import Decided, Grounds, Question
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.prune import Encoding, Kept, Layout, Newlines, prune
+from eadaprune_vllm.core.selectors import VisualTokens
+from eadaprune_vllm.messages import Decided, Grounds, Question
 
 
 def item(modality: str = "image", on_cpu: tuple[str, ...] = (), **fields: torch.Tensor) -> MultiModalKwargsItem:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eadaprune_vllm.budget import Curve
-from eadaprune_vllm.draw import data_url
-from eadaprune_vllm.options import Budget
-from eadaprune_vllm.report import Config, ItemPreview, Preview, Reference
-from eadaprune_vllm.server_options import ServerOptions
+from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.draw import data_url
+from eadaprune_vllm.core.options import Budget
+from eadaprune_vllm.core.report import Config, ItemPreview, Preview, Reference
+from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.tools import images
 
 SPECTRUM = np.arange(100) / 100  # of every image that it is asked about

@@ -8,14 +8,14 @@ import pytest
 import torch
 from samples import item
 
-from eadaprune_vllm.budget import needed
+from eadaprune_vllm.core.budget import needed
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.prune import Encoding, Kept, Layout, Newlines, prune
+from eadaprune_vllm.core.selectors import VisualTokens
+from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine import decide as module
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Kept, Layout, Newlines, prune
-from eadaprune_vllm.selectors import VisualTokens
-from eadaprune_vllm.server_options import ServerOptions
-from eadaprune_vllm.wire import Answer, Decided, Failed, Question
+from eadaprune_vllm.messages import Answer, Decided, Failed, Question
 
 
 class Model(torch.nn.Module):

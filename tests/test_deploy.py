@@ -14,7 +14,7 @@ import yaml
 from harness import environment
 from shared import program
 
-from eadaprune_vllm.server_options import ServerOptions
+from eadaprune_vllm.core.server_options import ServerOptions
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

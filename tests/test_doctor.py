@@ -13,31 +13,30 @@ from stub import Stub
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from eadaprune_vllm import __version__
+from eadaprune_vllm import __version__, compat
 from eadaprune_vllm.cli import app
-from eadaprune_vllm.seams import window
 from eadaprune_vllm.tools import doctor
 from eadaprune_vllm.tools.doctor import Finding
 
 GONE = """
-import eadaprune_vllm.seams.window as window
+import eadaprune_vllm.compat as window
 
-def find(path, find=window.find):
+def find(path, find=compat.find):
     if path == "{}":
         raise AttributeError
     return find(path)
 
-window.find = find
+compat.find = find
 """
 # Stand in for other machines, in ``sitecustomize``.
 MACHINES = {
     "another release": """
-import eadaprune_vllm.seams.window as window
+import eadaprune_vllm.compat as window
 from packaging.specifiers import SpecifierSet
-window.SUPPORTED = SpecifierSet(">=0.99")
+compat.SUPPORTED = SpecifierSet(">=0.99")
 """,
-    "a seam is gone": GONE.format("vllm.v1.engine.core:EngineCore.post_step"),
-    "a nicety is gone": GONE.format("vllm.engine.arg_utils:EngineArgs.add_cli_args"),
+    "gone": GONE.format("vllm.v1.engine.core:EngineCore.post_step"),
+    "optional and gone": GONE.format("vllm.engine.arg_utils:EngineArgs.add_cli_args"),
     "nothing is installed": """
 import sys
 
@@ -77,9 +76,9 @@ def test_all_is_well(stub: Stub, model: Path) -> None:
     found = lines(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert found["eadaprune"] == __version__
-    assert found["vLLM"] == f"ok: {window.version()}, supported is {window.SUPPORTED}"
+    assert found["vLLM"] == f"ok: {compat.version()}, supported is {compat.SUPPORTED}"
     assert found["plugin"] == "ok: installed; to be named by --plugin eadaprune"
-    assert found["seams"] == "ok: all there"
+    assert found["patches"] == "ok: all there"
     assert found["model"] == "ok: LlavaForConditionalGeneration in float32, prompts of up to 4096 tokens"
     assert found["KV cache"] == "1024 bytes per token"  # key and value x layers x KV heads x head size x bytes
     assert found["largest image"] == "576 tokens, 0.6 MiB of KV cache; never cut below 64 by default"
@@ -97,14 +96,24 @@ def test_all_is_well(stub: Stub, model: Path) -> None:
     ("machine", "status", "about", "says"),
     [
         ("another release", 1, "vLLM", "warning: {}, supported is >=0.99"),
-        ("another release", 1, "seams", "failed: vLLM {} is not supported; supported is >=0.99 "),
-        ("another release", 1, "model", "failed: nothing can be said of it without the seams"),
-        ("a seam is gone", 1, "seams", "failed: vLLM {} has no vllm.v1.engine.core:EngineCore.post_step of the kind"),
-        ("a nicety is gone", 0, "seams", "warning: vLLM {} has no vllm.engine.arg_utils:EngineArgs.add_cli_args of "),
-        ("a nicety is gone", 0, "model", "ok: LlavaForConditionalGeneration in bfloat16"),
+        ("another release", 1, "patches", "failed: vLLM {} is not supported; supported is >=0.99 "),
+        ("another release", 1, "model", "failed: nothing can be said of it without the patches"),
+        (
+            "gone",
+            1,
+            "patches",
+            "failed: vLLM {} has no vllm.v1.engine.core:EngineCore.post_step of the kind",
+        ),
+        (
+            "optional and gone",
+            0,
+            "patches",
+            "warning: vLLM {} has no vllm.engine.arg_utils:EngineArgs.add_cli_args of ",
+        ),
+        ("optional and gone", 0, "model", "ok: LlavaForConditionalGeneration in bfloat16"),
         ("nothing is installed", 1, "vLLM", "failed: ModuleNotFoundError: No module named 'vllm'"),
         ("nothing is installed", 1, "torch", "failed: ModuleNotFoundError: No module named 'torch'"),
-        ("nothing is installed", 1, "seams", "failed: ModuleNotFoundError: No module named 'vllm'"),
+        ("nothing is installed", 1, "patches", "failed: ModuleNotFoundError: No module named 'vllm'"),
         ("nothing is installed", 1, "eadaprune", __version__),
     ],
 )
@@ -113,7 +122,7 @@ def test_what_does_not_fit_is_a_line(
 ) -> None:
     done = screens(machine)
     assert done.returncode == status
-    assert lines(done.stdout)[about].startswith(says.format(window.version()))
+    assert lines(done.stdout)[about].startswith(says.format(compat.version()))
 
 
 @pytest.fixture(scope="module")
@@ -168,14 +177,14 @@ def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
 def test_what_a_server_says_is_a_line(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, status: int, body: str, says: str
 ) -> None:
-    monkeypatch.setattr(doctor, "seams", lambda: iter([Finding("seams", "all there", "ok")]))
+    monkeypatch.setattr(doctor, "patches", lambda: iter([Finding("patches", "all there", "ok")]))
     stub.failing = status, body
     *_, last = doctor.examine(url=stub.url)
     assert last == Finding("server", says.format(stub.url), "failed")
 
 
 def test_a_server_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "seams", lambda: iter([]))
+    monkeypatch.setattr(doctor, "patches", lambda: iter([]))
     *_, last = doctor.examine(url="http://127.0.0.1:9")
     assert last == Finding("server", "http://127.0.0.1:9: [Errno 111] Connection refused", "failed")
 

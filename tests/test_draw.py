@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from shared import photo
 
-from eadaprune_vllm.draw import data_url, dim_pruned, jpeg, picture
+from eadaprune_vllm.core.draw import data_url, dim_pruned, jpeg, picture
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 32, 500])

@@ -9,11 +9,11 @@ import pytest
 from samples import decided, name_of, question
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from eadaprune_vllm.engine import core as engine_core
 from eadaprune_vllm.engine import worker
-from eadaprune_vllm.engine.extended import OURS, extended
+from eadaprune_vllm.engine.extension import OURS, extended
 from eadaprune_vllm.engine.worker import DecidingWorker
-from eadaprune_vllm.seams import engine as seam
-from eadaprune_vllm.wire import Answer, Decided, Failed, Question, answers, pack
+from eadaprune_vllm.messages import REFUSED, Answer, Decided, Failed, Question, answers, pack
 
 
 class Theirs:
@@ -51,7 +51,7 @@ def test_extensions_of_two_operators_are_apart() -> None:
         assert issubclass(both, theirs)
         assert issubclass(both, DecidingWorker)
     with pytest.raises(AttributeError):
-        resolve_obj_by_qualname("eadaprune_vllm.engine.extended.nothing")
+        resolve_obj_by_qualname("eadaprune_vllm.engine.extension.nothing")
 
 
 class Worker(DecidingWorker):
@@ -154,51 +154,51 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_questions_are_answered_one_after_each_step(core: Any) -> None:
-    promises: list[Future[bytes]] = [seam._ask(core, payload) for payload in (b"1", b"2", b"3")]
+    promises: list[Future[bytes]] = [engine_core.ask(core, payload) for payload in (b"1", b"2", b"3")]
     assert not any(promise.done() for promise in promises)
     for number in range(3):
-        assert seam._answer_next(core)
+        assert engine_core.answer_next(core)
         assert [promise.done() for promise in promises] == [other <= number for other in range(3)]
-    assert not seam._answer_next(core)
+    assert not engine_core.answer_next(core)
     assert [promise.result() for promise in promises] == [b"answer to 1", b"answer to 2", b"answer to 3"]
 
 
 def test_without_a_question_nothing_happens(core: Any) -> None:
-    assert not seam._answer_next(core)
+    assert not engine_core.answer_next(core)
 
 
 @pytest.mark.parametrize("state", ["paused", "asleep"])
 def test_while_it_is_paused_or_asleep_questions_wait(core: Any, state: str) -> None:
-    promise = seam._ask(core, b"1")
+    promise = engine_core.ask(core, b"1")
 
     def rest(rests: bool) -> None:
         core.paused = rests and state == "paused"
         core.model_executor.is_sleeping = rests and state == "asleep"
 
     rest(True)
-    assert not seam._answer_next(core)
+    assert not engine_core.answer_next(core)
     assert not promise.done()
     rest(False)
-    assert seam._answer_next(core)
+    assert engine_core.answer_next(core)
     assert promise.result() == b"answer to 1"
 
 
 def test_an_engine_that_refuses_requests_refuses_questions(core: Any) -> None:
-    waiting = seam._ask(core, b"1")
+    waiting = engine_core.ask(core, b"1")
     core.reject_new_requests = core.paused = True
-    assert seam._ask(core, b"2") == seam.REFUSED
-    assert seam._answer_next(core)
-    assert waiting.result() == seam.REFUSED
+    assert engine_core.ask(core, b"2") == REFUSED
+    assert engine_core.answer_next(core)
+    assert waiting.result() == REFUSED
     core.reject_new_requests = core.paused = False
-    later = seam._ask(core, b"3")
-    assert seam._answer_next(core)
+    later = engine_core.ask(core, b"3")
+    assert engine_core.answer_next(core)
     assert later.result() == b"answer to 3"
 
 
 def test_an_error_goes_to_who_asked(core: Any) -> None:
-    bad, good = seam._ask(core, b"bad"), seam._ask(core, b"good")
-    assert seam._answer_next(core)
-    assert seam._answer_next(core)
+    bad, good = engine_core.ask(core, b"bad"), engine_core.ask(core, b"good")
+    assert engine_core.answer_next(core)
+    assert engine_core.answer_next(core)
     with pytest.raises(RuntimeError, match="a worker died"):
         bad.result()
     assert good.result() == b"answer to good"
@@ -206,9 +206,9 @@ def test_an_error_goes_to_who_asked(core: Any) -> None:
 
 def test_an_engine_dies_of_ranks_that_do_not_answer_in_time(core: Any) -> None:
     """As of a step that takes too long. Its clients then tell those who wait."""
-    slow = seam._ask(core, b"slow")
+    slow = engine_core.ask(core, b"slow")
     with pytest.raises(TimeoutError):
-        seam._answer_next(core)
+        engine_core.answer_next(core)
     assert not slow.done()
 
 
@@ -217,8 +217,8 @@ def test_without_a_loop_an_engine_that_sleeps_says_so() -> None:
     core = Core()
     core.model_executor.is_sleeping = True
     with pytest.raises(RuntimeError, match="the engine is asleep"):
-        seam._ask(core, b"1")
+        engine_core.ask(core, b"1")
 
 
 def test_without_a_loop_the_answer_is_there_at_once() -> None:
-    assert seam._ask(Core(), b"1") == b"answer to 1"
+    assert engine_core.ask(Core(), b"1") == b"answer to 1"

@@ -9,13 +9,13 @@ from prometheus_client import CollectorRegistry
 from samples import decided, question
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
 
-from eadaprune_vllm.asking import Asker
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.metrics import Metrics, Source
-from eadaprune_vllm.models.items import Items, New, PrunedDetails
-from eadaprune_vllm.seams.asking import ask_first
-from eadaprune_vllm.wire import Answer, Failed, Question
+from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.front_end import FrontEnd
+from eadaprune_vllm.frontend.items import Items, New, PrunedDetails
+from eadaprune_vllm.frontend.metrics import Metrics, Source
+from eadaprune_vllm.messages import Answer, Failed, Question
+from eadaprune_vllm.patches.renderer import ask_first
 
 
 class Prepared(Asker):

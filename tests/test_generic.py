@@ -9,11 +9,12 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
-from eadaprune_vllm import supported
+from eadaprune_vllm.architectures import ARCHITECTURES, adapter
+from eadaprune_vllm.core.prune import Layout
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.models import ARCHITECTURES, adapter, generic
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.prune import Layout
+from eadaprune_vllm.frontend.processor import PruningProcessor
+from eadaprune_vllm.models import generic
+from eadaprune_vllm.startup import checks
 
 
 def layout(num_placeholders: int, modality: str = "image", **data: Any) -> Layout:
@@ -90,38 +91,38 @@ def config(family: Callable[[str], Path]) -> Any:
 
 
 def test_embeddings_are_refused(config: Any) -> None:
-    supported.check(config)
+    checks.check(config)
     config.model_config.multimodal_config.enable_mm_embeds = True
     with pytest.raises(StartupError, match="--enable-mm-embeds is not supported for this model"):
-        supported.check(config)
+        checks.check(config)
 
 
 def test_processors_that_fill_prompts_themselves_are_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = f"{generic.__name__}:DeepseekVLV2ForCausalLM"
     monkeypatch.setitem(ARCHITECTURES, config.model_config.architecture, model)
     with pytest.raises(StartupError, match="fills placeholders into prompts in a way of its own"):
-        supported.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize("name", ["MiniCPMV", "MiniCPMO"])
 def test_classes_that_make_others_are_refused(config: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, config.model_config.architecture, f"{generic.__name__}:{name}")
     with pytest.raises(StartupError, match="makes one of several others"):
-        supported.check(config)
+        checks.check(config)
 
 
 def test_positions_that_are_not_those_of_tokens_are_refused(
     family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineArgs(str(family("qwen2_vl")), max_model_len=1024).create_engine_config()
-    supported.check(config)
+    checks.check(config)
     name = config.model_config.architecture
     monkeypatch.setitem(ARCHITECTURES, name, f"{generic.__name__}:{name}")
     with pytest.raises(StartupError, match="this model has M-RoPE positions"):
-        supported.check(config)
+        checks.check(config)
 
 
 def test_encoder_decoders_are_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(config.model_config), "is_encoder_decoder", True)
     with pytest.raises(StartupError, match="this model is an encoder-decoder"):
-        supported.check(config)
+        checks.check(config)

@@ -20,7 +20,7 @@ import pytest
 from openai import OpenAI
 from shared import photo, program
 
-from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.core.draw import data_url
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "docker/cpu/Dockerfile"

@@ -7,9 +7,9 @@ import torch
 from independent import check
 from reference import checked
 
-from eadaprune_vllm.options import Budget, PruneOptions
-from eadaprune_vllm.prune import Encoding, Layout, prune
-from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.core.options import Budget, PruneOptions
+from eadaprune_vllm.core.prune import Encoding, Layout, prune
+from eadaprune_vllm.core.selectors import VisualTokens
 
 
 @pytest.mark.parametrize("budget", ["spectrum", "span"])

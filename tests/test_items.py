@@ -11,12 +11,13 @@ from samples import decided, item, kept
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
 
-from eadaprune_vllm.models.items import Item, Items, New, PrunedDetails, digest, may_prune, split, still, to_client
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Kept
-from eadaprune_vllm.report import Timing
-from eadaprune_vllm.seams import admission
-from eadaprune_vllm.wire import Answer, Failed, Question
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.prune import Kept
+from eadaprune_vllm.core.report import Timing
+from eadaprune_vllm.frontend.items import Item, Items, New, PrunedDetails, digest, may_prune, split, to_client
+from eadaprune_vllm.messages import Answer, Failed, Question
+from eadaprune_vllm.patches import input_processor
+from eadaprune_vllm.reference import still
 
 IMAGE, TIME = 7, 60
 
@@ -49,7 +50,7 @@ def test_what_was_rendered_before_is_known_by_what_was_kept() -> None:
         SimpleNamespace(modality="image", identifier="b", data=whole.question.item),
         SimpleNamespace(modality="image", identifier="c", data=None),
     ]
-    admission._identify(features)
+    input_processor._identify(features)
     assert update.content.kept
     names = ["a" + digest(update.content.kept.placeholders), "b", "c"]
     assert [feature.identifier for feature in features] == names

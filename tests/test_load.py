@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from eadaprune_vllm.asking import Asker
+from eadaprune_vllm.core.load_policy import LoadPolicy
+from eadaprune_vllm.core.options import PruneOptions, overlay
+from eadaprune_vllm.core.server_options import Choice, Layer, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.load import FRESH_SECONDS, STEPS, Load, LoadPolicy
-from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.options import PruneOptions, overlay
-from eadaprune_vllm.request import choose
-from eadaprune_vllm.server_options import Choice, Layer, ServerOptions
+from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.front_end import FrontEnd
+from eadaprune_vllm.frontend.load import FRESH_SECONDS, STEPS, Load
+from eadaprune_vllm.frontend.metrics import Metrics
+from eadaprune_vllm.frontend.request import choose
 
 POLICY = LoadPolicy(energy_floor=0.9, kv_usage_low=0.5, kv_usage_high=0.9, waiting_low=2, waiting_high=10)
 
@@ -86,7 +87,8 @@ def test_front_ends_share_what_they_are_told(tmp_path: Path) -> None:
     here.observe(0, 0.9, 0)
     code = f"""if True:
         from pathlib import Path
-        from eadaprune_vllm.load import Load, LoadPolicy
+        from eadaprune_vllm.core.load_policy import LoadPolicy
+        from eadaprune_vllm.frontend.load import Load
         there = Load(LoadPolicy(), engines=2, shared=Path({str(tmp_path / "load")!r}))
         assert there.level == 0.5, there.level
         there.observe(1, kv_usage=0.0, waiting=99)

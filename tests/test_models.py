@@ -28,14 +28,14 @@ from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from eadaprune_vllm import startup
+from eadaprune_vllm.architectures import ARCHITECTURES, adapter
+from eadaprune_vllm.core.options import CHUNK, PruneOptions
+from eadaprune_vllm.core.prune import Kept
+from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.models import ARCHITECTURES, adapter
-from eadaprune_vllm.models.items import New
-from eadaprune_vllm.options import CHUNK, PruneOptions
-from eadaprune_vllm.prune import Kept
-from eadaprune_vllm.server_options import ServerOptions
-from eadaprune_vllm.wire import Decided, answers, pack, questions
+from eadaprune_vllm.frontend.items import New
+from eadaprune_vllm.messages import Decided, answers, pack, questions
+from eadaprune_vllm.startup import configuration
 
 # The experts of the others want a group of ranks of their own; their towers are those of dense models.
 NAMES = [name for name in FAMILIES if not name.endswith("_moe")]
@@ -82,7 +82,7 @@ class Loaded:
             str(folder), max_model_len=4096, dtype="float32", enforce_eager=True, trust_remote_code=own_code
         )
         self.config = args.create_engine_config()
-        startup.configure(self.config, ServerOptions())
+        configuration.configure(self.config, ServerOptions())
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
         self.reference = Reference(folder, torch.float32)

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
+from eadaprune_vllm.core.options import PruneOptions, overlay, request_schema
+from eadaprune_vllm.core.selectors import SELECTORS
+from eadaprune_vllm.core.server_options import Layer, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
-from eadaprune_vllm.options import PruneOptions, overlay, request_schema
-from eadaprune_vllm.selectors import SELECTORS
-from eadaprune_vllm.server_options import Layer, ServerOptions
-from eadaprune_vllm.startup import operator_options
+from eadaprune_vllm.startup.configuration import operator_options
 
 DEFAULTS = PruneOptions()
 

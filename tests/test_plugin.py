@@ -10,14 +10,14 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from prometheus_client import CollectorRegistry, generate_latest
 
+from eadaprune_vllm import compat
+from eadaprune_vllm.architectures import ARCHITECTURES
+from eadaprune_vllm.core.report import ItemReport, Pruning
+from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.flags import add_flags, apply_flags
-from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.models import ARCHITECTURES
-from eadaprune_vllm.naming import name_plugins
-from eadaprune_vllm.report import ItemReport, Pruning
-from eadaprune_vllm.seams import window
-from eadaprune_vllm.server_options import ServerOptions
+from eadaprune_vllm.frontend.metrics import Metrics
+from eadaprune_vllm.startup.flags import add_flags, apply_flags
+from eadaprune_vllm.startup.naming import name_plugins
 
 # vLLM's own plugins; naming them here does not activate ours in the process of the tests.
 OTHERS = ["lora_filesystem_resolver", "lora_hf_hub_resolver"]
@@ -45,12 +45,12 @@ def test_unknown_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_versions_of_vllm_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    window.check_version()
-    monkeypatch.setattr(window, "SUPPORTED", SpecifierSet(">=0.99"))
+    compat.check_version()
+    monkeypatch.setattr(compat, "SUPPORTED", SpecifierSet(">=0.99"))
     with pytest.raises(StartupError, match=r"is not supported; supported is >=0\.99"):
-        window.check_version()
+        compat.check_version()
     monkeypatch.setenv("EADAPRUNE_SKIP_VERSION_CHECK", "1")
-    window.check_version()
+    compat.check_version()
 
 
 def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from typing_extensions import override
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
-from eadaprune_vllm.models import adapter
-from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.architectures import adapter
+from eadaprune_vllm.frontend.processor import PruningProcessor
 
 CANVAS = "minicpmv4_7"
 NAMES = [name for name in UNPRUNED if not name.startswith(CANVAS)]

@@ -18,15 +18,15 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdateDetails, TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from eadaprune_vllm import preview
-from eadaprune_vllm.asking import Asker
-from eadaprune_vllm.front_end import FrontEnd
-from eadaprune_vllm.metrics import Metrics
-from eadaprune_vllm.models import adapter
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.options import KEY, PruneOptions
-from eadaprune_vllm.request import Choices
-from eadaprune_vllm.server_options import Choice, ServerOptions
+from eadaprune_vllm.architectures import adapter
+from eadaprune_vllm.core.options import KEY, PruneOptions
+from eadaprune_vllm.core.server_options import Choice, ServerOptions
+from eadaprune_vllm.frontend import preview
+from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.front_end import FrontEnd
+from eadaprune_vllm.frontend.metrics import Metrics
+from eadaprune_vllm.frontend.processor import PruningProcessor
+from eadaprune_vllm.frontend.request import Choices
 
 Images = dict[str, Image.Image]
 Family = Callable[[str], Path]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.prune import WINDOW, Encoding, Layout, Newlines, prune
+from eadaprune_vllm.core.selectors import SELECTORS, VisualTokens
+from eadaprune_vllm.core.spectrum import Spectrum
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import WINDOW, Encoding, Layout, Newlines, prune
-from eadaprune_vllm.selectors import SELECTORS, VisualTokens
-from eadaprune_vllm.spectrum import Spectrum
 
 
 def tokens(num_tokens: int, width: int, decay: float = 0.75) -> VisualTokens:

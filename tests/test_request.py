@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.server_options import Choice, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.request import Choices, RequestContext, choose, request_layers
-from eadaprune_vllm.server_options import Choice, ServerOptions
+from eadaprune_vllm.frontend.request import Choices, RequestContext, choose, request_layers
 
 SERVER = ServerOptions(energy=0.9, detail_low={"energy": 0.5})
 

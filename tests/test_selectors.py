@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eadaprune_vllm.selectors import SELECTORS, VisualTokens, attention, diversity, hybrid, span, uniform
+from eadaprune_vllm.core.selectors import SELECTORS, VisualTokens, attention, diversity, hybrid, span, uniform
 
 
 def residual_energies(features: torch.Tensor, chosen: list[int]) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_of_very_many_tokens_the_last_are_chosen_at_once(selector: str, monkeypa
     """Those that hold most, or are least alike, after the last step."""
     found = tokens(torch.randn(40, 20))
     one_by_one = SELECTORS[selector](found, 8).tolist()
-    monkeypatch.setattr("eadaprune_vllm.selectors.GREEDY_STEPS", 8)
+    monkeypatch.setattr("eadaprune_vllm.core.selectors.GREEDY_STEPS", 8)
     found = VisualTokens(found.features, found.attention)  # of which nothing is chosen yet
     picks = SELECTORS[selector](found, 30).tolist()
     assert len({*picks}) == 30

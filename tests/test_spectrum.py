@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from shared import Reference
 
-from eadaprune_vllm.budget import TIE_TOLERANCE
+from eadaprune_vllm.core.budget import TIE_TOLERANCE
+from eadaprune_vllm.core.prune import Encoding, Layout
+from eadaprune_vllm.core.selectors import VisualTokens, span
+from eadaprune_vllm.core.spectrum import FLOAT32_UP_TO, Spectrum, spanned
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.prune import Encoding, Layout
-from eadaprune_vllm.selectors import VisualTokens, span
-from eadaprune_vllm.spectrum import FLOAT32_UP_TO, Spectrum, spanned
 
 ENERGIES = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 NEAR_ONE = (0.9997, 0.9999, 0.99999, 0.999999)
@@ -220,7 +220,7 @@ def test_a_budget_by_span_goes_no_further_than_it_must() -> None:
 def test_a_budget_by_span_of_more_tokens_than_are_chosen_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     features = matrix("power law", 100, 120)
     exact = spanned([VisualTokens(features, None)], 1.0, 1)
-    monkeypatch.setattr("eadaprune_vllm.selectors.GREEDY_STEPS", 10)
+    monkeypatch.setattr("eadaprune_vllm.core.selectors.GREEDY_STEPS", 10)
     found = spanned([VisualTokens(features, None)], 1.0, 1)
     assert found.budget(0.3) == exact.budget(0.3) < 10
     assert 10 < exact.budget(0.95) <= found.budget(0.95) < 100

@@ -16,12 +16,12 @@ from vllm.config.cache import CacheDType
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from eadaprune_vllm import startup, supported
-from eadaprune_vllm.engine.extended import OURS
+from eadaprune_vllm.core.load_policy import LoadPolicy
+from eadaprune_vllm.core.server_options import ServerOptions
+from eadaprune_vllm.engine.extension import OURS
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.flags import apply_flags
-from eadaprune_vllm.load import LoadPolicy
-from eadaprune_vllm.server_options import ServerOptions
+from eadaprune_vllm.startup import checks, configuration
+from eadaprune_vllm.startup.flags import apply_flags
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ from eadaprune_vllm.server_options import ServerOptions
 def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], words: str) -> None:
     config = EngineArgs(str(model), max_model_len=1024, **settings).create_engine_config()
     with pytest.raises(StartupError, match=words):
-        supported.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_flags_about_videos_cannot_be_honoured(
 ) -> None:
     config = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config()
     with pytest.raises(StartupError, match=words):
-        supported.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "glm4v", "glm_ocr", "paddleocr_vl"])
 def test_embeddings_that_do_not_say_where_lines_end_are_refused(family: Callable[[str], Path], name: str) -> None:
     config = EngineArgs(str(family(name)), max_model_len=1024, enable_mm_embeds=True).create_engine_config()
     with pytest.raises(StartupError, match="--enable-mm-embeds is not supported for this model"):
-        supported.check(config)
+        checks.check(config)
 
 
 def test_images_may_be_switched_off_where_there_are_videos(family: Callable[[str], Path]) -> None:
@@ -72,10 +72,10 @@ def test_images_may_be_switched_off_where_there_are_videos(family: Callable[[str
         args = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, limit_mm_per_prompt=dict(limits))
         return args.create_engine_config()
 
-    supported.check(config(image=0))
-    supported.check(config(video=0))
+    checks.check(config(image=0))
+    checks.check(config(video=0))
     with pytest.raises(StartupError, match="images and videos are switched off"):
-        supported.check(config(image=0, video=0))
+        checks.check(config(image=0, video=0))
 
 
 @pytest.fixture
@@ -95,16 +95,16 @@ def config(model: Path) -> Any:
     ],
 )
 def test_flags_of_vllms_own_encoder_are_honoured(family: Callable[[str], Path], settings: dict[str, Any]) -> None:
-    supported.check(EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config())
+    checks.check(EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config())
 
 
 def test_models_of_modelscope_are_vllms_business(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
-    supported.check(config)
+    checks.check(config)
 
 
 def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> None:
-    supported.check(config)
+    checks.check(config)
     kv_transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
     several = {"connectors": [{"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}]}
     both = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=several)
@@ -118,46 +118,46 @@ def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> 
         before = getattr(owner, name)
         setattr(owner, name, value)
         with pytest.raises(StartupError, match=words):
-            supported.check(config)
+            checks.check(config)
         setattr(owner, name, before)
     config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
-    supported.check(config)
+    checks.check(config)
 
 
 def test_a_tower_whose_layout_is_not_known_is_refused(config: Any) -> None:
     """Of a model of LLaVA's class."""
     config.model_config.hf_config.vision_config = PixtralVisionConfig()
     with pytest.raises(StartupError, match="vision tower of this model is of type 'pixtral'"):
-        supported.check(config)
+        checks.check(config)
 
 
 def test_workers_answer_whatever_else_they_are(config: Any) -> None:
-    startup.configure(config, ServerOptions())
+    configuration.configure(config, ServerOptions())
     assert config.parallel_config.worker_extension_cls == OURS
     config.parallel_config.worker_extension_cls = "some.module.Extension"
-    startup.configure(config, ServerOptions())
+    configuration.configure(config, ServerOptions())
     once = config.parallel_config.worker_extension_cls
     assert once not in (OURS, "some.module.Extension")
-    startup.configure(config, ServerOptions())
+    configuration.configure(config, ServerOptions())
     assert config.parallel_config.worker_extension_cls == once
 
 
 def test_the_front_end_asks_and_counts_for_this_model(config: Any) -> None:
-    startup.configure(config, ServerOptions(load_aware=LoadPolicy()))
-    found = startup.front_end(config)
+    configuration.configure(config, ServerOptions(load_aware=LoadPolicy()))
+    found = configuration.front_end(config)
     assert found.asker.most == config.scheduler_config.max_num_encoder_input_tokens >= 512
-    assert found.kv_bytes_per_token == startup.kv_bytes_per_token(config) > 0
+    assert found.kv_bytes_per_token == configuration.kv_bytes_per_token(config) > 0
     assert found.model_name == config.model_config.served_model_name
     assert found.load
-    startup.configure(config, ServerOptions())
-    assert startup.front_end(config).load is None
+    configuration.configure(config, ServerOptions())
+    assert configuration.front_end(config).load is None
 
 
 def test_a_configuration_that_was_not_checked_gets_no_front_end(model: Path) -> None:
     """As ``vllm launch render`` makes one: it drops the flags that say where the weights are."""
     config = EngineArgs(str(model), max_model_len=1024).create_engine_config()
     with pytest.raises(StartupError, match="not vllm launch render"):
-        startup.front_end(config)
+        configuration.front_end(config)
 
 
 def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     bytes_of = {}
     for name in (*get_args(CacheDType), "of_a_platform", "unknown"):
         config.cache_config.cache_dtype = name
-        bytes_of[name] = startup.kv_bytes_per_token(config)
+        bytes_of[name] = configuration.kv_bytes_per_token(config)
     numbers = 2 * 2 * 2 * 32  # key and value x layers x KV heads x head size
     assert bytes_of["auto"] == bytes_of["float16"] == 2 * numbers
     assert bytes_of["fp8"] == bytes_of["of_a_platform"] == numbers
@@ -176,7 +176,9 @@ def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_layers_without_a_kv_cache_save_none(family: Callable[[str], Path]) -> None:
     config = EngineArgs(str(family("qwen3_5")), max_model_len=1024).create_engine_config()
-    assert startup.kv_bytes_per_token(config) == 2 * 1 * 2 * 32 * 2  # key and value x layers x KV heads x head size
+    assert (
+        configuration.kv_bytes_per_token(config) == 2 * 1 * 2 * 32 * 2
+    )  # key and value x layers x KV heads x head size
 
 
 DEFAULTS = """
@@ -216,7 +218,7 @@ def test_load_aware_thresholds_are_refused_where_they_cannot_work() -> None:
     def refusal(serving: bool = True, **flags: bool) -> str:
         args = argparse.Namespace(**({"disable_log_stats": False, "enable_elastic_ep": False} | flags))
         with pytest.raises(StartupError) as refused:
-            startup.check_load_aware(serving, args)
+            configuration.check_load_aware(serving, args)
         return str(refused.value)
 
     assert "works in vllm serve only" in refusal(serving=False)
@@ -276,4 +278,4 @@ def test_server_options_that_are_no_object_are_refused_beside_flags(
     args = argparse.Namespace(mm_processor_kwargs={"eadaprune": given}, eadaprune_energy=0.9)
     apply_flags(args)
     with pytest.raises(StartupError, match="is not an object"):
-        startup.operator_options(args.mm_processor_kwargs["eadaprune"])
+        configuration.operator_options(args.mm_processor_kwargs["eadaprune"])

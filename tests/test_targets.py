@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eadaprune_vllm.budget import Curve, Targets
+from eadaprune_vllm.core.budget import Curve, Targets
+from eadaprune_vllm.core.load_policy import LoadPolicy
+from eadaprune_vllm.core.options import UNBOUNDED, PruneOptions
+from eadaprune_vllm.core.report import Reference
+from eadaprune_vllm.core.server_options import Layer, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
-from eadaprune_vllm.load import LoadPolicy
-from eadaprune_vllm.options import UNBOUNDED, PruneOptions
-from eadaprune_vllm.report import Reference
-from eadaprune_vllm.seams.reference import take_curves
-from eadaprune_vllm.server_options import Layer, ServerOptions
+from eadaprune_vllm.patches.engine_client import take_curves
 
 FREE = PruneOptions.model_validate(UNBOUNDED)
 N = 400

@@ -13,11 +13,11 @@ from PIL import Image
 from stub import Stub
 from typer.testing import CliRunner, Result
 
-from eadaprune_vllm.budget import Curve
 from eadaprune_vllm.cli import app
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Encoding, Layout, prune
-from eadaprune_vllm.selectors import VisualTokens
+from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.prune import Encoding, Layout, prune
+from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.tools import calibrate, evaluate, images
 from eadaprune_vllm.tools.evaluate import Results, Setting
 from eadaprune_vllm.tools.questions import Question, normalized, read_questions
@@ -199,7 +199,7 @@ def test_with_a_server_nothing_of_torch_or_vllm_is_imported(stub: Stub, folder: 
     script = """
 import json, sys
 import eadaprune_vllm.tools.evaluate
-from eadaprune_vllm.budget import Curve
+from eadaprune_vllm.core.budget import Curve
 from eadaprune_vllm.cli import app
 for arguments in json.loads(sys.argv[1]):
     app(arguments, standalone_mode=False)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from eadaprune_vllm.seams.window import RELEASES
+from eadaprune_vllm.compat import RELEASES
 
 ROOT = Path(__file__).parent.parent
 MADE = ROOT / ".venv"

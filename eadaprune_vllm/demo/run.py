@@ -16,11 +16,11 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from eadaprune_vllm.core.draw import data_url, picture
+from eadaprune_vllm.core.report import ItemPreview
 from eadaprune_vllm.demo.questions import Question, questions
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import DTYPE, Server
-from eadaprune_vllm.draw import data_url, picture
-from eadaprune_vllm.report import ItemPreview
 from eadaprune_vllm.tools.plots import caption, explanation
 from eadaprune_vllm.tools.questions import normalized
 

@@ -14,14 +14,14 @@ from threadpoolctl import ThreadpoolController
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.utils.torch_utils import PIN_MEMORY
 
+from eadaprune_vllm.core.options import Budget, PruneOptions
+from eadaprune_vllm.core.prune import Encoding, compute_spectra, finite, prune
+from eadaprune_vllm.core.selectors import BY_ATTENTION, VisualTokens
+from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.attention import observing
+from eadaprune_vllm.engine.cudagraph import encode
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.options import Budget, PruneOptions
-from eadaprune_vllm.prune import Encoding, compute_spectra, finite, prune
-from eadaprune_vllm.seams.graphs import encode
-from eadaprune_vllm.selectors import BY_ATTENTION, VisualTokens
-from eadaprune_vllm.server_options import ServerOptions
-from eadaprune_vllm.wire import Answer, Decided, Failed, Grounds, Question
+from eadaprune_vllm.messages import Answer, Decided, Failed, Grounds, Question
 
 logger = logging.getLogger("vllm." + __name__)
 

@@ -5,7 +5,7 @@ import logging
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.wire import Failed, Question, pack, questions
+from eadaprune_vllm.messages import Failed, Question, pack, questions
 
 logger = logging.getLogger("vllm." + __name__)
 

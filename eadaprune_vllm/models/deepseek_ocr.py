@@ -8,9 +8,9 @@ from typing_extensions import override
 from vllm.model_executor.models import deepseek_ocr
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import Pruned
-from eadaprune_vllm.prune import Layout, Newlines
+from eadaprune_vllm.core.prune import Layout, Newlines
+from eadaprune_vllm.engine.model import Pruned
+from eadaprune_vllm.frontend.processor import PruningProcessor
 
 _TOKEN = 64  # pixels along a side of what a token sees
 

@@ -10,9 +10,9 @@ from typing_extensions import override
 from vllm.model_executor.models.registry import _MULTIMODAL_MODELS, _resolve_module_name
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import Pruned
-from eadaprune_vllm.prune import Layout
+from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.engine.model import Pruned
+from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
 class RowPerPlaceholder(Pruned):

@@ -5,8 +5,8 @@ from typing import ClassVar
 from vllm.model_executor.models import glm4_1v
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import UnprunedPositions
+from eadaprune_vllm.engine.model import UnprunedPositions
+from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 
 

@@ -5,8 +5,8 @@ from typing import ClassVar
 from vllm.model_executor.models import glm4_1v, glm_ocr
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from eadaprune_vllm.engine.model import UnprunedPositions
 from eadaprune_vllm.models.glm4_1v import Glm, PrunedGlm4vProcessor
-from eadaprune_vllm.models.pruned import UnprunedPositions
 
 
 class PrunedGlmOcrProcessor(PrunedGlm4vProcessor):

@@ -10,9 +10,9 @@ from vllm.model_executor.models.kimi_k25 import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.core.options import CHUNK
+from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.kimi_vl import KimiTower
-from eadaprune_vllm.options import CHUNK
 
 
 class PrunedKimiK25Processor(PruningProcessor, KimiK25MultiModalProcessor):

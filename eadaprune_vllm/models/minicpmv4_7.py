@@ -10,11 +10,11 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import minicpmv, minicpmv4_7, qwen3_5
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
+from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.engine.model import UnprunedPositions
+from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.minicpmv4_6 import MiniCPM, slices
-from eadaprune_vllm.models.pruned import UnprunedPositions
 from eadaprune_vllm.models.qwen3_vl import more_positions
-from eadaprune_vllm.prune import Layout
 
 
 class PrunedMiniCPMV4_7Processor(PruningProcessor, minicpmv4_7.MiniCPMV4_7MultiModalProcessor):

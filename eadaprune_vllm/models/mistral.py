@@ -11,10 +11,10 @@ from typing_extensions import override
 from vllm.model_executor.models import mistral3, pixtral
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.items import New
-from eadaprune_vllm.models.pruned import Pruned, of_squares
-from eadaprune_vllm.prune import Layout
+from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.engine.model import Pruned, of_squares
+from eadaprune_vllm.frontend.items import New
+from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
 class PixtralTower(Pruned):

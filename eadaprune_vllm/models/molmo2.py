@@ -9,9 +9,9 @@ from typing_extensions import override
 from vllm.model_executor.models import molmo2
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import Pruned
-from eadaprune_vllm.prune import Layout, Newlines
+from eadaprune_vllm.core.prune import Layout, Newlines
+from eadaprune_vllm.engine.model import Pruned
+from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
 class PrunedMolmo2Processor(PruningProcessor, molmo2.Molmo2MultiModalProcessor):

@@ -8,8 +8,8 @@ from typing_extensions import override
 from vllm.model_executor.models import paddleocr_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import UnprunedPositions, of_squares
+from eadaprune_vllm.engine.model import UnprunedPositions, of_squares
+from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 
 

@@ -9,8 +9,8 @@ from typing_extensions import override
 from vllm.model_executor.models import qwen2_5_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import UnprunedPositions
+from eadaprune_vllm.engine.model import UnprunedPositions
+from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 
 

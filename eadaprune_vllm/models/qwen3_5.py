@@ -8,7 +8,7 @@ from vllm.model_executor.models import qwen3_5
 from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.pruned import UnprunedPositions
+from eadaprune_vllm.engine.model import UnprunedPositions
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 from eadaprune_vllm.models.qwen3_vl import PrunedQwen3VLProcessor, more_positions
 

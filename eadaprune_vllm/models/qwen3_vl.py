@@ -10,8 +10,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import qwen3_vl, qwen3_vl_moe
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.pruned import UnprunedPositions
+from eadaprune_vllm.engine.model import UnprunedPositions
+from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 
 

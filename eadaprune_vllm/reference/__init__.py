@@ -1,9 +1,15 @@
 """The reference pictures: a small, fixed mixture of what people send, the same wherever the package is installed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
+
+from eadaprune_vllm.core.options import CHUNK
+
+_FRAMES = 4  # of a still picture as a video
 
 
 def pictures() -> Iterator[tuple[str, Image.Image]]:
@@ -13,3 +19,20 @@ def pictures() -> Iterator[tuple[str, Image.Image]]:
     for file in sorted(files, key=lambda file: file.name):
         with Image.open(file) as picture:
             yield file.name.partition("-")[0], picture.convert("RGB")
+
+
+def still(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, list[Any]]:
+    """A picture as vLLM's renderer hands items over, by its modality: as an image, or to models that take none, as
+    a video that stands still.
+
+    Args:
+        picture: RGB.
+        limits: how many items of each modality the model takes.
+    """
+    if limits.get(CHUNK):
+        return {CHUNK: [{"type": "image", "image": picture, "uuid": None}]}
+    if limits.get("image"):
+        return {"image": [picture]}
+    frames = np.stack([np.asarray(picture)] * _FRAMES)
+    metadata = {"fps": 1.0, "frames_indices": [*range(_FRAMES)], "total_num_frames": _FRAMES, "do_sample_frames": False}
+    return {"video": [(frames, metadata)]}

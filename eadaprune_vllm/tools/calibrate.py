@@ -12,9 +12,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from eadaprune_vllm.budget import Curve, Targets
+from eadaprune_vllm.core.budget import Curve, Targets
+from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.errors import EAdaPruneError
-from eadaprune_vllm.options import PruneOptions
 from eadaprune_vllm.tools.examiner import Examiner
 from eadaprune_vllm.tools.images import is_url, read
 

@@ -13,10 +13,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from eadaprune_vllm import __version__
-from eadaprune_vllm.naming import NAME, named_plugins
-from eadaprune_vllm.options import CHUNK, MODALITIES
-from eadaprune_vllm.seams import window
+from eadaprune_vllm import __version__, compat
+from eadaprune_vllm.core.options import CHUNK, MODALITIES
+from eadaprune_vllm.startup.naming import NAME, named_plugins
 
 State = Literal["ok", "warning", "failed"]
 GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")  # where vLLM looks for this package
@@ -58,10 +57,10 @@ def examine(
     yield from _tried("torch", torch_and_gpus())
     yield from _tried("transformers", transformers())
     yield named()
-    found = [*_tried("seams", seams())]
+    found = [*_tried("patches", patches())]
     yield from found
     if model is not None and any(each.state == "failed" for each in found):
-        yield Finding("model", "nothing can be said of it without the seams", "failed")
+        yield Finding("model", "nothing can be said of it without the patches", "failed")
     elif model is not None:
         yield from _tried("model", of_model(model, dtype, revision))
     if url is not None:
@@ -87,11 +86,11 @@ def _sentence(error: Exception) -> str:
 
 
 def release() -> Iterator[Finding]:
-    """The vLLM in use, and the device it is for. Whether it may be of another version is for the seams to say."""
+    """The vLLM in use, and the device it is for. Whether it may be of another version is for the patches to say."""
     from vllm.platforms import current_platform
 
-    found, device = f"{window.version()}, supported is {window.SUPPORTED}", current_platform.device_type
-    yield Finding("vLLM", found, "ok" if window.is_supported() else "warning")
+    found, device = f"{compat.version()}, supported is {compat.SUPPORTED}", current_platform.device_type
+    yield Finding("vLLM", found, "ok" if compat.is_supported() else "warning")
     # Without one vLLM starts nothing.
     yield Finding("vLLM's device", device or "it finds none", "ok" if device else "failed")
 
@@ -123,20 +122,20 @@ def named() -> Finding:
     return Finding("plugin", "installed, and named in VLLM_PLUGINS", "ok")
 
 
-def seams() -> Iterator[Finding]:
+def patches() -> Iterator[Finding]:
     """Whether vLLM has all that the plugin takes hold of; activates it.
 
     Raises:
         StartupError: if it lacks what pruning depends on.
     """
     from eadaprune_vllm import plugin
-    from eadaprune_vllm.seams import command_line
+    from eadaprune_vllm.patches import command_line
 
     with _warnings() as warned:
         plugin.activate()
         command_line.install()
-        import_module("eadaprune_vllm.endpoint")
-    yield from [Finding("seams", text, "warning") for text in warned] or [Finding("seams", "all there", "ok")]
+        import_module("eadaprune_vllm.http.endpoint")
+    yield from [Finding("patches", text, "warning") for text in warned] or [Finding("patches", "all there", "ok")]
 
 
 @contextmanager
@@ -170,8 +169,8 @@ def of_model(model: str, dtype: str | None = None, revision: str | None = None) 
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
-    from eadaprune_vllm.server_options import ServerOptions
-    from eadaprune_vllm.startup import kv_bytes_per_token
+    from eadaprune_vllm.core.server_options import ServerOptions
+    from eadaprune_vllm.startup.configuration import kv_bytes_per_token
 
     config = EngineArgs(model, dtype=dtype or "auto", revision=revision).create_engine_config()  # which checks it
     served, per_token = config.model_config, kv_bytes_per_token(config)

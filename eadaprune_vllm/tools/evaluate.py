@@ -16,7 +16,7 @@ from openai import APIError, AsyncOpenAI
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from eadaprune_vllm.options import KEY
+from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.tools.images import data_url, is_url
 from eadaprune_vllm.tools.questions import Question, normalized
 

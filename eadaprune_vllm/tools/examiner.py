@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from eadaprune_vllm.core.options import KEY, PruneOptions
+from eadaprune_vllm.core.report import Config, ItemPreview, Preview
 from eadaprune_vllm.errors import ServerError
-from eadaprune_vllm.options import KEY, PruneOptions
-from eadaprune_vllm.report import Config, ItemPreview, Preview
 from eadaprune_vllm.tools.images import data_url
 
 Answer = TypeVar("Answer", bound=BaseModel)

@@ -9,13 +9,13 @@ from vllm import LLM
 from vllm.exceptions import VLLMServerError
 from vllm.multimodal.media import ImageMediaIO
 
-from eadaprune_vllm.models.base import PruningProcessor
-from eadaprune_vllm.models.items import still
-from eadaprune_vllm.naming import NAME, name_plugins
-from eadaprune_vllm.preview import iter_preview_items
-from eadaprune_vllm.report import ItemPreview
-from eadaprune_vllm.request import Choices
-from eadaprune_vllm.server_options import Layer, ServerOptions
+from eadaprune_vllm.core.report import ItemPreview
+from eadaprune_vllm.core.server_options import Layer, ServerOptions
+from eadaprune_vllm.frontend.preview import iter_preview_items
+from eadaprune_vllm.frontend.processor import PruningProcessor
+from eadaprune_vllm.frontend.request import Choices
+from eadaprune_vllm.reference import still
+from eadaprune_vllm.startup.naming import NAME, name_plugins
 
 
 class OfflineModel:

@@ -8,7 +8,7 @@ from harness import Server, content
 from PIL import Image
 from shared import Reference
 
-from eadaprune_vllm.request import DOORS
+from eadaprune_vllm.frontend.request import DOORS
 
 Images = dict[str, Image.Image]
 Body = dict[str, Any]

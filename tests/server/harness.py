@@ -13,9 +13,9 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
+from eadaprune_vllm.core.draw import data_url
 from eadaprune_vllm.demo.server import VLLM
 from eadaprune_vllm.demo.server import Server as PlainServer
-from eadaprune_vllm.draw import data_url
 
 __all__ = [
     "BLOCK_SIZE",

@@ -19,7 +19,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.triton_utils import dispatcher
 
-from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.core.draw import data_url
 
 TEXT = "What is it?"
 SCENES = {

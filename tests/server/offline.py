@@ -12,9 +12,9 @@ from shared import noise, photo
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.core.draw import data_url
+from eadaprune_vllm.core.prune import prune
 from eadaprune_vllm.engine import decide
-from eadaprune_vllm.prune import prune
 
 DEFAULTS = {"energy": 0.9, "min_tokens": 16}
 PROMPT = "<s>USER: <image>\nWhat is it? ASSISTANT:"

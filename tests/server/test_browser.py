@@ -14,7 +14,7 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 from shared import Reference, program
 
-from eadaprune_vllm.draw import data_url, png
+from eadaprune_vllm.core.draw import data_url, png
 
 SENT = "requestWillBeSent"
 Images = dict[str, Image.Image]

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from shared import Reference, noise
 
-from eadaprune_vllm.options import PruneOptions
+from eadaprune_vllm.core.options import PruneOptions
 
 Images = dict[str, Image.Image]
 QUESTION = "What is it?"

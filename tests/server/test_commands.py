@@ -12,9 +12,9 @@ from harness import DTYPE, Server, content, environment
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from eadaprune_vllm.budget import TIE_TOLERANCE
 from eadaprune_vllm.cli import app
-from eadaprune_vllm.naming import named_plugins
+from eadaprune_vllm.core.budget import TIE_TOLERANCE
+from eadaprune_vllm.startup.naming import named_plugins
 
 Images = dict[str, Image.Image]
 EADAPRUNE = str(Path(sys.executable).parent / "eadaprune")

@@ -8,7 +8,7 @@ from harness import Server
 from PIL import Image
 from shared import photo
 
-from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.core.draw import data_url
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCKS = [

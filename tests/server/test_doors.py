@@ -25,7 +25,7 @@ from endpoints import (
 from harness import DTYPE, VLLM, Server, content, environment
 from shared import Reference
 
-from eadaprune_vllm.request import DOORS
+from eadaprune_vllm.frontend.request import DOORS
 
 
 @pytest.mark.parametrize("path", GENERATING)

@@ -22,8 +22,8 @@ from PIL import Image
 from processors import processor
 from reference import Reference, checked, transformers_model
 
-from eadaprune_vllm.options import PruneOptions
-from eadaprune_vllm.prune import Kept
+from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.prune import Kept
 
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for all models
 SCRIPT = Path(__file__).with_name("inprocess.py")

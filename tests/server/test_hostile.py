@@ -17,7 +17,7 @@ from harness import DTYPE, FRESH, Server, eventually
 from PIL import Image
 from shared import noise
 
-from eadaprune_vllm.draw import data_url
+from eadaprune_vllm.core.draw import data_url
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

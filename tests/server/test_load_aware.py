@@ -18,9 +18,9 @@ from PIL import Image
 from prometheus import Prometheus
 from shared import Reference, noise
 
+from eadaprune_vllm.core.draw import data_url
 from eadaprune_vllm.demo.model import make_model
 from eadaprune_vllm.demo.server import total
-from eadaprune_vllm.draw import data_url
 
 STREAMS, BLOCKS, ANSWER_TOKENS = 4, 2400, 15_000  # answers last for minutes, far longer than a test
 HIGH = STREAMS * 576 / (BLOCKS * BLOCK_SIZE)  # what the streams' images alone take of the KV cache

@@ -21,9 +21,9 @@ from selenium.webdriver.common.keys import Keys
 from shared import Reference
 from transformers import AutoImageProcessor
 
-from eadaprune_vllm.draw import picture, seen
-from eadaprune_vllm.selectors import SELECTORS
-from eadaprune_vllm.server_options import ServerOptions
+from eadaprune_vllm.core.draw import picture, seen
+from eadaprune_vllm.core.selectors import SELECTORS
+from eadaprune_vllm.core.server_options import ServerOptions
 
 Images = dict[str, Image.Image]
 RULES = Path(__file__).parents[2] / "deploy/prometheus/rules.yml"

@@ -16,7 +16,7 @@ SERVER = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
 import eadaprune_vllm
-import eadaprune_vllm.endpoint
+import eadaprune_vllm.http.endpoint
 EngineArgs(sys.argv[1]).create_engine_config()
 print(eadaprune_vllm.__file__)
 print(*sorted(sys.modules))
@@ -62,7 +62,7 @@ def test_a_server_imports_neither_demo_nor_tools(site: Path, model: Path) -> Non
     file, modules = printed.splitlines()[-2:]
     assert Path(file).parent == site / "eadaprune_vllm"
     names = modules.split()
-    assert "eadaprune_vllm.seams.configuration" in names
+    assert "eadaprune_vllm.patches.config" in names
     ours = [name for name in names if name.startswith(("eadaprune_vllm.demo", "eadaprune_vllm.tools"))]
     assert not ours + [name for name in names if name in ("skimage", "matplotlib", "typer")]
 

@@ -30,9 +30,9 @@ def other_version(model: Path, folder: Path) -> None:
     """``sitecustomize`` stands in for another release of vLLM."""
     shutil.copytree(model, folder)
     (folder / "sitecustomize.py").write_text(
-        "import eadaprune_vllm.seams.window as window\n"
+        "import eadaprune_vllm.compat as window\n"
         "from packaging.specifiers import SpecifierSet\n"
-        "window.SUPPORTED = SpecifierSet('>=0.99')\n"
+        "compat.SUPPORTED = SpecifierSet('>=0.99')\n"
     )
 
 

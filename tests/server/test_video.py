@@ -15,7 +15,7 @@ from PIL import Image
 from shared import Reference
 from transformers import AutoImageProcessor
 
-from eadaprune_vllm.draw import data_url, picture
+from eadaprune_vllm.core.draw import data_url, picture
 
 SOME = {"energy": 0.9, "min_tokens": 4}
 

@@ -1,0 +1,246 @@
+"""What the operator sets, and the one place where the options of an image are resolved from all who have a say."""
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from eadaprune_vllm.core.budget import Curve, Targets
+from eadaprune_vllm.core.load_policy import LoadPolicy
+from eadaprune_vllm.core.options import KEY, Budget, PruneOptions, overlay
+from eadaprune_vllm.errors import InvalidOptionsError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of options that goes on top of others.
+
+    Attributes:
+        where: its name in error messages.
+        given: what it says: None, or a mapping of option names to values.
+        trusted: whether it is the operator's own: brought within the bounds, never refused.
+    """
+
+    where: str
+    given: object
+    trusted: bool = False
+
+    def says(self, *names: str) -> bool:
+        """Whether it says something of any of these options."""
+        return isinstance(self.given, dict) and any(self.given.get(name) is not None for name in names)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one image or video.
+
+    Attributes:
+        options: resolved.
+        energy_floor: how far load may lower its threshold; None if it may not.
+        answered: whether it is of an earlier turn of the conversation.
+    """
+
+    options: PruneOptions
+    energy_floor: float | None = None
+    answered: bool = False
+
+    def at(self, level: float) -> PruneOptions:
+        """The options in force where the threshold has gone this share of its way to the floor."""
+        threshold, floor = self.options.threshold, self.energy_floor
+        if not level or floor is None or threshold <= floor:
+            return self.options
+        energy = round(threshold - level * (threshold - floor), 6)
+        return self.options.model_copy(update={"enabled": True, "energy": energy, "target": None})
+
+
+class ServerOptions(PruneOptions):
+    """What the operator sets: the defaults of every option, presets, and bounds of what requests may ask for."""
+
+    target: float | None = Field(default=0.33, gt=0, le=1, description=PruneOptions.model_fields["target"].description)
+    min_share: float = Field(
+        default=round(1 / 9, 6), ge=0, le=1, description=PruneOptions.model_fields["min_share"].description
+    )
+    budget: Budget = Field(
+        default="spectrum",
+        description="What must hold the share of energy: 'spectrum', as many singular values of an image's features; "
+        "'span', as many tokens as the selector of this name chooses one by one, by their span. It is decided sooner, "
+        "and takes more tokens at the same energy.",
+    )
+    detail_low: dict[str, Any] = Field(
+        default={"target": 0.2, "max_tokens": 256},
+        description="Options of images that a request sends with OpenAI's detail 'low'.",
+    )
+    detail_high: dict[str, Any] = Field(
+        default={"energy": 1.0},
+        description="Options of images that a request sends with OpenAI's detail 'high' or 'original'.",
+    )
+    energy_floor: float | None = Field(default=None, gt=0, le=1, description="Least energy a request may ask for.")
+    energy_ceiling: float | None = Field(default=None, gt=0, le=1, description="Most energy a request may ask for.")
+    max_tokens_ceiling: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens a request may let an image keep, at any energy and whatever its min_tokens.",
+    )
+    out_of_bounds: Literal["reject", "clamp"] = Field(
+        default="reject", description="What becomes of a request beyond these bounds."
+    )
+    report: bool = Field(default=True, description="Whether responses say what pruning saved.")
+    report_cached: bool = Field(
+        default=False,
+        description="Whether they also say which images and videos were cached and how long the others took, by which "
+        "a client can find out what others sent.",
+    )
+    page: bool = Field(default=True, description="Whether there is a page at /eadaprune that shows what is kept.")
+    any_model: bool = Field(
+        default=False,
+        description="Whether to try models that are not in the list of supported ones, on the grounds that reference "
+        "pictures fit when the server starts.",
+    )
+    load_aware: LoadPolicy | None = Field(
+        default=None,
+        description="Lower thresholds while the engine is under load. "
+        f"By default {LoadPolicy().model_dump_json()}, or what is given in its place;",
+    )
+
+    _targets: Targets | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _energy_before_target(cls, values: Any) -> Any:
+        return {"target": None} | values if "energy" in values else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ServerOptions":
+        if self.energy_floor and self.energy_ceiling and self.energy_floor > self.energy_ceiling:
+            raise ValueError(f"energy_floor={self.energy_floor} is above energy_ceiling={self.energy_ceiling}")
+        for layer in (Layer("the default", None), *map(self.preset, ("low", "high"))):
+            self.resolve(layer)
+        self._check_load()
+        return self
+
+    @staticmethod
+    def of(multimodal_config: Any) -> "ServerOptions":
+        """What a configuration of vLLM holds."""
+        options: ServerOptions = getattr(multimodal_config, KEY)
+        return options
+
+    def informed(self, curves: Sequence[Curve]) -> Self:
+        """The same where it is known which energies targets stand for.
+
+        Args:
+            curves: of the model's reference pictures.
+
+        Raises:
+            ValueError: if load would lower nothing.
+        """
+        informed = self.model_copy()
+        informed._targets = Targets(curves, self.resolve())
+        informed._check_load()
+        return informed
+
+    @property
+    def targets(self) -> Targets | None:
+        """The energies of targets, once they are known."""
+        return self._targets
+
+    @property
+    def defaults(self) -> PruneOptions:
+        """The options of an image about which a request says nothing."""
+        options = PruneOptions(**{name: getattr(self, name) for name in PruneOptions.model_fields})
+        return self._solved(options, Layer(KEY, None, trusted=True))
+
+    def preset(self, detail: object, where: str = "detail") -> Layer:
+        """The layer that OpenAI's ``detail`` of an image stands for.
+
+        Raises:
+            InvalidOptionsError: if there is no such detail.
+        """
+        presets = {"auto": None, "low": self.detail_low, "high": self.detail_high, "original": self.detail_high}
+        if not isinstance(detail, str) or detail not in presets:
+            raise InvalidOptionsError(
+                f"{where}={reprlib.repr(detail)} is not allowed; it must be one of {', '.join(presets)}", where
+            )
+        return Layer(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
+
+    def resolve(self, *layers: Layer) -> PruneOptions:
+        """The one place where options are resolved: the defaults, with each layer on top of those before it.
+
+        Raises:
+            InvalidOptionsError: naming field, value and allowed range, or the bounds that a layer leaves.
+        """
+        # An energy that a target stands for is brought within the bounds.
+        options = self._bounded(self.defaults, Layer(KEY, None, trusted=self.target is not None and self.enabled))
+        for layer in layers:
+            options = overlay(options, layer.given, layer.where)
+            if layer.says("target"):
+                options = self._solved(options, layer)
+            options = self._bounded(options, layer)
+        # As many as an image has is as many as it may.
+        return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
+
+    def _solved(self, options: PruneOptions, layer: Layer) -> PruneOptions:
+        """With the energy that their target stands for."""
+        targets, target = self._targets, options.target
+        if targets is None or target is None:
+            return options
+        if layer.trusted:
+            target = min(max(target, targets.least), targets.tells_apart)
+        elif not targets.least <= target <= targets.most:
+            field = f"{layer.where}.target"
+            raise InvalidOptionsError(
+                f"{field}={target} is not allowed; with this model it must be at least {targets.least:.3f} and at most "
+                f"{targets.most:.3f}",
+                field,
+            )
+        return options.model_copy(update={"target": target, "energy": targets.energy(target)})
+
+    def choose(self, *layers: Layer, answered: bool = False) -> Choice:
+        """``resolve``, and how far load may lower the threshold that comes of it."""
+        options, policy = self.resolve(*layers), self.load_aware
+        explicit = any(layer.says("energy", "target", "enabled") for layer in layers)
+        lowers = policy and (policy.explicit == "lower" or not explicit)
+        return Choice(options, self._load_floor() if lowers else None, answered)
+
+    def _load_floor(self) -> float | None:
+        """The threshold at full load; None if it is not known yet."""
+        assert self.load_aware
+        if self.load_aware.energy_floor is not None:
+            return self.load_aware.energy_floor
+        return self._targets.energy(self.load_aware.target) if self._targets else None
+
+    def _check_load(self) -> None:
+        policy = self.load_aware
+        if not policy or policy.explicit == "lower" or (self.target is not None and not self._targets):
+            return
+        energy, floor = self.resolve().threshold, self._load_floor()
+        if floor is not None and energy <= floor:
+            name = "target" if policy.energy_floor is None else "energy_floor"
+            raise ValueError(
+                f"load_aware.{name}={getattr(policy, name):g} is not below the default, which is energy={energy:g}"
+            )
+
+    def _bounded(self, options: PruneOptions, layer: Layer) -> PruneOptions:
+        energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
+        most = self.max_tokens_ceiling
+        within: dict[str, Any] = {}
+        if energy != options.threshold or (most and not options.enabled):
+            within |= {"enabled": True, "energy": energy}
+        if most:
+            within |= {
+                "min_tokens": min(options.min_tokens, most),
+                "max_tokens": options.max_tokens and min(options.max_tokens, most),
+            }
+        outside = [name for name, value in within.items() if getattr(options, name) != value]
+        if outside and self.out_of_bounds == "reject" and not layer.trusted:
+            name = "target" if outside[0] == "energy" and layer.says("target") else outside[0]
+            field, value = f"{layer.where}.{name}", repr(getattr(options, name))
+            if name == "target":
+                value += f" (energy {options.energy:g})"
+            limits = ("energy_floor", "energy_ceiling", "max_tokens_ceiling")
+            bounds = ", ".join(f"{name}={getattr(self, name):g}" for name in limits if getattr(self, name))
+            raise InvalidOptionsError(f"{field}={value} is outside the bounds of this server: {bounds}", field)
+        if "energy" in outside:
+            within["target"] = None
+        return options.model_copy(update=within)

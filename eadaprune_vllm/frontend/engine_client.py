@@ -1,0 +1,98 @@
+"""How a front end asks engines, by each kind of vLLM's clients."""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from threading import RLock, Thread
+from typing import Any
+
+from eadaprune_vllm.messages import ASK, REFUSED
+
+_LOCK = "_eadaprune_lock"
+_WATCH_SECONDS = 1.0
+
+
+def blocking(client: Any) -> Callable[[bytes], bytes] | None:
+    """How to ask by an engine client of vLLM's that blocks; None if it does not."""
+    if core := getattr(client, "engine_core", None):  # in this process
+
+        def ask(payload: bytes) -> Any:
+            with lock(client):
+                return getattr(core, ASK)(payload)
+
+        return ask
+    if call := getattr(client, "call_utility", None):
+
+        def ask_process(payload: bytes) -> bytes:
+            """On a thread of its own: vLLM tells whoever waits for a utility nothing of an engine that dies."""
+            result: Future[bytes] = Future()
+            Thread(target=_resolve, args=(result, call, ASK, payload), daemon=True).start()
+            while not wait({result}, _WATCH_SECONDS).done:
+                client.ensure_alive()
+            return result.result()
+
+        return ask_process
+    return None
+
+
+def _resolve(result: Future[Any], function: Callable[..., Any], *args: Any) -> None:
+    """Have ``result`` be what the function returns or raises."""
+    try:
+        result.set_result(function(*args))
+    except Exception as error:
+        result.set_exception(error)
+
+
+def lock(client: Any) -> RLock:
+    """Of a client, for whoever uses it or its engine."""
+    found: RLock = vars(client).setdefault(_LOCK, RLock())
+    return found
+
+
+class AsyncEngines:
+    """Asks by an engine client that does not block; of several engines the one that answers fewest of its questions.
+
+    Args:
+        client: of vLLM's.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._number = itertools.count(client.client_index)
+        self._busy: Counter[bytes] = Counter()
+
+    @property
+    def at_once(self) -> int:
+        """How many questions may be asked at a time."""
+        return len(self._client.core_engines)
+
+    async def __call__(self, payload: bytes) -> bytes:
+        """Raises:
+        EngineDeadError: if the engine dies meanwhile, which vLLM would not tell who waits for a utility.
+        RetryableRequestError: if the engine is paused, and refuses requests meanwhile; or if it is no more one of the
+            client's (elastic EP), and its answer may never come.
+        """
+        from vllm.exceptions import RetryableRequestError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        engines, first = self._client.core_engines, next(self._number)
+        in_turn = (engines[(first + number) % len(engines)] for number in range(len(engines)))
+        engine = min(in_turn, key=self._busy.__getitem__)
+        self._busy[engine] += 1
+        call = asyncio.ensure_future(self._client._call_utility_async(ASK, payload, engine=engine))
+        try:
+            while not call.done():
+                await asyncio.wait({call}, timeout=_WATCH_SECONDS)
+                if self._client.resources.engine_dead and not call.done():
+                    raise EngineDeadError
+                if engine not in self._client.core_engines and not call.done():
+                    raise RetryableRequestError("The server was scaled down. Please retry.")
+            answer: bytes = call.result()
+            if answer == REFUSED:
+                raise RetryableRequestError("Generation is paused. Please retry after it resumes.")
+            return answer
+        finally:
+            self._busy[engine] -= 1
+            call.cancel()

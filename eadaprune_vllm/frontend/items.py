@@ -1,0 +1,265 @@
+"""One request's images and videos on their way through the processor."""
+
+import hashlib
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import torch
+from vllm.exceptions import VLLMServerError, VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate
+
+from eadaprune_vllm.core.options import CHUNK, KEY, MODALITIES, PruneOptions
+from eadaprune_vllm.core.prune import Kept, finite
+from eadaprune_vllm.core.report import ItemReport, Pruning, Timing
+from eadaprune_vllm.core.server_options import Choice
+from eadaprune_vllm.engine.model import KEPT, ROWS
+from eadaprune_vllm.messages import Answer, Decided, Failed, Question
+
+
+def digest(placeholders: torch.Tensor, weights: float = 0.0) -> str:
+    """What tells a decision from others about the same image or video.
+
+    Args:
+        placeholders: ``[p]`` int64, those that stay.
+        weights: what tells those that made the rows from earlier ones.
+    """
+    found = hashlib.blake2b(placeholders.numpy().data, digest_size=8)
+    if weights:
+        found.update(struct.pack("d", weights))
+    return "-" + found.hexdigest()
+
+
+@dataclass
+class PrunedDetails(PromptUpdateDetails):
+    """Placeholders of one item, with what a cache hit repeats.
+
+    Attributes:
+        kept: the decision; None if all is kept and nothing was asked.
+        num_newlines: how many placeholders are newlines.
+    """
+
+    kept: Kept | None = None
+    num_newlines: int = 0
+
+    @property
+    def embeds(self) -> torch.Tensor:
+        """``[full]`` bool, which tokens are placeholders."""
+        full = torch.tensor(self.full)
+        return self.is_embed(self.full) if self.is_embed else torch.ones_like(full).bool()
+
+    def pruned(self, kept: Kept) -> "PrunedDetails":
+        """What is left of it."""
+        full, embeds = torch.tensor(self.full), self.embeds
+        stays = ~embeds
+        stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
+        left = embeds[stays]
+        return PrunedDetails(full[stays].tolist(), self.is_embed and (lambda _: left), kept, kept.newlines)
+
+    def report(self, item: "Item") -> ItemReport:
+        kept, num_placeholders = self.kept, int(self.embeds.sum())
+        options = item.options
+        return ItemReport(
+            visual_tokens=kept.unpruned if kept else num_placeholders,
+            kept_tokens=num_placeholders,
+            newline_tokens=self.num_newlines,
+            energy_threshold=options.threshold,
+            target=options.target if options.enabled else None,
+            energy_requested=item.requested,
+            spectral_energy=kept.spectral_energy if kept else 1.0,
+            span_energy=kept.span_energy if kept else 1.0,
+            bound=kept.bound if kept else None,
+            selector=kept.selector if kept else options.selector,
+            cached=item.cached,
+        )
+
+
+@dataclass
+class Item:
+    """One image or video, from its options to its report.
+
+    Attributes:
+        modality: to the client.
+        image_hash: by which vLLM tells it from others, our options aside.
+        mm_hash: the same with the options, where these may take tokens away.
+        options: in force.
+        requested: its threshold before load lowered it.
+        cached: whether vLLM's processor cache has it.
+    """
+
+    modality: str
+    image_hash: str
+    mm_hash: str
+    options: PruneOptions
+    requested: float
+    cached: bool = False
+
+
+@dataclass
+class New:
+    """What is made of an item that no cache has.
+
+    Attributes:
+        question: about it.
+        update: the prompt's, unpruned.
+        asks: whether it is to be asked; or else all of it is kept, as vLLM sends it.
+        own: whether it is embeddings of a client.
+        answer: once there is one.
+        timing: of the answer.
+    """
+
+    question: Question
+    update: ResolvedPromptUpdate
+    asks: bool
+    own: bool
+    answer: Answer | None = None
+    timing: Timing | None = None
+
+    def fewest(self, options: PruneOptions) -> int:
+        """How many placeholders it keeps at least."""
+        unpruned = self.question.num_placeholders
+        if not self.asks:
+            return unpruned
+        num_tokens: int = unpruned - self.update.content.num_newlines
+        return min(num_tokens, options.floor(num_tokens), options.max_tokens or num_tokens)
+
+    def take(self, answer: Answer) -> None:
+        """Note the answer, and let go of what the question was about: of that, only what vLLM leaves on the CPU goes
+        on to the engine. (The question stays whole for another request that may be asking it.)"""
+        self.answer = answer
+        left = {name: of for name, of in self.question.item.items() if of.field.keep_on_cpu}
+        self.question = msgspec.structs.replace(self.question, item=MultiModalKwargsItem(left))
+
+    def decided(self) -> Decided:
+        """The answer.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
+        """
+        assert self.answer
+        if not isinstance(self.answer, Failed):
+            return self.answer
+        if self.own:
+            raise VLLMValidationError(self.answer.error, parameter="messages")
+        raise VLLMServerError(self.answer.error)
+
+    def result(self) -> tuple[MultiModalKwargsItem, ResolvedPromptUpdate]:
+        """What the engine is sent, and the prompt's update.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
+        """
+        item, modality = self.question.item, self.question.modality
+        if not self.asks:
+            return item, self.update
+        answer, fields = self.decided(), dict(item)
+        rows, kept = answer.rows, answer.kept
+        for name, value, keep_on_cpu in ((ROWS, rows, False), (KEPT, kept.placeholders, True)):
+            config = MultiModalFieldConfig.batched(modality, keep_on_cpu=keep_on_cpu)
+            (fields[modality + name],) = config.build_elems(modality + name, [value])
+        return MultiModalKwargsItem(fields), replace(self.update, content=self.update.content.pruned(kept))
+
+
+@dataclass
+class Items:
+    """The images and videos of one request.
+
+    Attributes:
+        of: each, by vLLM's modality.
+        new: what is made of those that are not cached, by ``mm_hash``.
+        choices: of their options.
+        weights: ``FrontEnd.weights``, with which they were encoded or will be.
+        reports: of each, by modality, once vLLM has processed them.
+        identifiers: by ``mm_hash``, by which the engine tells what it encodes of each from others: the image or video,
+            and the kept tokens, whatever options they come from.
+        skipped: by how much positions may run ahead of tokens because of all of them.
+    """
+
+    of: Mapping[str, list[Item]]
+    new: dict[str, New] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
+    weights: float = 0.0
+    reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
+    identifiers: dict[str, str] = field(default_factory=dict)
+    skipped: int = 0
+
+    @cached_property
+    def are_read_first(self) -> bool:
+        """Whether any may lose tokens. If none may, all is left to vLLM."""
+        return any(may_prune(item.options) for of_each in self.of.values() for item in of_each)
+
+    def undecided(self) -> list[New]:
+        """Those to be asked about.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing could be decided about one; the latter if that is the
+                client's fault.
+        """
+        return [new for new in self.new.values() if new.asks and not (new.answer and new.decided())]
+
+    def missing(self, mm_is_cached: Mapping[str, list[bool]]) -> "Items":
+        """Those that are not cached."""
+        of: dict[str, list[Item]] = {}
+        for modality, of_each in self.of.items():
+            for item, cached in zip(of_each, mm_is_cached[modality], strict=True):
+                item.cached = cached
+            of[modality] = [item for item in of_each if not item.cached]
+        missing = replace(self, of=of)
+        vars(missing)["are_read_first"] = self.are_read_first
+        return missing
+
+    def done(self, item: Item, content: PrunedDetails) -> None:
+        """Note what became of an item, from now on the next of its modality."""
+        if item.modality in MODALITIES:
+            self.reports[item.modality].append(content.report(item))
+        # Of what vLLM sends whole it is vLLM's.
+        own = "" if content.kept is None else digest(content.kept.placeholders, self.weights)
+        self.identifiers[item.mm_hash] = item.image_hash + own
+        self.skipped += content.kept.skipped if content.kept else 0
+
+    def pruning(self, kv_bytes_per_token: int) -> Pruning:
+        timings = [new.timing for new in self.new.values() if new.timing]
+        seconds = sum(sum(timing.stages.values()) for timing in timings)
+        return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers)
+
+
+def to_client(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
+    """What each item of each of vLLM's modalities is to a client: a chunk is an image, or a part of a video."""
+    return {
+        modality: [data["type"].removesuffix("_chunk") if modality == CHUNK else modality for data in of_each]
+        for modality, of_each in items.items()
+    }
+
+
+def check_finite(modality: str, items: Any, dtype: torch.dtype) -> None:
+    """Raises:
+    VLLMValidationError: if embeddings of a client are not finite in the model's dtype. In the KV cache they would
+        outlive their request and spoil others.
+    """
+    if not isinstance(items, EmbeddingItems | DictEmbeddingItems):
+        return
+    for index, item in enumerate(items):
+        tensors = item.values() if isinstance(item, Mapping) else [item]
+        if not all(finite(of.to(dtype)) for of in tensors if of is not None and of.is_floating_point()):
+            raise VLLMValidationError(
+                f"embeddings of {modality} {index} hold NaN, infinity or values too large for {dtype}",
+                parameter="messages",
+            )
+
+
+def may_prune(options: PruneOptions) -> bool:
+    """Whether an image may lose tokens under these options."""
+    return options.enabled and (options.energy < 1 or options.max_tokens is not None)
+
+
+def split(hf_kwargs: Mapping[str, Any]) -> tuple[Items | None, dict[str, Any]]:
+    """Our items, if this is a request, and what is left for vLLM, which must never see them."""
+    others = dict(hf_kwargs)
+    return others.pop(KEY, None), others

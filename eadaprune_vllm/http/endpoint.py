@@ -1,0 +1,194 @@
+"""Entry point ``vllm.endpoint_plugins``: what the plugin adds to vLLM's HTTP API."""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from typing import Annotated, Any
+
+import aiohttp
+import vllm
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from PIL.Image import DecompressionBombError
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from starlette.datastructures import State
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
+
+from eadaprune_vllm import __version__
+from eadaprune_vllm.core.options import KEY, SELECTOR_NAMES, request_schema
+from eadaprune_vllm.core.report import Config, Preview, Reference
+from eadaprune_vllm.frontend.load import watch_load
+from eadaprune_vllm.frontend.preview import MAX_DETAILED, PreviewItem, check_detailed, iter_preview_items, previews
+from eadaprune_vllm.frontend.processor import PruningProcessor
+from eadaprune_vllm.frontend.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers, told
+from eadaprune_vllm.http import page
+from eadaprune_vllm.http.route import PruningRoute, documented, is_door
+from eadaprune_vllm.startup.naming import NAME
+
+
+class OwnRoute(APIRoute):
+    """A route of ours. What is no JSON is refused in vLLM's words: FastAPI's are of another shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            if self.body_field:
+                try:
+                    await request.json()
+                except (ValueError, RecursionError):
+                    raise VLLMValidationError("the body is not JSON", parameter="body") from None
+            return await handler(request)
+
+        return handle
+
+
+router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"], route_class=OwnRoute)
+# One at a time: previews take no more than a core from requests, and none of the threads that carry questions.
+_drawing = ThreadPoolExecutor(1, "eadaprune-preview")
+
+
+class EndpointPlugin:
+    """vLLM's contract of that name: what an active server adds to its application."""
+
+    name = NAME
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Put ``PruningRoute`` in the place of every route that takes a JSON body, and add our own."""
+        twins = APIRouter()
+        for route in app.routes:
+            if isinstance(route, APIRoute) and (route.body_field or is_door(route)):
+                twin = copy(route)
+                twin.__class__ = PruningRoute  # FastAPI builds the included route of its class
+                twin.openapi_extra = documented(route)
+                twins.routes.append(twin)
+        app.include_router(twins)
+        app.include_router(router)
+        app.include_router(page.router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        state.eadaprune_renderer = engine_client.renderer
+        state.eadaprune = engine_client.renderer.mm_processor
+        if state.eadaprune.server_options.load_aware:
+            watch_load(engine_client, state.eadaprune.front_end.observe_load, state.eadaprune.front_end.show_load)
+
+
+class Message(BaseModel):
+    """A chat message; only the images and videos in its content matter."""
+
+    model_config = ConfigDict(extra="allow")
+
+    content: str | list[str | dict[str, Any]] | None = None
+
+
+class PreviewRequest(BaseModel):
+    """Any chat request will do; what concerns generation is not looked at."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    messages: list[Message]
+    eadaprune: Annotated[Any, WithJsonSchema(request_schema())] = None
+    overlay: bool = Field(
+        default=False, description=f"Whether to draw what is kept, of at most {MAX_DETAILED} images and videos."
+    )
+    spectrum: bool = Field(
+        default=False, description=f"Whether to tell the whole spectrum, of at most {MAX_DETAILED} images and videos."
+    )
+
+
+@router.get("/config")
+async def config(request: Request) -> Config:
+    """The server's pruning options and what it supports."""
+    state = request.app.state
+    model = state.eadaprune_renderer.model_config
+    return Config(
+        version=__version__,
+        vllm_version=vllm.__version__,
+        models=[path.name for path in state.openai_serving_models.base_model_paths],
+        architecture=model.architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
+        options=state.eadaprune.server_options,
+        reference=Reference.of(state.eadaprune.server_options),
+        selectors=list(SELECTOR_NAMES),
+        doors=[
+            route.path
+            for route in request.app.routes
+            if isinstance(route, PruningRoute) and is_door(route) and route.include_in_schema
+        ],
+    )
+
+
+@router.post("/preview", response_model=Preview, responses={code: {"model": ErrorResponse} for code in (400, 404, 500)})
+async def preview(body: PreviewRequest, request: Request) -> Any:
+    """What pruning would make of the images and videos of a chat request, without generating anything."""
+    return await _preview(body, request) or Response(status_code=499)
+
+
+@with_cancellation  # type: ignore[untyped-decorator]
+async def _preview(body: PreviewRequest, request: Request) -> Response:
+    """What it is, unless the client goes away."""
+    state = request.app.state
+    models = state.openai_serving_models
+    if body.model and not models.is_base_model(body.model) and body.model not in models.lora_requests:
+        raise VLLMNotFoundError(f"The model `{body.model}` does not exist.")
+    processor = state.eadaprune
+    messages = [message.model_dump() for message in body.messages]
+    extra = body.model_extra or {}
+    with refusals(processor.front_end, "preview"):
+        context = RequestContext(request.headers.get(HEADER), body.eadaprune)
+        layers = request_layers(context, extra.get("mm_processor_kwargs"))
+        choices = choose(processor.server_options, layers, messages, context.met)
+    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+        given = extra.get(name)
+        if given and not (isinstance(given, dict) and given.keys() == {KEY}):
+            raise VLLMValidationError(
+                f"a preview is of images as the server processes them by default: leave {name} out", parameter=name
+            )
+    check_detailed(choices, overlay=body.overlay, spectrum=body.spectrum)
+    fetched = await _fetch(state.eadaprune_renderer.model_config, messages)
+    found, items = iter_preview_items(processor, fetched, choices), list[PreviewItem]()
+    loop = asyncio.get_running_loop()
+    unasked, room = dict[PreviewItem, None](), processor.front_end.asker.most
+    while item := await loop.run_in_executor(state.eadaprune_renderer._mm_executor, next, found, None):
+        items.append(item)
+        if item.new.answer or item in unasked:
+            continue
+        unasked[item] = None
+        room -= item.new.question.num_placeholders
+        if room <= 0:
+            await processor.front_end.ask([each.new for each in unasked], "preview")  # which lets go of their pixels
+            unasked, room = {}, processor.front_end.asker.most
+    await processor.front_end.ask([each.new for each in unasked], "preview")
+    answer = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
+    return Response(answer, media_type="application/json")
+
+
+def _preview_json(processor: PruningProcessor, items: Sequence[PreviewItem], body: PreviewRequest) -> str:
+    """The answer, which may be long."""
+    pruning = previews(processor, items, body.overlay, body.spectrum)
+    return Preview.of([told(processor.server_options, pruning)]).model_dump_json()
+
+
+async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
+    """The images and videos of a request by modality, under vLLM's own limits."""
+    tracker = AsyncMultiModalItemTracker(model_config)
+    parser = tracker.create_parser()
+    for modality, part in item_parts(messages):
+        url = part.get(f"{modality}_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not isinstance(url, str) or not url:
+            raise VLLMValidationError("a preview needs the URL of every image and video", parameter="messages")
+        getattr(parser, f"parse_{modality}")(url)
+    try:
+        data, _ = await tracker.resolve_items()
+    except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError, ArithmeticError) as error:
+        # Decoders raise the last two.
+        raise VLLMValidationError(f"an image or video could not be read: {error}", parameter="messages") from None
+    return data or {}

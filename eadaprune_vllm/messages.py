@@ -1,0 +1,113 @@
+"""What front ends and engine say to each other about images and videos. Bytes each way, by vLLM's own encoding of
+tensors and items: what its utility calls carry is not typed."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+import msgspec
+import torch
+from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from eadaprune_vllm.core.prune import Kept
+
+ASK = "eadaprune_ask"  # the engine core's utility
+REFUSED = b""  # its answer while it refuses requests
+_SIZE = struct.Struct("<Q")
+T = TypeVar("T")
+
+
+class Question(msgspec.Struct):
+    """One image or video that the engine is to encode and decide about.
+
+    Attributes:
+        modality: vLLM's, mostly ``image`` or ``video``.
+        item: as vLLM would send it unpruned.
+        options: resolved ``PruneOptions`` as JSON.
+        num_placeholders: how many it has unpruned.
+        explain: whether to say what the decision rests on, in the place of rows.
+    """
+
+    modality: str
+    item: MultiModalKwargsItem
+    options: str
+    num_placeholders: int
+    explain: bool = False
+
+
+class Grounds(msgspec.Struct):
+    """What a decision rests on.
+
+    Attributes:
+        curve: pairs of tokens kept and the share of the energy they hold.
+        needed_above: ``[N]`` float64, as in ``Spectrum``.
+        grids: as in ``Layout``.
+    """
+
+    curve: list[tuple[int, float]]
+    needed_above: torch.Tensor
+    grids: list[tuple[int, int]]
+
+
+class Decided(msgspec.Struct, tag=True):
+    """What was decided about one image or video.
+
+    Attributes:
+        kept: the decision.
+        rows: ``[p, W]``, the model's dtype, what its language model is fed with at the placeholders that stay.
+        seconds: how long each stage took.
+        grounds: if they were asked for.
+    """
+
+    kept: Kept
+    rows: torch.Tensor
+    seconds: dict[str, float]
+    grounds: Grounds | None = None
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Why nothing could be decided about one image or video.
+
+    Attributes:
+        error: a sentence.
+        reason: whether its features are to blame, or the engine is.
+    """
+
+    error: str
+    reason: Literal["features", "engine"] = "engine"
+
+
+Answer = Decided | Failed
+
+
+def pack(message: Sequence[Question] | Sequence[Answer]) -> bytes:
+    frames = [memoryview(frame).cast("B") for frame in MsgpackEncoder().encode(message)]
+    return b"".join(part for frame in frames for part in (_SIZE.pack(len(frame)), frame))
+
+
+def questions(data: bytes) -> list[Question]:
+    """What was packed."""
+    return _unpack(list[Question], data)
+
+
+def answers(data: bytes) -> list[Answer]:
+    """What was packed; each answer has memory of its own, for it may be kept when others are not."""
+    return [_apart(answer) if isinstance(answer, Decided) else answer for answer in _unpack(list[Answer], data)]
+
+
+def _apart(answer: Decided) -> Decided:
+    kept = replace(answer.kept, indices=answer.kept.indices.clone(), placeholders=answer.kept.placeholders.clone())
+    return msgspec.structs.replace(answer, kept=kept, rows=answer.rows.clone())
+
+
+def _unpack(kind: type[T], data: bytes) -> T:
+    whole, frames, at = memoryview(bytearray(data)), [], 0  # tensors over read-only memory make torch warn
+    while at < len(whole):
+        (size,) = _SIZE.unpack_from(whole, at)
+        at += _SIZE.size
+        frames.append(whole[at : at + size])
+        at += size
+    decoded: T = MsgpackDecoder(kind).decode(frames)
+    return decoded

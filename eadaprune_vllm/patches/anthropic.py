@@ -1,0 +1,55 @@
+"""``/v1/messages``: options on its images, which vLLM's models of that API would drop."""
+
+from typing import Any
+
+from eadaprune_vllm.core.options import KEY
+from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.patching import wrap
+
+_SERVING = "vllm.entrypoints.anthropic.serving"
+
+
+def install() -> None:
+    from vllm.entrypoints.anthropic import protocol
+    from vllm.exceptions import VLLMValidationError
+
+    protocol.AnthropicContentBlock.model_config["extra"] = "allow"
+    for name in ("ContentBlock", "Message", "MessagesRequest", "CountTokensRequest"):
+        getattr(protocol, f"Anthropic{name}").model_rebuild(force=True)
+
+    @wrap(f"{_SERVING}:AnthropicServingMessages._convert_block")
+    def convert_block(
+        original: Any,
+        cls: Any,
+        block: Any,
+        role: str,
+        content_parts: Any,
+        tool_calls: Any,
+        reasoning_parts: Any,
+        openai_messages: Any,
+    ) -> None:
+        parts, messages = len(content_parts), len(openai_messages)
+        original(cls, block, role, content_parts, tool_calls, reasoning_parts, openai_messages)
+        # A block is one part of this message; the images in a tool's result become a message of their own.
+        blocks = block.content if isinstance(block.content, list) else []
+        sources = (
+            [block.model_extra or {}] if block.type == "image" else [b for b in blocks if b.get("type") == "image"]
+        )
+        if not any(KEY in source for source in sources):
+            return
+        added = [*content_parts[parts:], *(part for m in openai_messages[messages:] for part in m["content"])]
+        images = [part for part in added if isinstance(part, dict) and part["type"] == "image_url"]
+        if len(images) != len(sources):
+            raise VLLMValidationError(f"{KEY} on an image without data", parameter=KEY)
+        for image, source in zip(images, sources, strict=True):
+            if KEY in source:
+                image[KEY] = source[KEY]
+
+    # This renders other texts than the client's while serving it, and remembers whether that went well.
+    @wrap(
+        f"{_SERVING}:DisabledThinkingEffortResolver._render_probe_prompt",
+        optional="options of a /v1/messages request that switches thinking off may change what that means",
+    )
+    async def render_probe_prompt(original: Any, resolver: Any, effort: Any) -> Any:
+        with requests.request_context(requests.RequestContext()):
+            return await original(resolver, effort)

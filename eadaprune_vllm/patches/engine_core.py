@@ -1,0 +1,53 @@
+"""The engine core: it measures the reference pictures before it serves, tells front ends, and answers what they ask."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from eadaprune_vllm.core.server_options import ServerOptions
+from eadaprune_vllm.engine.core import answer_next, ask, ask_workers
+from eadaprune_vllm.engine.reference import measured
+from eadaprune_vllm.messages import ASK
+from eadaprune_vllm.patching import wrap
+from eadaprune_vllm.startup import configuration
+
+_CORE = "vllm.v1.engine.core"
+
+
+def install() -> None:
+    from vllm.v1.engine import EngineCoreReadyResponse
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, ASK, ask)
+
+    @dataclass
+    class Ready(EngineCoreReadyResponse):
+        """The last thing that an engine says at start, to each front end. vLLM ignores fields that it does not know."""
+
+        eadaprune: list[tuple[str, bytes]] = field(default_factory=list)
+
+    # The step after which workers can encode; the engine's process loads plugins too late to wrap its whole start.
+    @wrap(f"{_CORE}:EngineCore._initialize_kv_caches")
+    def initialize_kv_caches(original: Any, core: Any, vllm_config: Any) -> Any:
+        initialized = original(core, vllm_config)
+        curves = measured(vllm_config, partial(ask_workers, core))
+        configuration.say(configuration.inform(vllm_config, curves))
+        return initialized
+
+    @wrap(f"{_CORE}:EngineCoreProc._make_ready_response")
+    def make_ready_response(original: Any, core: Any) -> Any:
+        targets = ServerOptions.of(core.vllm_config.model_config.multimodal_config).targets
+        assert targets, "it was informed before"
+        told = [(curve.name, curve.needed_above.tobytes()) for curve in targets.curves]
+        return Ready(**vars(original(core)), eadaprune=told)
+
+    @wrap(f"{_CORE}:EngineCore.post_step")
+    def post_step(original: Any, core: Any, model_executed: bool) -> None:
+        original(core, model_executed)
+        answer_next(core)
+
+    @wrap(f"{_CORE}:EngineCoreProc._notify_idle_state_callbacks")
+    def notify_idle_state_callbacks(original: Any, core: Any) -> None:
+        original(core)
+        while answer_next(core):
+            pass

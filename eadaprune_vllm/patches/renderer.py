@@ -1,0 +1,93 @@
+"""Rendering: where vLLM makes engine inputs of requests, the options of their images and videos are resolved, and the
+engine is asked before vLLM processes them, so that nothing waits on its one thread."""
+
+import asyncio
+from typing import Any
+
+from eadaprune_vllm.core.options import KEY
+from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.frontend.items import Items
+from eadaprune_vllm.patching import wrap
+
+
+def install() -> None:
+    # All that is chat-like is rendered by one of these two: every such door, and LLM.chat.
+    def render_each(
+        original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """One call per conversation: the options are those of its own images."""
+        extras = [requests.chat_extras(renderer, conversation, prompt_extras) for conversation in conversations]
+        return [
+            original(renderer, [conversation], *args, prompt_extras=own, **kwargs)
+            for conversation, own in zip(conversations, extras, strict=True)
+        ]
+
+    @wrap("vllm.renderers.base:BaseRenderer.render_chat_async")
+    async def render_chat_async(
+        original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+    ) -> Any:
+        each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
+        return requests.rendered(renderer, await asyncio.gather(*each))
+
+    @wrap("vllm.renderers.base:BaseRenderer.render_chat")
+    def render_chat(
+        original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+    ) -> Any:
+        each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
+        return requests.rendered(renderer, each)
+
+    # And the rest by these, which take no images or videos over HTTP.
+    for name in ("render_cmpl", "render_cmpl_async"):
+
+        @wrap(f"vllm.renderers.base:BaseRenderer.{name}")
+        def render_cmpl(
+            original: Any, renderer: Any, prompts: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
+        ) -> Any:
+            requests.refuse_options(renderer, prompts, prompt_extras)
+            return original(renderer, prompts, *args, prompt_extras=prompt_extras, **kwargs)
+
+    # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they
+    # are resolved, so they may pass; it judges the rest.
+    for module in ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving"):
+
+        @wrap(f"{module}:validate_request_mm_kwargs")
+        def validate_request_mm_kwargs(original: Any, *, mm_processor_kwargs: Any, **kwargs: Any) -> None:
+            others = {key: value for key, value in (mm_processor_kwargs or {}).items() if key != KEY}
+            original(mm_processor_kwargs=others, **kwargs)
+
+
+def ask_first(renderer: Any) -> None:
+    """Have a renderer of vLLM's ask. It applies its processor on one thread, where the order of processing is that of
+    sending; asking is between two turns there.
+
+    Raises:
+        StartupError: if it renders in another way.
+    """
+    front_end = renderer.mm_processor.front_end
+    try:
+        process, process_async = renderer._process_multimodal, renderer._process_multimodal_async
+    except AttributeError as error:
+        raise StartupError(f"this vLLM's renderer is not of the kind known: {error}") from None
+
+    def and_wait(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
+        given = _as_request(mm_processor_kwargs)
+        while isinstance(result := process(*args, mm_processor_kwargs=given, **kwargs), Items):
+            front_end.ask_and_wait(result.undecided())
+            given[KEY] = result
+        return result
+
+    async def in_turn(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
+        given = _as_request(mm_processor_kwargs)
+        while isinstance(result := await process_async(*args, mm_processor_kwargs=given, **kwargs), Items):
+            await front_end.ask(result.undecided())
+            given[KEY] = result
+        return result
+
+    renderer._process_multimodal, renderer._process_multimodal_async = and_wait, in_turn
+
+
+def _as_request(mm_processor_kwargs: Any) -> dict[str, Any]:
+    """The processor's options of a request, with ours, without which it is warm-up to the processor."""
+    given = dict(mm_processor_kwargs or {})
+    return given | {KEY: {} if given.get(KEY) is None else given[KEY]}

@@ -1,0 +1,26 @@
+"""``vllm run-batch``: requests from a file, past all HTTP routes."""
+
+from typing import Any
+
+from eadaprune_vllm.core.options import KEY
+from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.patching import wrap
+
+
+def install() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    # What the function raises becomes the line's error.
+    @wrap("vllm.entrypoints.launchers.run_batch:run_request")
+    async def run_request(original: Any, serving_engine_func: Any, request: Any, *args: Any) -> Any:
+        async def refuse(_: Any) -> None:
+            raise VLLMValidationError(f"{KEY} does nothing at {request.url}", parameter=KEY)
+
+        if request.url not in requests.DOORS and any(requests.mentions(request.body.model_dump())):
+            serving_engine_func = refuse
+        context = requests.RequestContext(options=(request.body.model_extra or {}).get(KEY))
+        with requests.request_context(context):
+            output = await original(serving_engine_func, request, *args)
+        if (report := context.report()) and output.response.body:
+            setattr(output.response.body, KEY, report)
+        return output

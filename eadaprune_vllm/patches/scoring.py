@@ -1,0 +1,42 @@
+"""``/score`` and ``/rerank``, and ``LLM.score``: the options of images and videos in queries and documents."""
+
+from typing import Any
+
+from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.patching import wrap
+
+_PROCESSORS = "vllm.entrypoints.pooling.scoring.io_processor"
+
+
+def install() -> None:
+    # Queries and documents are prompts of their own, those that were parsed from all queries, then all documents.
+    @wrap(f"{_PROCESSORS}:BiEncoderIOProcessor.get_request_factory_online")
+    def each_online(original: Any, processor: Any, ctx: Any) -> list[Any]:
+        data = processor.valid_inputs_online(ctx.request)
+        return _resolved(processor, original(processor, ctx), data)
+
+    @wrap(f"{_PROCESSORS}:BiEncoderIOProcessor.get_request_factory_offline")
+    def each_offline(original: Any, processor: Any, ctx: Any) -> tuple[Any, int]:
+        factory, count = original(processor, ctx)
+        return lambda: iter(_resolved(processor, factory(), ctx.scoring_data)), count
+
+    # A query and a document are one prompt.
+    @wrap(f"{_PROCESSORS}:CrossEncoderIOProcessor.get_request_factory_online")
+    def pairs_online(original: Any, processor: Any, ctx: Any) -> list[Any]:
+        return [_resolve(processor, pair, pair["data_1"], pair["data_2"]) for pair in original(processor, ctx)]
+
+    @wrap(f"{_PROCESSORS}:CrossEncoderIOProcessor.get_request_factory_offline")
+    def pairs_offline(original: Any, processor: Any, ctx: Any) -> tuple[Any, int]:
+        factory, count = original(processor, ctx)
+        return lambda: (_resolve(processor, pair, pair["data_1"], pair["data_2"]) for pair in factory()), count
+
+
+def _resolved(processor: Any, prompts: Any, data: Any) -> list[Any]:
+    return [_resolve(processor, *each) for each in zip(prompts, data.data_1 + data.data_2, strict=True)]
+
+
+def _resolve(processor: Any, prompt: Any, *contents: Any) -> Any:
+    """What is to be rendered, with the options of the images and videos in ``contents``."""
+    messages = [{"content": content} for content in contents]
+    extras = requests.chat_extras(processor.renderer, messages, prompt["prompt_extras"])
+    return prompt | {"prompt_extras": extras}

@@ -1,1 +1,0 @@
-"""Where this package takes hold of vLLM, one file per seam; ``window`` says which releases have them."""

@@ -1,0 +1,73 @@
+"""The command line: ``--plugin NAME`` and, generated from ``ServerOptions``, one ``--eadaprune-*`` flag per option."""
+
+import argparse
+import json
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from eadaprune_vllm.core.options import KEY, allowed
+from eadaprune_vllm.core.server_options import ServerOptions
+from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.startup.naming import NAME, name_plugins, named_plugins
+
+# What the flags of other options than limits come to where they are not given.
+_DEFAULTS = {"energy": "what the target comes to", "load_aware": "off"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags on ``parser``; a flag that is not given leaves no attribute."""
+    group = parser.add_argument_group("EAdaPrune", "Per-image visual token budgets.")
+    group.add_argument(
+        "--plugin",
+        metavar="NAME",
+        action="append",
+        default=argparse.SUPPRESS,
+        help="Name a vLLM plugin to use, in addition to those loaded anyway. May be given more than once.",
+    )
+    for name, field in ServerOptions.model_fields.items():
+        default = _DEFAULTS.get(name, "no limit" if field.default is None else field.default)
+        text = f"{field.description} {allowed(name, ServerOptions).capitalize()}. (default: {default})"
+        group.add_argument(
+            _flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_kind(field.annotation)
+        )
+
+
+def apply_flags(args: argparse.Namespace) -> None:
+    """Name the plugins, and move the options given to where vLLM carries them to every front end.
+
+    Raises:
+        StartupError: for an unknown plugin, or options without this one.
+    """
+    if names := getattr(args, "plugin", None):
+        name_plugins(names)
+    values = {name: getattr(args, f"{KEY}_{name}", None) for name in ServerOptions.model_fields}
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        return
+    if NAME not in (named_plugins() or ()):
+        raise StartupError(f"{_flag(next(iter(given)))} does nothing without --plugin {NAME}")
+    kwargs = args.mm_processor_kwargs or {}
+    options = kwargs.get(KEY, {})
+    if isinstance(options, dict):  # anything else is refused where the options are resolved
+        args.mm_processor_kwargs = kwargs | {KEY: options | given}
+
+
+def _flag(name: str) -> str:
+    return f"--{KEY}-{name.replace('_', '-')}"
+
+
+def _kind(annotation: Any) -> dict[str, Any]:
+    """What argparse is told about a flag whose option is of this type."""
+    if get_origin(annotation) is UnionType:
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    if issubclass(get_origin(annotation) or annotation, BaseModel):
+        return {"type": json.loads, "metavar": "JSON", "nargs": "?", "const": {}}
+    if get_origin(annotation) is dict:
+        return {"type": json.loads, "metavar": "JSON"}
+    return {"type": annotation, "metavar": annotation.__name__.upper()}

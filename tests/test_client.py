@@ -1,0 +1,517 @@
+"""Asking the engine: who waits for whom, and what travels together."""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from samples import decided, name_of, question
+
+from eadaprune_vllm.frontend import engine_client
+from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.engine_client import AsyncEngines
+from eadaprune_vllm.messages import REFUSED, Answer, Decided, Failed, answers, pack, questions
+from eadaprune_vllm.patches.engine_client import _alone
+
+
+class Engine:
+    """An engine client of vLLM's that does not block. It answers with the names of the images as rows, and counts.
+    Calls with one of ``fails`` fail, and so do images of ``refuses``, alone."""
+
+    def __init__(self) -> None:
+        self.core_engines = [b"first"]
+        self.client_index = 0
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.calls: list[list[int]] = []
+        self.at_once = self.most_at_once = 0
+        self.held = asyncio.Event()
+        self.held.set()
+        self.fails: set[int] = set()
+        self.refuses: set[int] = set()
+
+    async def _call_utility_async(self, method: str, payload: bytes, engine: bytes) -> bytes:
+        assert method == "eadaprune_ask"
+        asked = [name_of(each) for each in questions(payload)]
+        self.calls.append(asked)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await self.held.wait()
+        self.at_once -= 1
+        if self.fails & {*asked}:
+            raise RuntimeError("the call failed")
+        return pack([Failed("it failed") if name in self.refuses else named(name) for name in asked])
+
+
+def named(name: int) -> Answer:
+    return decided(rows=torch.full((2, 1), name))
+
+
+def names(answers: list[Answer]) -> list[int]:
+    return [int(answer.rows[0]) for answer in answers if isinstance(answer, Decided)]
+
+
+def asked(asker: Asker, first: int, count: int, tokens: int = 4) -> "asyncio.Task[list[Answer]]":
+    """A request of so many images, whose names go up from ``first``."""
+    return asyncio.create_task(asker.ask([question(tokens, name=first + number) for number in range(count)]))
+
+
+async def settle(engine: Engine, asker: Asker) -> None:
+    """Until all requests have entered their questions, and all that can be asked has reached the engine."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+    while sum(not task.done() for task in asker._tasks) != engine.at_once:
+        await asyncio.sleep(0.001)
+
+
+def run(test: Callable[[Engine, Asker], Awaitable[None]], most: int = 16) -> None:
+    """Four images of the default size are a call."""
+
+    async def connected() -> None:
+        engine, asker = Engine(), Asker(most)
+        asker.connect(engine)
+        await asyncio.wait_for(test(engine, asker), 30)
+
+    asyncio.run(connected())
+
+
+def test_every_question_gets_its_own_answer() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        found = await asyncio.gather(*(asked(asker, 100 * number, 7) for number in range(9)))
+        assert [names(each) for each in found] == [list(range(100 * number, 100 * number + 7)) for number in range(9)]
+        answered = Counter(name for each in found for name in names(each))
+        assert Counter(name for call in engine.calls for name in call) == answered
+
+    run(test)
+
+
+def test_what_waits_travels_together_one_call_at_a_time() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        tasks = [asked(asker, 0, 1)]
+        await settle(engine, asker)
+        tasks += [asked(asker, number, 1) for number in (1, 2, 3)]
+        await settle(engine, asker)
+        assert engine.calls == [[0]]
+        engine.held.set()
+        await asyncio.gather(*tasks)
+        assert engine.calls == [[0], [1, 2, 3]]
+        assert engine.most_at_once == 1
+
+    run(test)
+
+
+def test_a_call_holds_no_more_than_the_encoders_memory_was_measured_with() -> None:
+    """Unless one image alone is more."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        sizes = [10, 6, 1, 40, 16, 5, 5, 5, 5]
+        await asker.ask([question(size, name=number) for number, size in enumerate(sizes)])
+        assert engine.calls == [[0, 1], [2], [3], [4], [5, 6, 7], [8]]
+
+    run(test)
+
+
+def test_a_large_request_does_not_hold_up_a_small_one() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        large = asked(asker, 0, 200)
+        await settle(engine, asker)
+        small = asked(asker, 1000, 1)
+        await settle(engine, asker)
+        assert len(engine.calls) == 1
+        engine.held.set()
+        assert names(await small) == [1000]
+        assert len(engine.calls) <= 3  # the one in progress, its own, and one that may have begun since
+        assert 1000 in engine.calls[1]
+        assert names(await large) == list(range(200))
+
+    run(test)
+
+
+def test_requests_take_turns() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        tasks = [asked(asker, 900, 1)]
+        await settle(engine, asker)
+        tasks += [asked(asker, first, 4) for first in (0, 100, 200)]
+        await settle(engine, asker)
+        engine.held.set()
+        await asyncio.gather(*tasks)
+        assert engine.calls == [[900], [0, 100, 200, 1], [101, 201, 2, 102], [202, 3, 103, 203]]
+
+    run(test)
+
+
+def test_what_is_cancelled_is_not_asked() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        tasks = [asked(asker, first, 6) for first in (0, 100, 200)]
+        await settle(engine, asker)
+        tasks[1].cancel()
+        await settle(engine, asker)
+        engine.held.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(found[1], asyncio.CancelledError)
+        assert [names(each) for each in found[::2] if isinstance(each, list)] == [[*range(6)], [*range(200, 206)]]
+        sent = {name for call in engine.calls[1:] for name in call}
+        assert not {name for name in sent if 100 <= name < 200}
+
+    run(test)
+
+
+def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        tasks = [asked(asker, 0, 1)]
+        await settle(engine, asker)
+        tasks += [asked(asker, number, 3) for number in range(1, 500)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        engine.held.set()
+        await settle(engine, asker)
+        assert engine.calls == [[0]]
+        assert not asker._requests
+        assert not asker._open
+        assert names(await asked(asker, 7, 2)) == [7, 8]
+
+    run(test)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
+    """Before and while it is asked; afterwards it is asked anew. Whoever gives up leaves it to the others."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        shared, own = question(name=1), question(name=2)
+        if not sent:
+            others = asked(asker, 900, 4)
+            await settle(engine, asker)
+        tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
+        await settle(engine, asker)
+        tasks.append(asyncio.create_task(asker.ask([own, shared])))
+        await settle(engine, asker)
+        tasks[0].cancel()
+        await settle(engine, asker)
+        engine.held.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(found[0], asyncio.CancelledError)
+        assert [names(each) for each in found[1:] if isinstance(each, list)] == [[1], [1], [2, 1]]
+        if not sent:
+            await others
+        assert Counter(name for call in engine.calls for name in call)[1] == 1
+        assert names(await asker.ask([shared])) == [1]
+        assert Counter(name for call in engine.calls for name in call)[1] == 2
+        assert not asker._open
+
+    run(test)
+
+
+def test_what_several_requests_ask_fails_for_all_of_them() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        engine.fails = {1}
+        shared = question(name=1)
+        tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
+        await settle(engine, asker)
+        engine.held.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [str(each) for each in found] == ["the call failed"] * 3
+        assert engine.calls == [[1]]
+
+    run(test)
+
+
+def test_an_error_of_a_call_reaches_those_whose_questions_it_held() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        first = asked(asker, 900, 1)
+        await settle(engine, asker)
+        engine.fails = {1}
+        tasks = [asked(asker, first, 1) for first in (0, 1, 2, 3, 4, 5)]
+        await settle(engine, asker)
+        engine.held.set()
+        assert names(await first) == [900]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert engine.calls == [[900], [0, 1, 2, 3], [4, 5]]
+        assert [str(each) for each in found[:4]] == ["the call failed"] * 4
+        assert [names(each) for each in found[4:] if isinstance(each, list)] == [[4], [5]]
+        assert names(await asked(asker, 6, 1)) == [6]
+
+    run(test)
+
+
+def test_whoever_may_wait_asks_from_another_thread() -> None:
+    """While the loop goes on with others."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        waiting = asyncio.create_task(asyncio.to_thread(asker.ask_and_wait, [question(name=1), question(name=2)]))
+        others = asked(asker, 10, 1)
+        await settle(engine, asker)
+        engine.held.set()
+        assert names(await waiting) == [1, 2]
+        assert names(await others) == [10]
+
+    run(test)
+
+
+def test_a_client_may_be_connected_before_there_is_a_loop() -> None:
+    asker = Asker(16)
+    engine = asyncio.run(asyncio.to_thread(Engine))  # in a thread without one
+    asker.connect(engine)
+    assert asyncio.run(asyncio.wait_for(asker.ask([question(name=3)]), 30))
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_client_that_blocks_is_asked_in_batches(in_process: bool) -> None:
+    calls: list[list[int]] = []
+
+    def answer(payload: bytes) -> bytes:
+        calls.append([name_of(each) for each in questions(payload)])
+        return pack([named(name) for name in calls[-1]])
+
+    def call_utility(method: str, payload: bytes) -> bytes:
+        assert method == "eadaprune_ask"
+        return answer(payload)
+
+    core = SimpleNamespace(eadaprune_ask=answer)
+    asker = Asker(16)
+    asker.connect(SimpleNamespace(engine_core=core) if in_process else SimpleNamespace(call_utility=call_utility))
+    found = asker.ask_and_wait([question(7, name=number) for number in range(5)])
+    assert names(found) == [0, 1, 2, 3, 4]
+    assert calls == [[0, 1], [2, 3], [4]]
+    assert asker.ask_and_wait([]) == []
+
+
+def test_several_engines_are_asked_in_turn() -> None:
+    asked: list[bytes] = []
+
+    async def call(method: str, payload: bytes, engine: bytes) -> bytes:
+        asked.append(engine)
+        return payload
+
+    async def test() -> None:
+        client = Engine()
+        client.core_engines = [b"a", b"b", b"c"]
+        client._call_utility_async = call  # type: ignore[method-assign]
+        engines = AsyncEngines(client)
+        assert [await engines(payload) for payload in (b"1", b"2", b"3", b"4")] == [b"1", b"2", b"3", b"4"]
+
+        client.client_index = 2  # front ends do not all begin with the same
+        assert await AsyncEngines(client)(b"5") == b"5"
+
+    asyncio.run(test())
+    assert asked == [b"a", b"b", b"c", b"a", b"c"]
+
+
+def test_an_engine_that_is_idle_is_asked_before_one_that_is_not() -> None:
+    """One call at a time to each."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.core_engines = [b"a", b"b"]
+        used: list[bytes] = []
+        call = engine._call_utility_async
+
+        async def noted(method: str, payload: bytes, engine: bytes) -> bytes:
+            used.append(engine)
+            return await call(method, payload, engine)
+
+        engine._call_utility_async = noted  # type: ignore[method-assign]
+        engine.held.clear()
+        tasks = []
+        for number in range(4):
+            tasks.append(asked(asker, 10 * number, 1))
+            await settle(engine, asker)
+        assert used == [b"a", b"b"]
+        engine.held.set()
+        assert [names(await task) for task in tasks] == [[0], [10], [20], [30]]
+        assert engine.calls == [[0], [10], [20, 30]]
+        assert engine.most_at_once == 2
+
+    run(test)
+
+
+def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> None:
+    """Whatever thread asks."""
+    from vllm.v1.engine.core_client import InprocClient
+
+    client = object.__new__(InprocClient)
+    began, ends = threading.Event(), threading.Event()
+
+    def step() -> Any:
+        began.set()
+        assert ends.wait(10)
+        return {}, False
+
+    def answer(payload: bytes) -> bytes:
+        return payload
+
+    client.engine_core = SimpleNamespace(step_fn=step, post_step=lambda model_executed: None, eadaprune_ask=answer)
+    ask = engine_client.blocking(client)
+    assert ask
+    with ThreadPoolExecutor(2) as pool:
+        stepping = pool.submit(_alone, InprocClient.get_output, client)
+        assert began.wait(10)
+        asking = pool.submit(ask, b"1")
+        with pytest.raises(TimeoutError):
+            asking.result(0.2)
+        ends.set()
+        assert asking.result() == b"1"
+        stepping.result()
+
+
+def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.05)
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.held.clear()
+        task = asked(asker, 0, 2)
+        await settle(engine, asker)
+        engine.resources.engine_dead = True
+        with pytest.raises(EngineDeadError):
+            await task
+
+    run(test)
+
+
+def test_an_engine_that_was_scaled_away_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, the one that is gone never answers; who waits for it is told, and later requests go to the other."""
+    from vllm.exceptions import RetryableRequestError
+
+    monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.01)
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine.core_engines = [b"stays", b"goes"]
+        call = engine._call_utility_async
+
+        async def answer(method: str, payload: bytes, engine: bytes) -> bytes:
+            if engine == b"goes":
+                lost.set()
+                await asyncio.Event().wait()
+            return await call(method, payload, engine)
+
+        engine._call_utility_async = answer  # type: ignore[method-assign]
+        lost = asyncio.Event()
+        engine.held.clear()
+        tasks = [asked(asker, 0, 1)]
+        await settle(engine, asker)
+        tasks.append(asked(asker, 10, 1))
+        await lost.wait()
+        engine.core_engines = [b"stays"]
+        with pytest.raises(RetryableRequestError, match="scaled down"):
+            await tasks[1]
+        engine.held.set()
+        tasks[1:] = [asked(asker, number, 2) for number in range(20, 80, 10)]
+        assert [names(await task)[0] for task in tasks] == [0, *range(20, 80, 10)]
+
+    run(test)
+
+
+def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
+    """Neither where the call fails, nor where the engine answers that an image cannot be encoded. What another request
+    asks too, is."""
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        for first, fails, refuses in ((0, {2}, set[int]()), (100, set[int](), {102})):
+            engine.calls.clear()
+            engine.fails, engine.refuses = fails, refuses
+            shared = question(4, name=first + 20)
+            engine.held.clear()
+            failing = asyncio.create_task(
+                asker.ask([*(question(4, name=first + number) for number in range(20)), shared])
+            )
+            await settle(engine, asker)
+            other = asyncio.create_task(asker.ask([shared]))
+            await settle(engine, asker)
+            engine.held.set()
+            assert names(await other) == [first + 20]
+            if fails:
+                with pytest.raises(RuntimeError, match="the call failed"):
+                    await failing
+            else:
+                *before, failed = await failing
+                assert names(before) == [first, first + 1]
+                assert isinstance(failed, Failed)
+            assert engine.calls == [[first, first + 1, first + 2, first + 3], [first + 20]]
+
+    run(test)
+
+
+def test_nobody_waits_on_the_event_loop_for_what_comes_by_it() -> None:
+    async def test(engine: Engine, asker: Asker) -> None:
+        with pytest.raises(RuntimeError, match="render_cmpl_async"):
+            asker.ask_and_wait([question()])
+        assert not engine.calls
+
+    run(test)
+
+
+class Client:
+    """An engine client of vLLM's that blocks, and whose engine dies before it answers."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def call_utility(self, method: str, payload: bytes) -> bytes:
+        self.asked.set()
+        threading.Event().wait()
+        raise AssertionError
+
+    def ensure_alive(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self.asked.wait(10)
+        raise EngineDeadError
+
+
+def test_a_thread_that_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.01)
+    asker = Asker(16)
+    asker.connect(Client())
+    with pytest.raises(EngineDeadError):
+        asker.ask_and_wait([question()])
+
+
+def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:
+    from vllm.exceptions import RetryableRequestError
+
+    async def refuse(*_: Any, **__: Any) -> bytes:
+        return REFUSED
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        engine._call_utility_async = refuse  # type: ignore[method-assign]
+        with pytest.raises(RetryableRequestError, match="paused"):
+            await asked(asker, 0, 1)
+
+    run(test)
+
+
+def test_answers_are_unpacked_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that other requests go on meanwhile: they may be large."""
+    threads: set[int] = set()
+    original = answers
+
+    def noted(data: bytes) -> list[Answer]:
+        threads.add(threading.get_ident())
+        return original(data)
+
+    monkeypatch.setattr("eadaprune_vllm.frontend.client.answers", noted)
+
+    async def test(engine: Engine, asker: Asker) -> None:
+        await asked(asker, 0, 3)
+        assert threads
+        assert threading.get_ident() not in threads
+
+    run(test)

@@ -41,6 +41,12 @@ RENAMED = (
 )
 
 
+def drain_invalidations(renderer: Any) -> None:
+    """Have the processor cache let go of what an engine misses, as releases from 0.33 do before they process."""
+    if drain := getattr(renderer, "_drain_mm_cache_invalidations", None):
+        drain()
+
+
 def version() -> str:
     """The version of the vLLM in use."""
     import vllm

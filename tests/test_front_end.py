@@ -1,6 +1,7 @@
 """The front end asks first: what is counted of answers, and how a renderer comes by them."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,11 @@ from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMod
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend.client import Asker
 from eadaprune_vllm.frontend.front_end import FrontEnd
-from eadaprune_vllm.frontend.items import Items, New, PrunedDetails
+from eadaprune_vllm.frontend.items import New, PrunedDetails
 from eadaprune_vllm.frontend.metrics import Metrics, Source
+from eadaprune_vllm.frontend.processor import Steps
 from eadaprune_vllm.messages import Answer, Failed, Question
-from eadaprune_vllm.patches.renderer import ask_first
+from eadaprune_vllm.patches.renderer import decide_between
 
 
 class Prepared(Asker):
@@ -78,26 +80,31 @@ def test_what_two_requests_wait_for_is_timed_once() -> None:
 
 
 class Renderer:
-    """As vLLM's: it applies its processor, which says in two rounds what is to be asked."""
+    """As vLLM's: it applies its processor, whose steps leave something undecided twice."""
 
     def __init__(self, front_end: Any) -> None:
         self.mm_processor = SimpleNamespace(front_end=front_end)
+        self._mm_executor = ThreadPoolExecutor(1)
         self.seen: list[Any] = []
+        self.updates = 0
 
     def _process_multimodal(self, prompt: str, *, mm_processor_kwargs: dict[str, Any] | None) -> Any:
-        assert mm_processor_kwargs is not None
-        given = mm_processor_kwargs["eadaprune"]
-        self.seen.append((mm_processor_kwargs.get("other"), "items" if isinstance(given, Items) else given))
-        if not isinstance(given, Items):
-            return Items({}, {"first": new()})
-        if len(given.new) == 1:
-            given.new["second"] = new()
-            return given
-        assert not given.undecided()
-        return f"input of {prompt}"
+        self.seen.append(mm_processor_kwargs)
+        return self._steps(prompt)
 
     async def _process_multimodal_async(self, prompt: str, *, mm_processor_kwargs: dict[str, Any] | None) -> Any:
-        return self._process_multimodal(prompt, mm_processor_kwargs=mm_processor_kwargs)
+        self.seen.append(mm_processor_kwargs)
+        return self._steps(prompt)
+
+    def _steps(self, prompt: str) -> Steps:
+        for _ in range(2):
+            undecided = new()
+            yield [undecided]
+            assert undecided.answer
+        return f"input of {prompt}"
+
+    def update_mm_cache_stats(self) -> None:
+        self.updates += 1
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -105,21 +112,21 @@ class Renderer:
     "kwargs",
     [None, {}, {"other": 1}, {"other": 1, "eadaprune": {"energy": 0.5}}, {"eadaprune": None}, {"eadaprune": [0.5]}],
 )
-def test_a_renderer_goes_on_once_all_is_answered(waits: bool, kwargs: dict[str, Any] | None) -> None:
+def test_a_renderer_goes_on_once_all_is_decided(waits: bool, kwargs: dict[str, Any] | None) -> None:
     renderer = Renderer(FrontEnd(Prepared(decided(), decided()), Metrics(CollectorRegistry()), "m", 1))
-    ask_first(renderer)
+    decide_between(renderer)
     before = dict(kwargs) if kwargs else kwargs
     if waits:
         found = renderer._process_multimodal("a prompt", mm_processor_kwargs=kwargs)
     else:
         found = asyncio.run(renderer._process_multimodal_async("a prompt", mm_processor_kwargs=kwargs))
     assert found == "input of a prompt"
-    other, own = (kwargs or {}).get("other"), (kwargs or {}).get("eadaprune")
-    own = {} if own is None else own  # what is no object is for the processor to refuse
-    assert renderer.seen == [(other, own), (other, "items"), (other, "items")]
+    own = (kwargs or {}).get("eadaprune")  # what is no object is for the processor to refuse
+    assert renderer.seen == [(kwargs or {}) | {"eadaprune": {} if own is None else own}]
+    assert renderer.updates == 1
     assert kwargs == before  # they are the client's, and may be those of more prompts
 
 
 def test_a_renderer_of_another_kind_stops_the_start() -> None:
     with pytest.raises(StartupError, match="renderer is not of the kind known"):
-        ask_first(SimpleNamespace(mm_processor=SimpleNamespace(front_end=None)))
+        decide_between(SimpleNamespace(mm_processor=SimpleNamespace(front_end=None)))

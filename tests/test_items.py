@@ -185,23 +185,11 @@ def items(*names: str, energy: float = 0.5) -> Items:
     return Items({"image": [Item("image", name, f"{name}-options", options, energy) for name in names]})
 
 
-def test_those_that_are_missing_share_what_is_known_of_all() -> None:
-    found = items("a", "b", "c")
-    missing = found.missing({"image": [True, False, True]})
-    assert [each.image_hash for each in missing.of["image"]] == ["b"]
-    assert [each.cached for each in found.of["image"]] == [True, False, True]
-    assert missing.new is found.new
-    assert missing.reports is found.reports
-    assert missing.identifiers is found.identifiers
-
-
-def test_those_that_are_missing_are_read_as_all_are() -> None:
-    """Even if the one that may lose tokens is not among them."""
-    found = items("a", "b")
-    found.of["image"][1] = replace(found.of["image"][1], options=PruneOptions(energy=1.0))
-    assert found.are_read_first
-    assert found.missing({"image": [True, False]}).are_read_first
-    assert not items("a", energy=1.0).are_read_first
+def test_one_that_may_lose_tokens_is_enough() -> None:
+    found = items("a", "b", energy=1.0)
+    assert not found.any_prunable
+    found.of["image"][1] = replace(found.of["image"][1], options=PruneOptions(energy=0.5))
+    assert found.any_prunable
 
 
 def test_only_what_has_no_answer_yet_is_asked() -> None:

@@ -35,6 +35,16 @@ READ = {
         "_mm_executor",
         "_process_multimodal",
         "_process_multimodal_async",
+        "update_mm_cache_stats",
+    ],
+    "vllm.multimodal.processing:BaseMultiModalProcessor": [
+        "_apply_hf_processor_main",
+        "_get_cache_missing_processor_kwargs",
+        "_get_mm_fields_config",
+        "_get_mm_hashes",
+        "_get_mm_prompt_updates",
+        "_merge_mm_kwargs",
+        "_postprocess_prompt",
     ],
     "vllm.config.parallel:ParallelConfig": [
         "_api_process_count",
@@ -165,7 +175,7 @@ def test_every_override_has_something_to_override(architecture: str) -> None:
         for name, method in vars(base).items()
         if base.__module__.startswith("eadaprune_vllm.") and getattr(method, "__override__", False)
     }
-    assert marked >= {"_get_prompt_updates", "_get_mm_hashes", "embed_multimodal"}
+    assert marked >= {"_cached_apply_hf_processor", "_get_prompt_updates", "embed_multimodal"}
 
 
 @pytest.mark.parametrize("name", ["gone", "changed"])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +67,32 @@ def processor(model: Path) -> PruningProcessor:
     return build(model)
 
 
-def inputs(processor: PruningProcessor, items: Any, *images: Image.Image) -> ProcessorInputs:
-    """A prompt of these images, with the options of a request or what became of them."""
+def inputs(processor: PruningProcessor, options: Any, *images: Image.Image) -> ProcessorInputs:
+    """A prompt of these images, with the options of a request."""
     tokens = [processor.info.get_hf_config().image_token_index] * len(images)
     parsed = processor.info.parse_mm_data({"image": list(images)})
-    return ProcessorInputs(tokens, parsed, hf_processor_mm_kwargs={KEY: items})
+    return ProcessorInputs(tokens, parsed, hf_processor_mm_kwargs={KEY: options})
 
 
-def apply(processor: PruningProcessor, items: Any, *images: Image.Image) -> Any:
-    return processor.apply(inputs(processor, items, *images), TimingContext(enabled=False))
+def apply(processor: PruningProcessor, options: Any, *images: Image.Image) -> Any:
+    """The steps of a request."""
+    return processor.apply(inputs(processor, options, *images), TimingContext(enabled=False))
+
+
+def made_by(steps: Any) -> Any:
+    """What the last step makes."""
+    with pytest.raises(StopIteration) as last:
+        next(steps)
+    return last.value.value
 
 
 def test_what_is_asked_becomes_a_prompt(processor: PruningProcessor, images: Images) -> None:
-    items = apply(processor, {"energy": 0.25}, images["coffee"], images["moon"])
-    asked = items.undecided()
+    steps = apply(processor, {"energy": 0.25}, images["coffee"], images["moon"])
+    asked = next(steps)
     assert [(each.question.modality, each.question.num_placeholders) for each in asked] == [("image", 576)] * 2
     for each, k in zip(asked, (2, 3), strict=True):
         each.take(decided(k))
-    made = apply(processor, items, images["coffee"], images["moon"])
+    made = made_by(steps)
     assert [place.length for place in made["mm_placeholders"]["image"]] == [2, 3]
     assert len(made["prompt_token_ids"]) == 5
     assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 3]
@@ -94,10 +101,10 @@ def test_what_is_asked_becomes_a_prompt(processor: PruningProcessor, images: Ima
 def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(model: Path, images: Images) -> None:
     numbered = type("NumberedProcessor", (PruningProcessor, Numbering, LlavaMultiModalProcessor), {})
     processor = build(model, processor=numbered)
-    items = apply(processor, {}, images["coffee"], images["moon"])
-    for each in items.undecided():
+    steps = apply(processor, {}, images["coffee"], images["moon"])
+    for each in next(steps):
         each.take(decided(2))
-    made = apply(processor, items, images["coffee"], images["moon"])
+    made = made_by(steps)
     image = processor.info.get_hf_config().image_token_index
     assert made["prompt_token_ids"] == [0, image, image, 1, image, image]
     assert [report.kept_tokens for report in made[KEY].of("image")] == [2, 2]
@@ -114,16 +121,16 @@ def test_tokens_that_a_prompt_has_already_give_way_to_those_that_are_left(
     whole = [*before, *([image] * 12 + [line_break]) * 11, *[image] * 12, end, text]
     assert len(whole) > MAX_MODEL_LEN
     pictures = processor.info.parse_mm_data({"image": [images["astronaut"]]})
-    given = partial(ProcessorInputs, whole, pictures)
-    items: Any = processor.apply(given(hf_processor_mm_kwargs={KEY: {}}), TimingContext(enabled=False))
-    (asked,) = items.undecided()
+    given = ProcessorInputs(whole, pictures, hf_processor_mm_kwargs={KEY: {}})
+    steps = processor.apply(given, TimingContext(enabled=False))
+    (asked,) = next(steps)
     asked.take(decided(2))
-    made = processor.apply(given(hf_processor_mm_kwargs={KEY: items}), TimingContext(enabled=False))
+    made = made_by(steps)
     assert made["prompt_token_ids"] == [*before, image, image, *[line_break] * 11, end, text]
 
 
 def test_nothing_is_asked_about_what_keeps_everything(processor: PruningProcessor, images: Images) -> None:
-    made = apply(processor, {"energy": 1.0}, images["coffee"])
+    made = made_by(apply(processor, {"energy": 1.0}, images["coffee"]))
     assert [place.length for place in made["mm_placeholders"]["image"]] == [576]
     assert "pixel_values" in made["mm_kwargs"]["image"][0]
 
@@ -146,50 +153,48 @@ def test_embeddings_that_are_not_finite_are_refused(
         data |= {"second_per_grid_ts": torch.ones(2)} if modality == "video" else {}
     given = ProcessorInputs([], processor.info.parse_mm_data({modality: data}), hf_processor_mm_kwargs={KEY: options})
     with pytest.raises(VLLMValidationError, match=f"embeddings of {modality} 1 hold NaN, infinity or values too large"):
-        processor.apply(given, TimingContext(enabled=False))
+        next(processor.apply(given, TimingContext(enabled=False)))
 
 
 def test_one_image_of_two_requests_is_read_once(processor: PruningProcessor, images: Images) -> None:
-    first = apply(processor, {}, images["coffee"])
-    assert apply(processor, {}, images["coffee"]).undecided() == first.undecided()
-    assert apply(processor, {"energy": 0.25}, images["coffee"]).undecided() != first.undecided()
+    first, second, other = (next(apply(processor, options, images["coffee"])) for options in ({}, {}, {"energy": 0.25}))
+    assert first == second != other
 
 
 def test_no_more_is_read_in_one_turn_than_one_question_holds(processor: PruningProcessor, images: Images) -> None:
     assert processor.front_end
     processor.front_end.asker.most = 576
-    items = apply(processor, {}, images["coffee"], images["moon"])
-    for taken in (1, 2):
-        (asked,) = items.undecided()
+    steps = apply(processor, {}, images["coffee"], images["moon"])
+    for _ in range(2):
+        (asked,) = next(steps)
         asked.take(decided(2))
-        assert len(items.new) == taken
-        made = apply(processor, items, images["coffee"], images["moon"])
-    assert len(made["prompt_token_ids"]) == 4
+    assert len(made_by(steps)["prompt_token_ids"]) == 4
 
 
 def test_nothing_that_old_weights_made_goes_on(processor: PruningProcessor, images: Images) -> None:
     """Neither to the request that asked about it, nor to others with the same image."""
     assert processor.front_end
-    items = apply(processor, {}, images["coffee"])
-    (old,) = items.undecided()
+    first, second, third = (apply(processor, {}, images["coffee"]) for _ in range(3))
+    ((old,), (same,)) = next(first), next(second)
+    assert old is same
     old.take(decided(2))
-    before = apply(processor, items, images["coffee"])[KEY].identifiers
+    before = made_by(first)[KEY].identifiers
     processor.front_end.weights_changed()
-    (new,) = apply(processor, items, images["coffee"]).undecided()
+    (new,) = next(second)
     assert new is not old
-    assert apply(processor, {}, images["coffee"]).undecided() == [new]
+    assert next(third) == [new]
     new.take(decided(2))
     # Though it keeps the same, the engine's caches take it for another.
-    after = apply(processor, items, images["coffee"])[KEY].identifiers
+    after = made_by(second)[KEY].identifiers
     assert not {*before.values()} & {*after.values()}
 
 
 def test_more_than_can_ever_fit_is_not_asked_about(processor: PruningProcessor, images: Images) -> None:
     """Nor shown: each keeps 64 tokens at least, and there is room for 150."""
     three = [images[name] for name in ("coffee", "moon", "rocket")]
-    assert len(apply(processor, {}, *three[:2]).undecided()) == 2
+    assert len(next(apply(processor, {}, *three[:2]))) == 2
     with pytest.raises(VLLMValidationError, match="length is 150 tokens, and this request has at least 192, however"):
-        apply(processor, {}, *three)
+        next(apply(processor, {}, *three))
     for each in (three, three[:1] * 3):
         choices = Choices({"image": (Choice(processor.server_options.defaults),) * 3})
         items = preview.iter_preview_items(processor, {"image": each}, choices)

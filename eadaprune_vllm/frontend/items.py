@@ -5,7 +5,6 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -190,8 +189,8 @@ class Items:
     identifiers: dict[str, str] = field(default_factory=dict)
     skipped: int = 0
 
-    @cached_property
-    def are_read_first(self) -> bool:
+    @property
+    def any_prunable(self) -> bool:
         """Whether any may lose tokens. If none may, all is left to vLLM."""
         return any(may_prune(item.options) for of_each in self.of.values() for item in of_each)
 
@@ -203,17 +202,6 @@ class Items:
                 client's fault.
         """
         return [new for new in self.new.values() if new.asks and not (new.answer and new.decided())]
-
-    def missing(self, mm_is_cached: Mapping[str, list[bool]]) -> "Items":
-        """Those that are not cached."""
-        of: dict[str, list[Item]] = {}
-        for modality, of_each in self.of.items():
-            for item, cached in zip(of_each, mm_is_cached[modality], strict=True):
-                item.cached = cached
-            of[modality] = [item for item in of_each if not item.cached]
-        missing = replace(self, of=of)
-        vars(missing)["are_read_first"] = self.are_read_first
-        return missing
 
     def done(self, item: Item, content: PrunedDetails) -> None:
         """Note what became of an item, from now on the next of its modality."""

@@ -4,20 +4,20 @@ Invariant: count and content come from one object. The engine decides once about
 positions and report are all made from that decision, and travel with its cache entry.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from PIL import Image
-from transformers import BatchFeature
 from typing_extensions import override
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
 from eadaprune_vllm.architectures import adapter
 from eadaprune_vllm.core.options import KEY, MODALITIES, PruneOptions
@@ -27,13 +27,15 @@ from eadaprune_vllm.frontend.items import Item, Items, New, PrunedDetails, check
 from eadaprune_vllm.frontend.request import Choices, RequestContext, refusals, request_layers
 from eadaprune_vllm.messages import Question
 
+Steps = Generator[list[New], None, Any]
+
 
 class PruningProcessor(BaseMultiModalProcessor):
     """Mixin in front of a model's multimodal processor.
 
     Modifications:
-    - of a request whose images may lose tokens, ``apply`` returns what is to be asked first; once that is known, it
-      ships the kept rows in place of pixels, with as many placeholders
+    - of a request ``apply`` returns steps, between which the engine decides about images and videos that may lose
+      tokens; these are sent as the kept rows instead of pixels, with as many placeholders
     - options that may take tokens away are part of an item's cache key, as one canonical string
     - what may lose none is processed by vLLM, and so is what is no request: warm-up and profiling
     """
@@ -47,26 +49,50 @@ class PruningProcessor(BaseMultiModalProcessor):
     @override
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         """Returns:
-        vLLM's input of the engine; or ``Items`` with new ones about which the engine must be asked, with which this is
-        to be called again.
+        vLLM's input of the engine; of a request the steps that make it.
         """
         given, others = split(inputs.hf_processor_mm_kwargs)
         if given is None:
             return super().apply(inputs, *args, **kwargs)
+        return self.steps(replace(inputs, hf_processor_mm_kwargs=others), given, *args, **kwargs)
+
+    def steps(self, inputs: ProcessorInputs, given: object, *args: Any, **kwargs: Any) -> Steps:
+        """The way of a request's images and videos: options are resolved, what is new is read, the engine decides about
+        it, and vLLM makes its input of what was decided.
+
+        Each step runs on vLLM's one thread for processing, as the order of processing is that of sending. Others have
+        their turn there while the engine decides.
+
+        Args:
+            inputs: vLLM's, without our options.
+            given: the options: ``Choices`` of a chat, or those of all images and videos of a prompt.
+
+        Yields:
+            What the engine is to decide about before the next step.
+
+        Returns:
+            vLLM's input of the engine.
+
+        Raises:
+            VLLMServerError, VLLMValidationError: if nothing can be decided, or the request cannot be served; the latter
+                if that is the client's fault.
+        """
         assert self.front_end
-        items = given if isinstance(given, Items) else self._items(inputs, given, others)
-        if items.weights != self.front_end.weights:  # nothing that old ones made goes on
-            items = self._items(inputs, items.choices, others)
-        if items.are_read_first:
-            all_read = self._read_new(inputs, items)
-            if not all_read or items.undecided():
-                return items
-        result = super().apply(replace(inputs, hf_processor_mm_kwargs={**others, KEY: items}), *args, **kwargs)
+        items = self._resolved(inputs, given)
+        while items.any_prunable:
+            if items.weights != self.front_end.weights:  # nothing that old ones made goes on
+                items = self._resolved(inputs, items.choices)
+            all_read, undecided = self._read_new(inputs, items), items.undecided()
+            if all_read and not undecided:
+                break
+            yield undecided
+        kwargs_with_items = {**inputs.hf_processor_mm_kwargs, KEY: items}
+        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs_with_items), *args, **kwargs)
         self._check_positions(items.skipped)
         result[KEY] = items.pruning(self.front_end.kv_bytes_per_token)
         return result
 
-    def _items(self, inputs: ProcessorInputs, given: object, others: dict[str, Any]) -> Items:
+    def _resolved(self, inputs: ProcessorInputs, given: object) -> Items:
         """The images and videos of a request, with the options that are in force for each from now on."""
         assert self.front_end
         names = to_client(inputs.mm_data_items)
@@ -79,7 +105,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             given = Choices({modality: (chosen,) * count for modality, count in counts.items()})
         if counts != {modality: len(of_each) for modality, of_each in given.items()}:
             raise VLLMServerError(f"options for {given} where there are {counts}")
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=others))
+        hashes = super()._get_mm_hashes(inputs)
         weights = self.front_end.weights
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         rule = {"budget": self.server_options.budget} | ({"weights": weights} if weights else {})
@@ -108,14 +134,11 @@ class PruningProcessor(BaseMultiModalProcessor):
             VLLMValidationError: if data is missing, or the prompt can never fit.
         """
         assert self.front_end
-        cache, fewest, room = inputs.cache, len(inputs.prompt), self.front_end.asker.most
+        fewest, room = len(inputs.prompt), self.front_end.asker.most
         all_read = True
-        if any(of_each.get_passthrough_data() for of_each in inputs.mm_data_items.values()):
-            cache = None  # as vLLM has it
         for modality, of_each in items.of.items():
-            known = cache.is_cached([item.mm_hash for item in of_each]) if cache else [False] * len(of_each)
-            for index, (item, cached) in enumerate(zip(of_each, known, strict=True)):
-                if cached:
+            for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):
+                if is_cached:
                     continue
                 if item.mm_hash not in items.new:
                     if room <= 0:
@@ -127,8 +150,6 @@ class PruningProcessor(BaseMultiModalProcessor):
                 new = items.new[item.mm_hash]
                 fewest += new.fewest(item.options) - self.eadaprune_in_prompt(new)
                 self.check_length(fewest)
-        if cache:
-            cache.release_sender_touches()
         return all_read
 
     def eadaprune_in_prompt(self, new: New) -> int:
@@ -150,18 +171,15 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> New:
         """One item as vLLM would process it by itself, and the question about it."""
-        of_each, (_, others) = inputs.mm_data_items[modality], split(inputs.hf_processor_mm_kwargs)
+        of_each = inputs.mm_data_items[modality]
         own = isinstance(of_each, EmbeddingItems | DictEmbeddingItems)
         if own:  # nothing is computed of them, and one cannot be taken out before
-            alone, kwargs, number = inputs.mm_data_items.select({modality}), others, index
+            alone, kwargs, number = inputs.mm_data_items.select({modality}), inputs.hf_processor_mm_kwargs, index
         else:
-            if of_each[index] is None:
-                raise _missing(f"Cache miss for {modality} at index {index} but data is not provided.")
+            _check_data(modality, of_each, index)
             alone, number = self.info.parse_mm_data({modality: [of_each[index]]}, validate=False), 0
-            kwargs = super()._get_cache_missing_processor_kwargs(
-                replace(inputs, hf_processor_mm_kwargs=others),
-                {modality: [other != index for other in range(len(of_each))]},
-            )
+            others = {modality: [other != index for other in range(len(of_each))]}
+            kwargs = super()._get_cache_missing_processor_kwargs(inputs, others)
         data = super()._apply_hf_processor_main(alone, kwargs)
         read = MultiModalKwargsItems.from_hf_inputs(data, super()._get_mm_fields_config(data, kwargs))
         (update,) = super()._get_mm_prompt_updates(alone, kwargs, read)[modality][number]
@@ -188,67 +206,52 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     @override
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-        result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
-        items, _ = split(inputs.hf_processor_mm_kwargs)
-        if items is not None:
-            for modality, updates in result.prompt_updates.items():
-                for (update,), item in zip(updates, items.of.get(modality, ()), strict=True):
-                    items.done(item, update.content)
+        items, others = split(inputs.hf_processor_mm_kwargs)
+        inputs = replace(inputs, hf_processor_mm_kwargs=others)
+        if items is None:
+            return super()._cached_apply_hf_processor(inputs, *args, **kwargs)
+        for modality, of_each in items.of.items():
+            for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):
+                item.cached = is_cached
+                if not is_cached:
+                    _check_data(modality, inputs.mm_data_items[modality], index)
+        if items.any_prunable:
+            result = self._merged(inputs, items)
+        else:
+            result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
+        for modality, updates in result.prompt_updates.items():
+            for (update,), item in zip(updates, items.of.get(modality, ()), strict=True):
+                items.done(item, update.content)
         return result
 
-    @override
-    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        items, _ = split(inputs.hf_processor_mm_kwargs)
-        if items is None:
-            return super()._get_mm_hashes(inputs)
-        return {modality: [item.mm_hash for item in of_each] for modality, of_each in items.of.items()}
-
-    @override
-    def _get_cache_missing_items(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super()._get_cache_missing_items(*args, **kwargs)
-        except ValueError as error:
-            if "data is not provided" not in str(error):
-                raise
-            raise _missing(str(error)) from None
-
-    @override
-    def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Mapping[str, Any]:
-        items, others = split(inputs.hf_processor_mm_kwargs)
-        kwargs = super()._get_cache_missing_processor_kwargs(
-            replace(inputs, hf_processor_mm_kwargs=others), mm_is_cached
-        )
-        return kwargs if items is None else {**kwargs, KEY: items.missing(mm_is_cached)}
-
-    @override
-    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
-        items, others = split(hf_kwargs)
-        if items is not None and items.are_read_first:
-            return BatchFeature()  # each was processed by itself
-        return super()._apply_hf_processor_main(mm_items, others)
-
-    @override
-    def _get_mm_fields_config(
-        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, Any]
-    ) -> Mapping[str, MultiModalFieldConfig]:
-        items, others = split(hf_processor_mm_kwargs)
-        return {} if items is not None and items.are_read_first else super()._get_mm_fields_config(hf_inputs, others)
-
-    @override
-    def _get_mm_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: MultiModalKwargsItems
-    ) -> Any:
-        items, others = split(hf_processor_mm_kwargs)
-        if items is None or not items.are_read_first:
-            return super()._get_mm_prompt_updates(mm_items, others, out_mm_kwargs)
+    def _merged(self, inputs: ProcessorInputs, items: Items) -> MultiModalProcessingResult:
+        """What was decided about a request's images and videos, together with what vLLM's cache has."""
+        hashes = {modality: [item.mm_hash for item in of_each] for modality, of_each in items.of.items()}
+        are_cached = {modality: [item.cached for item in of_each] for modality, of_each in items.of.items()}
+        data: dict[str, list[Any]] = {}
         updates: dict[str, list[Any]] = {}
         for modality, of_each in items.of.items():
-            results = [items.new[item.mm_hash].result() for item in of_each]
-            out_mm_kwargs[modality] = [item for item, _ in results]  # what vLLM goes on with
+            new = [items.new[item.mm_hash].result() for item in of_each if not item.cached]
+            data[modality] = [item for item, _ in new]
             updates[modality] = [
-                [self._recompute_cached_prompt_update(update, index)] for index, (_, update) in enumerate(results)
+                [self._recompute_cached_prompt_update(update, index)] for index, (_, update) in enumerate(new)
             ]
-        return updates
+        merged: Any = MultiModalKwargsItems(data)
+        if cache := _cache(inputs):
+            try:
+                merged, updates = self._merge_mm_kwargs(cache, hashes, are_cached, merged, updates)
+            finally:
+                cache.release_sender_touches()
+        return MultiModalProcessingResult(self._postprocess_prompt(inputs.prompt), merged, hashes, updates)
+
+    def _are_cached(self, inputs: ProcessorInputs, items: Sequence[Item]) -> list[bool]:
+        cache = _cache(inputs)
+        if not cache:
+            return [False] * len(items)
+        try:
+            return list(cache.is_cached([item.mm_hash for item in items]))
+        finally:
+            cache.release_sender_touches()
 
     @override
     def _recompute_cached_prompt_update(self, cached_update: Any, new_item_idx: int) -> Any:
@@ -292,8 +295,19 @@ class PruningProcessor(BaseMultiModalProcessor):
         return Image.fromarray(frames[len(frames) * number // count])
 
 
-def _missing(reason: str) -> VLLMValidationError:
-    return VLLMValidationError(
-        f"{reason} What is sent by its uuid alone must have been sent before, under the same pruning options.",
-        parameter="messages",
-    )
+def _cache(inputs: ProcessorInputs) -> Any:
+    """vLLM's cache, unless the request has data that goes past it."""
+    passes = any(of_each.get_passthrough_data() for of_each in inputs.mm_data_items.values())
+    return None if passes else inputs.cache
+
+
+def _check_data(modality: str, of_each: Any, index: int) -> None:
+    """Raises:
+    VLLMValidationError: if an item came by its uuid alone.
+    """
+    if of_each[index] is None:
+        raise VLLMValidationError(
+            f"Cache miss for {modality} at index {index} but data is not provided. What is sent by its uuid alone must "
+            "have been sent before, under the same pruning options.",
+            parameter="messages",
+        )

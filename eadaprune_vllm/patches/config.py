@@ -4,7 +4,7 @@ from typing import Any
 
 from eadaprune_vllm import architectures
 from eadaprune_vllm.core.options import KEY
-from eadaprune_vllm.patches.renderer import ask_first
+from eadaprune_vllm.patches.renderer import decide_between
 from eadaprune_vllm.patching import wrap
 from eadaprune_vllm.startup import checks, configuration
 
@@ -40,5 +40,5 @@ def install() -> None:
         front_end = configuration.front_end(config)
         renderer = original(registry, renderer_mode, config, *args, **kwargs)
         renderer.mm_processor.front_end = front_end
-        ask_first(renderer)
+        decide_between(renderer)
         return renderer

@@ -4,10 +4,15 @@ engine is asked before vLLM processes them, so that nothing waits on its one thr
 import asyncio
 from typing import Any
 
+from vllm.utils.async_utils import make_async
+from vllm.utils.torch_utils import set_default_torch_num_threads
+
+from eadaprune_vllm.compat import drain_invalidations
 from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend import request as requests
-from eadaprune_vllm.frontend.items import Items
+from eadaprune_vllm.frontend.items import New
+from eadaprune_vllm.frontend.processor import Steps
 from eadaprune_vllm.patching import wrap
 
 
@@ -57,9 +62,8 @@ def install() -> None:
             original(mm_processor_kwargs=others, **kwargs)
 
 
-def ask_first(renderer: Any) -> None:
-    """Have a renderer of vLLM's ask. It applies its processor on one thread, where the order of processing is that of
-    sending; asking is between two turns there.
+def decide_between(renderer: Any) -> None:
+    """Have a renderer of vLLM's run the processor's steps, and the engine decide between them.
 
     Raises:
         StartupError: if it renders in another way.
@@ -70,21 +74,34 @@ def ask_first(renderer: Any) -> None:
     except AttributeError as error:
         raise StartupError(f"this vLLM's renderer is not of the kind known: {error}") from None
 
-    def and_wait(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
-        given = _as_request(mm_processor_kwargs)
-        while isinstance(result := process(*args, mm_processor_kwargs=given, **kwargs), Items):
-            front_end.ask_and_wait(result.undecided())
-            given[KEY] = result
-        return result
+    def advance(steps: Steps) -> tuple[list[New] | None, Any]:
+        """What is undecided after the next step, or vLLM's input. As vLLM does around processing."""
+        drain_invalidations(renderer)
+        with set_default_torch_num_threads():
+            try:
+                return next(steps), None
+            except StopIteration as last:
+                renderer.update_mm_cache_stats()
+                return None, last.value
 
-    async def in_turn(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
-        given = _as_request(mm_processor_kwargs)
-        while isinstance(result := await process_async(*args, mm_processor_kwargs=given, **kwargs), Items):
-            await front_end.ask(result.undecided())
-            given[KEY] = result
-        return result
+    def process_sync(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
+        steps = process(*args, mm_processor_kwargs=_as_request(mm_processor_kwargs), **kwargs)
+        while True:
+            undecided, result = advance(steps)
+            if undecided is None:
+                return result
+            front_end.ask_and_wait(undecided)
 
-    renderer._process_multimodal, renderer._process_multimodal_async = and_wait, in_turn
+    async def process_in_turn(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
+        steps = await process_async(*args, mm_processor_kwargs=_as_request(mm_processor_kwargs), **kwargs)
+        while True:
+            undecided, result = await advance_async(steps)
+            if undecided is None:
+                return result
+            await front_end.ask(undecided)
+
+    advance_async = make_async(advance, executor=renderer._mm_executor)
+    renderer._process_multimodal, renderer._process_multimodal_async = process_sync, process_in_turn
 
 
 def _as_request(mm_processor_kwargs: Any) -> dict[str, Any]:

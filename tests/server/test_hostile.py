@@ -185,7 +185,7 @@ def test_ten_thousand_requests(start: Start, stock: Server) -> None:
     and memory stays where it is."""
     flags = ["--plugin", "eadaprune", "--eadaprune-energy", "0.95", "--enforce-eager", "--dtype", DTYPE]
     # Little is remembered of images that come once: the last thousand leave no more behind than the ones before.
-    flags += ["--limit-mm-per-prompt", '{"image": 4}', "--mm-processor-cache-gb", "0.2"]
+    flags += ["--limit-mm-per-prompt", '{"image": 4}', "--mm-processor-cache-gb", "0.02"]
     server = start("hostile", *flags)
     bad_urls = {url: stock.post("/v1/chat/completions", chat(URLS[0], url)).status_code for url in BAD_URLS}
     client, sizes = asyncio.run(storm(server, REQUESTS, bad_urls))

@@ -71,7 +71,7 @@ def centred(rows: torch.Tensor) -> torch.Tensor:
 
 def spectral(matrix: torch.Tensor) -> NDArray[np.float64]:
     """``[N]`` float64, as the server has it."""
-    return Spectrum.of([VisualTokens(matrix, None)]).needed_above.numpy()
+    return Spectrum.of([VisualTokens(matrix, None)]).thresholds.numpy()
 
 
 # Of features, and of rows past the projector, what ``Curve`` goes by.
@@ -81,7 +81,7 @@ RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], NDArray[np.float64]]] = 
     "threshold, rows normalized": lambda features, rows: spectral(torch.nn.functional.normalize(features)),
     "threshold, past the projector": lambda features, rows: spectral(rows),
     "threshold, past the projector, centred": lambda features, rows: spectral(centred(rows)),
-    "threshold, by span": lambda features, rows: spanned([VisualTokens(features, None)], 1.0, 1).needed_above.numpy(),
+    "threshold, by span": lambda features, rows: spanned([VisualTokens(features, None)], 1.0, 1).thresholds.numpy(),
 }
 
 
@@ -100,8 +100,8 @@ def allocations(asked: list[str], targets: list[int]) -> dict[tuple[int, str], d
     for target in targets:
         found[target, FIXED] = dict.fromkeys(images, target)
         found[target, "by the number of things"] = {image: round(things[image] * target / mean) for image in images}
-    for rule, needed_above in RULES.items():
-        curves = {image: Curve(image, needed_above(*each)) for image, each in zip(images, matrices, strict=True)}
+    for rule, thresholds in RULES.items():
+        curves = {image: Curve(image, thresholds(*each)) for image, each in zip(images, matrices, strict=True)}
         for target in targets:
             bounds = {rule: 1, BOUNDED: target // 2} if rule == "threshold" else {rule: 1}
             for name, least in bounds.items():

@@ -52,7 +52,7 @@ def chosen(curves: list[Curve], selectors: list[str], floors: Sequence[int] = FL
         (found[tokens, f"{selector}, fixed"],) = fixed([tokens], [selector])
         for least in floors if selector == selectors[0] else floors[:1]:
             if least < tokens < MOST:
-                share = tokens / len(curves[0].needed_above)
+                share = tokens / len(curves[0].thresholds)
                 energy = solve(curves, share, PruneOptions(min_tokens=least)).energy
                 way = f"{selector}, adaptive" if least == 1 else f"{selector}, at least {least}, adaptive"
                 options = {"energy": energy, "min_tokens": least, "selector": selector}

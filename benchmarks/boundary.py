@@ -22,8 +22,8 @@ from rich.table import Table
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from eadaprune_vllm.core.prune import Kept
-from eadaprune_vllm.messages import Decided, Question, answers, pack, questions
+from eadaprune_vllm.core.prune import PruneDecision
+from eadaprune_vllm.messages import DecisionRequest, DecisionResult, pack, unpack_requests, unpack_responses
 
 TOKENS = 1024
 REPEATS = 15
@@ -48,18 +48,18 @@ def engine(address: str) -> None:
             item.decode(frames)
             socket.send(b"")
         elif kind.bytes == b"question":
-            (question,) = questions(payload.decode(frames))
+            (question,) = unpack_requests(payload.decode(frames))
             socket.send_multipart(MsgpackEncoder().encode(pack([answer(question)])), copy=False)
         else:
             return
 
 
-def answer(question: Question) -> Decided:
+def answer(question: DecisionRequest) -> DecisionResult:
     """Rows of as many bytes, of as many tokens, as the question says in its options."""
     row, kept = map(int, question.options.split())
     indices = torch.arange(kept)
-    decision = Kept(indices, indices, TOKENS, 0, 1.0, 1.0, None, "span")
-    return Decided(decision, torch.zeros(kept, row, dtype=torch.uint8), {})
+    decision = PruneDecision(indices, indices, TOKENS, 0, 1.0, 1.0, None, "span")
+    return DecisionResult(decision, torch.zeros(kept, row, dtype=torch.uint8), {})
 
 
 def data(size: int) -> MultiModalKwargsItem:
@@ -76,10 +76,10 @@ def send(socket: Any, item: MultiModalKwargsItem) -> None:
 
 def ask(socket: Any, item: MultiModalKwargsItem, row: int, kept: int) -> None:
     """And send the rows of the answer with a request."""
-    payload = pack([Question("image", item, f"{row} {kept}", TOKENS)])
+    payload = pack([DecisionRequest("image", item, f"{row} {kept}", TOKENS)])
     socket.send_multipart([b"question", *MsgpackEncoder().encode(payload)], copy=False)
-    (decided,) = answers(MsgpackDecoder(bytes).decode(socket.recv_multipart(copy=False)))
-    assert isinstance(decided, Decided)
+    (decided,) = unpack_responses(MsgpackDecoder(bytes).decode(socket.recv_multipart(copy=False)))
+    assert isinstance(decided, DecisionResult)
     send(socket, MultiModalKwargsItem({"rows": MultiModalFieldElem(decided.rows, MultiModalBatchedField())}))
 
 

@@ -5,7 +5,7 @@ Merged: tokens that go join one that stays, the one whose features point most ne
 projector is fed with of a token that stays is then the ``mean`` of itself and all that joined it, or ``half`` itself
 and half their mean.
 
-Of squares: k tokens are the middle ones of k squares of the image's grid, whatever it shows, in the place of those that
+Of squares: k tokens are the middle ones of k squares of the image's grid, whatever it shows, instead of those that
 the selector ``uniform`` takes. These stay as they are (``grid``), or their rows are the means of their squares: of what
 the language model is fed with (``pooled``), or of what the projector is (``pooled before``).
 """
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from eadaprune_vllm.core import prune
 from eadaprune_vllm.core.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.engine import decide
-from eadaprune_vllm.messages import Decided
+from eadaprune_vllm.messages import DecisionResult
 
 
 class Merging:
@@ -92,7 +92,7 @@ def encoding(model: Any, *args: Any, **kwargs: Any) -> prune.Encoding:
     return _encoding(model, *args, **kwargs)
 
 
-def answer(question: Any, options: Any, encoding: Any, encoded: Any) -> Decided:
+def answer(question: Any, options: Any, encoding: Any, encoded: Any) -> DecisionResult:
     """What the engine answers, of a LLaVA-1.5."""
     decided = _answer(question, options, encoding, encoded)
     decided.rows = WAYS[WAY](_models[-1], encoded, decided.kept.indices)

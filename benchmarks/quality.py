@@ -50,7 +50,7 @@ def thresholds() -> dict[int, float]:
     scenes = (make_scene(10**6 + number, held_out=True).image for number in range(CALIBRATION))
     curves = [curve(offline, str(number), png(scene)) for number, scene in enumerate(scenes)]
     options = PruneOptions.model_validate(UNBOUNDED)
-    return {target: solve(curves, target / len(curves[0].needed_above), options).energy for target in TARGETS}
+    return {target: solve(curves, target / len(curves[0].thresholds), options).energy for target in TARGETS}
 
 
 def held_out(folder: Path, scenes: int) -> Results:

@@ -2,7 +2,7 @@
 
 Held-out scenes and questions, the embedded model behind real servers. Of large images the plugin decides on windows,
 each with a spectrum and a selection of its own. Here windows are so small that an image of 576 tokens has several: the
-whole image, halves, quarters and ninths of it keep equally many tokens in the mean, once of each image and once by a
+whole image, halves, quarters and ninths of it keep equally many tokens on average, once of each image and once by a
 threshold, which is solved for on the spectra of these very images. Writes ``windows.json``.
 """
 

@@ -49,7 +49,7 @@ ARCHITECTURES = {
 
 
 def register() -> None:
-    """Put our classes in the place of vLLM's, in this process."""
+    """Register our classes over vLLM's, in this process."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 
@@ -66,6 +66,6 @@ def register_any() -> None:
 
 
 def adapter(architecture: str) -> Any:
-    """Our class in the place of vLLM's."""
+    """Our class that takes the place of vLLM's."""
     module, _, name = ARCHITECTURES[architecture].partition(":")
     return getattr(import_module(module), name)

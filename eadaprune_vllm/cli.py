@@ -24,7 +24,7 @@ Url = Annotated[
     str | None, typer.Option(help="Of a server that runs with --plugin eadaprune; its key is in OPENAI_API_KEY.")
 ]
 Model = Annotated[
-    str | None, typer.Option(help="In the place of --url: folder or hub id of a model to start an engine with, here.")
+    str | None, typer.Option(help="Instead of --url: folder or hub id of a model to start an engine with, here.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="vLLM's --dtype, with --model: budgets may depend on it.")]
 Revision = Annotated[str | None, typer.Option(help="Of the hub's model, with --model.")]
@@ -117,7 +117,7 @@ def demo_questions(
 @app.command()
 def calibrate(
     images: Annotated[list[str], typer.Argument(help="Images, folders, globs, URLs, or JSONL files of these.")],
-    target: Annotated[float, typer.Option(help="Share of their tokens that images should keep in the mean.")] = 0.33,
+    target: Annotated[float, typer.Option(help="Share of their tokens that images should keep on average.")] = 0.33,
     url: Url = None,
     model: Model = None,
     min_tokens: MinTokens = None,
@@ -129,7 +129,7 @@ def calibrate(
     histogram: Annotated[Path, typer.Option(help="Picture of the budgets.")] = Path("budgets.png"),
     table: Annotated[bool, typer.Option("--table", help="Also print mean budgets over thresholds.")] = False,
 ) -> None:
-    """Find the threshold at which your images keep a given share of their tokens in the mean.
+    """Find the threshold at which your images keep a given share of their tokens on average.
 
     Every image is encoded once, by a server (--url) or an engine of this command's own (--model); go on after an
     interruption, or ask for another target, with the same --store. Options that are not given are the server's.
@@ -209,8 +209,8 @@ def explain(
     panels += [(caption(report), picture(report.overlay or "")) for report in previews]
     explanation(panels, previews[0].curve, previews).savefig(output, dpi=120)
     if as_json:
-        told = [report.model_dump(exclude={"overlay", "spectrum", "cached"}) for report in previews]
-        print(json.dumps(told, indent=1))
+        redacted = [report.model_dump(exclude={"overlay", "spectrum", "cached"}) for report in previews]
+        print(json.dumps(redacted, indent=1))
     else:
         Console().print(f"Picture: {output}", highlight=False)
 

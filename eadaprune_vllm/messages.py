@@ -11,7 +11,7 @@ import torch
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from eadaprune_vllm.core.prune import Kept
+from eadaprune_vllm.core.prune import PruneDecision
 
 ASK = "eadaprune_ask"  # the engine core's utility
 REFUSED = b""  # its answer while it refuses requests
@@ -19,7 +19,7 @@ _SIZE = struct.Struct("<Q")
 T = TypeVar("T")
 
 
-class Question(msgspec.Struct):
+class DecisionRequest(msgspec.Struct):
     """One image or video that the engine is to encode and decide about.
 
     Attributes:
@@ -27,7 +27,7 @@ class Question(msgspec.Struct):
         item: as vLLM would send it unpruned.
         options: resolved ``PruneOptions`` as JSON.
         num_placeholders: how many it has unpruned.
-        explain: whether to say what the decision rests on, in the place of rows.
+        explain: whether to say what the decision rests on, instead of rows.
     """
 
     modality: str
@@ -37,37 +37,37 @@ class Question(msgspec.Struct):
     explain: bool = False
 
 
-class Grounds(msgspec.Struct):
+class Explanation(msgspec.Struct):
     """What a decision rests on.
 
     Attributes:
         curve: pairs of tokens kept and the share of the energy they hold.
-        needed_above: ``[N]`` float64, as in ``Spectrum``.
+        thresholds: ``[N]`` float64, as in ``Spectrum``.
         grids: as in ``Layout``.
     """
 
     curve: list[tuple[int, float]]
-    needed_above: torch.Tensor
+    thresholds: torch.Tensor
     grids: list[tuple[int, int]]
 
 
-class Decided(msgspec.Struct, tag=True):
+class DecisionResult(msgspec.Struct, tag=True):
     """What was decided about one image or video.
 
     Attributes:
         kept: the decision.
         rows: ``[p, W]``, the model's dtype, what its language model is fed with at the placeholders that stay.
         seconds: how long each stage took.
-        grounds: if they were asked for.
+        explanation: if they were asked for.
     """
 
-    kept: Kept
+    kept: PruneDecision
     rows: torch.Tensor
     seconds: dict[str, float]
-    grounds: Grounds | None = None
+    explanation: Explanation | None = None
 
 
-class Failed(msgspec.Struct, tag=True):
+class DecisionError(msgspec.Struct, tag=True):
     """Why nothing could be decided about one image or video.
 
     Attributes:
@@ -79,25 +79,28 @@ class Failed(msgspec.Struct, tag=True):
     reason: Literal["features", "engine"] = "engine"
 
 
-Answer = Decided | Failed
+DecisionResponse = DecisionResult | DecisionError
 
 
-def pack(message: Sequence[Question] | Sequence[Answer]) -> bytes:
+def pack(message: Sequence[DecisionRequest] | Sequence[DecisionResponse]) -> bytes:
     frames = [memoryview(frame).cast("B") for frame in MsgpackEncoder().encode(message)]
     return b"".join(part for frame in frames for part in (_SIZE.pack(len(frame)), frame))
 
 
-def questions(data: bytes) -> list[Question]:
+def unpack_requests(data: bytes) -> list[DecisionRequest]:
     """What was packed."""
-    return _unpack(list[Question], data)
+    return _unpack(list[DecisionRequest], data)
 
 
-def answers(data: bytes) -> list[Answer]:
+def unpack_responses(data: bytes) -> list[DecisionResponse]:
     """What was packed; each answer has memory of its own, for it may be kept when others are not."""
-    return [_apart(answer) if isinstance(answer, Decided) else answer for answer in _unpack(list[Answer], data)]
+    return [
+        _apart(answer) if isinstance(answer, DecisionResult) else answer
+        for answer in _unpack(list[DecisionResponse], data)
+    ]
 
 
-def _apart(answer: Decided) -> Decided:
+def _apart(answer: DecisionResult) -> DecisionResult:
     kept = replace(answer.kept, indices=answer.kept.indices.clone(), placeholders=answer.kept.placeholders.clone())
     return msgspec.structs.replace(answer, kept=kept, rows=answer.rows.clone())
 

@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def activate() -> None:
-    """Put our models in the place of vLLM's and hook into configuration, requests and metrics.
+    """Register our models over vLLM's and apply the patches.
 
     Raises:
         StartupError: if vLLM is of no supported version, or lacks what pruning depends on.

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.linalg import qr
 
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Kept
+from eadaprune_vllm.core.prune import Encoding, PruneDecision
 
 Array = NDArray[np.float64]
 UNCERTAIN = 5e-6  # share of all energy that float32 may miss, up to the energy of 0.999
@@ -35,7 +35,7 @@ def _smallest(shares: Array, energy: float) -> int:
     return int(reached.argmax()) + 1 if reached.any() else len(shares)
 
 
-def check(encoding: Encoding, options: PruneOptions, kept: Kept) -> None:
+def check(encoding: Encoding, options: PruneOptions, kept: PruneDecision) -> None:
     """Raises:
     AssertionError: if a decision is another than LAPACK's, but for what rounding decides.
     """

@@ -59,7 +59,7 @@ def _turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.stack(turned, -1).flatten(-2)
 
 
-class Layer(nn.Module):
+class OptionSource(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         size = config.hidden_size
@@ -86,7 +86,7 @@ class Tower(PreTrainedModel):  # type: ignore[misc]
         group = size * config.spatial_merge_size**2
         self.embeddings = nn.ModuleDict({"patch_embedding": nn.Conv2d(3, size, patch, patch, bias=False)})
         self.layernorm_pre = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(OptionSource(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
         merging = nn.Sequential(nn.Linear(group, group), nn.GELU(), nn.Linear(group, fed))
         self.merger = nn.ModuleDict({"ln_q": nn.LayerNorm(size, eps=config.layer_norm_eps), "mlp": merging})

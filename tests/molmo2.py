@@ -146,7 +146,7 @@ class Molmo2ForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
         return found, Layout(torch.tensor(part), grids, newlines)
 
     def _fed(self, ids: torch.Tensor, pixels: torch.Tensor, pooling: torch.Tensor) -> torch.Tensor:
-        """Embeddings of these tokens, pixels in the place of patches."""
+        """Embeddings of these tokens, pixels instead of patches."""
         tables = self.language_model.model.embed_tokens.weight, self.more_embed_tokens.weight
         embeds = embedding(ids, torch.cat(tables))
         embeds[ids == self.config.image_patch_id] = self._pooled(pixels, pooling)

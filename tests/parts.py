@@ -85,7 +85,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name of a weight with each of these words in the place of another."""
+    """The name of a weight with each of these words instead of another."""
     for one, other in names.items():
         name = name.replace(one, other)
     return name

@@ -42,7 +42,7 @@ class KimiVLImageProcessor(BaseImageProcessor):  # type: ignore[misc]
 
 
 class KimiVLProcessor(ProcessorMixin):  # type: ignore[misc]
-    """vLLM puts as many placeholders in the place of each as it takes."""
+    """vLLM puts as many placeholders instead of each as it takes."""
 
     image_token = "<|media_pad|>"
 

@@ -28,7 +28,7 @@ class LlavaOnevision2VideoProcessor:
 
 
 class LlavaOnevision2Processor:
-    """Says in which frame, row and column patches are. vLLM puts as many placeholders in the place of each image as it
+    """Says in which frame, row and column patches are. vLLM puts as many placeholders instead of each image as it
     takes."""
 
     def __init__(self, image_processor: Any, tokenizer: Any, video_processor: Any, codec_config: Any) -> None:

@@ -132,10 +132,10 @@ class Molmo2Processor(ProcessorMixin):  # type: ignore[misc]
                 text = text.replace("<|image|>", f"{whole}<im_start>{lines}<im_end>", 1)
         if videos:
             made |= self.video_processor(videos)
-            ((told,),) = video_metadata
+            ((redacted,),) = video_metadata
             for frames, rows, columns in made["video_grids"].tolist():
                 seen = f"<frame_start>{'<im_patch>' * rows * columns}<frame_end>"
-                times = [index / told.fps for index in told.frames_indices]
+                times = [index / redacted.fps for index in redacted.frames_indices]
                 assert len(times) == frames
                 text = text.replace("<|video|>", " ".join(f"{time:.1f} {seen}" for time in times), 1)
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"]

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
 
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Kept, Layout, Newlines, prune
+from eadaprune_vllm.core.prune import Encoding, Layout, Newlines, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 
 # What transformers does not have.
@@ -68,7 +68,7 @@ def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def checked(encoding: Encoding, options: PruneOptions) -> Kept:
+def checked(encoding: Encoding, options: PruneOptions) -> PruneDecision:
     """The decision about an image, which is LAPACK's, too."""
     kept = prune(encoding, options)
     check(encoding, options, kept)
@@ -91,7 +91,7 @@ class Reference:
             self._tower.set_attn_implementation("watched")
         self._dtype = dtype
 
-    def kept(self, image: Image.Image, **options: Any) -> Kept:
+    def kept(self, image: Image.Image, **options: Any) -> PruneDecision:
         """What stays of an image, with the server's option ``budget`` among these."""
         encoding = self.encode(self.image_processor(image, return_tensors="pt"))
         encoding = replace(encoding, budget=options.pop("budget", "spectrum"))

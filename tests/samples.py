@@ -5,9 +5,9 @@ from msgspec.structs import replace
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
 
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Kept, Layout, Newlines, prune
+from eadaprune_vllm.core.prune import Encoding, Layout, Newlines, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
-from eadaprune_vllm.messages import Decided, Grounds, Question
+from eadaprune_vllm.messages import DecisionRequest, DecisionResult, Explanation
 
 
 def item(modality: str = "image", on_cpu: tuple[str, ...] = (), **fields: torch.Tensor) -> MultiModalKwargsItem:
@@ -19,16 +19,18 @@ def item(modality: str = "image", on_cpu: tuple[str, ...] = (), **fields: torch.
     return MultiModalKwargsItem(elements)
 
 
-def question(num_placeholders: int = 4, *, name: int = 0, options: str = "{}", modality: str = "image") -> Question:
+def question(
+    num_placeholders: int = 4, *, name: int = 0, options: str = "{}", modality: str = "image"
+) -> DecisionRequest:
     """About an image that is nothing but its name."""
-    return Question(modality, item(modality, name=torch.tensor(name)), options, num_placeholders)
+    return DecisionRequest(modality, item(modality, name=torch.tensor(name)), options, num_placeholders)
 
 
-def name_of(question: Question) -> int:
+def name_of(question: DecisionRequest) -> int:
     return int(question.item.get_data()["name"])
 
 
-def kept(k: int = 2, newlines: bool = False) -> Kept:
+def kept(k: int = 2, newlines: bool = False) -> PruneDecision:
     """So many of four tokens; with newlines, of two lines."""
     mask = torch.tensor([False, False, True, False, False, True])
     ends = Newlines(mask, torch.tensor([0, 0, 1, 1])) if newlines else None
@@ -36,11 +38,13 @@ def kept(k: int = 2, newlines: bool = False) -> Kept:
     return prune(encoding, PruneOptions(energy=0.5, min_tokens=k, max_tokens=k))
 
 
-def explained(k: int = 2) -> Decided:
+def explained(k: int = 2) -> DecisionResult:
     """What is decided, with what that rests on, and without rows."""
-    return replace(decided(k, torch.empty(0, 3)), grounds=Grounds([(1, 0.5), (4, 1.0)], torch.arange(4) / 4, [(2, 2)]))
+    return replace(
+        decided(k, torch.empty(0, 3)), explanation=Explanation([(1, 0.5), (4, 1.0)], torch.arange(4) / 4, [(2, 2)])
+    )
 
 
-def decided(k: int = 2, rows: torch.Tensor | None = None) -> Decided:
+def decided(k: int = 2, rows: torch.Tensor | None = None) -> DecisionResult:
     made = kept(k)
-    return Decided(made, torch.randn(len(made.placeholders), 3) if rows is None else rows, {"encode": 0.25})
+    return DecisionResult(made, torch.randn(len(made.placeholders), 3) if rows is None else rows, {"encode": 0.25})

@@ -40,8 +40,8 @@ class Stub(ThreadingHTTPServer):
         about = {"version": "1", "vllm_version": "1", "models": ["served"], "architecture": "A", "dtype": "float32"}
         options = ServerOptions(min_tokens=4, min_share=0, energy_ceiling=0.999, budget=self.budget)
         options = options.informed([Curve("page", SPECTRUM)])
-        told = {"options": options, "reference": Reference.of(options), "selectors": [], "doors": []}
-        return Config.model_validate(about | told).model_dump_json()
+        redacted = {"options": options, "reference": Reference.of(options), "selectors": [], "endpoints": []}
+        return Config.model_validate(about | redacted).model_dump_json()
 
     @property
     def images(self) -> list[bytes]:

@@ -8,12 +8,12 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from eadaprune_vllm.engine import attention
-from eadaprune_vllm.engine.attention import drawn, observing
+from eadaprune_vllm.engine.attention import capturing, drawn
 
 HEADS, SIZE = 3, 5
 
 
-class Layer(torch.nn.Module):
+class OptionSource(torch.nn.Module):
     """Attention, as vLLM's towers call it."""
 
     head_size, scale, attn_backend = SIZE, 0.4, AttentionBackendEnum.TORCH_SDPA
@@ -27,13 +27,13 @@ class Tower(torch.nn.Module):
 
     def __init__(self, has_cls: bool) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+        self.layers = torch.nn.ModuleList([OptionSource(), OptionSource()])
         self.eadaprune_has_cls = has_cls
 
 
 @pytest.fixture(autouse=True)
 def _layers_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "MMEncoderAttention", Layer)
+    monkeypatch.setattr(attention, "MMEncoderAttention", OptionSource)
     monkeypatch.setattr(attention, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
@@ -67,7 +67,7 @@ def test_it_is_computed_in_float32() -> None:
 def test_each_image_of_a_batch_in_the_last_layer_counts(has_cls: bool) -> None:
     """With a CLS token, what this token attends to."""
     tower, query, key = Tower(has_cls), torch.randn(2, 6, HEADS * SIZE), torch.randn(2, 6, HEADS * SIZE)
-    with observing(tower, True) as found:
+    with capturing(tower, True) as found:
         tower.layers[0](key, query, key)
         tower.layers[1](query, key, value=key)
     of_each = [weights(heads(q), heads(k)) for q, k in zip(query, key, strict=True)]
@@ -79,7 +79,7 @@ def test_each_image_of_a_batch_in_the_last_layer_counts(has_cls: bool) -> None:
 def test_sequences_in_one_row_are_apart(split_heads: bool) -> None:
     tower, query, key = Tower(False), torch.randn(1, 6, HEADS * SIZE), torch.randn(1, 6, HEADS * SIZE)
     given = [x.view(1, 6, HEADS, SIZE) if split_heads else x for x in (query, key)]
-    with observing(tower, True) as found:
+    with capturing(tower, True) as found:
         tower.layers[1](query=given[0], key=given[1], value=key, cu_seqlens=torch.tensor([0, 4, 6]))
     parts = [weights(heads(query[0, span]), heads(key[0, span])) for span in (slice(0, 4), slice(4, 6))]
     torch.testing.assert_close(found(), torch.cat([part.mean((0, 1)) for part in parts]))
@@ -87,10 +87,10 @@ def test_sequences_in_one_row_are_apart(split_heads: bool) -> None:
 
 def test_nothing_is_observed_unless_it_is_wanted() -> None:
     tower, rows = Tower(False), torch.randn(1, 6, HEADS * SIZE)
-    with observing(tower, False) as found:
+    with capturing(tower, False) as found:
         tower.layers[1](rows, rows, rows)
     assert found() is None
-    with observing(tower, True) as found:
+    with capturing(tower, True) as found:
         pass
     tower.layers[1](rows, rows, rows)  # afterwards
     assert found() is None
@@ -103,7 +103,7 @@ def test_heads_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
     summed: Callable[[torch.Tensor], torch.Tensor] = lambda own: own + others  # noqa: E731
     monkeypatch.setattr(attention, "get_tensor_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(attention, "tensor_model_parallel_all_reduce", summed)
-    with observing(tower, True) as found:
+    with capturing(tower, True) as found:
         tower.layers[1](rows, rows, rows)
     own = weights(heads(rows[0]), heads(rows[0])).mean((0, 1))
     torch.testing.assert_close(found(), (own + others) / 2)
@@ -113,7 +113,7 @@ def test_where_sequences_end_in_a_way_of_its_own_nothing_is_observed() -> None:
     tower = Tower(has_cls=False)
     for layer in tower.layers:
         layer.attn_backend = AttentionBackendEnum.FLASHINFER
-    with observing(tower, wanted=True) as attention:
+    with capturing(tower, wanted=True) as attention:
         tower.layers[0](*torch.randn(3, 1, 4, HEADS, SIZE))
         tower.layers[1](*torch.randn(3, 1, 4, HEADS, SIZE), torch.tensor([0, 60, 30, 90]))
     assert attention() is None

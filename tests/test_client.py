@@ -13,9 +13,17 @@ import torch
 from samples import decided, name_of, question
 
 from eadaprune_vllm.frontend import engine_client
-from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.engine_client import AsyncEngines
-from eadaprune_vllm.messages import REFUSED, Answer, Decided, Failed, answers, pack, questions
+from eadaprune_vllm.messages import (
+    REFUSED,
+    DecisionError,
+    DecisionResponse,
+    DecisionResult,
+    pack,
+    unpack_requests,
+    unpack_responses,
+)
 from eadaprune_vllm.patches.engine_client import _alone
 
 
@@ -36,7 +44,7 @@ class Engine:
 
     async def _call_utility_async(self, method: str, payload: bytes, engine: bytes) -> bytes:
         assert method == "eadaprune_ask"
-        asked = [name_of(each) for each in questions(payload)]
+        asked = [name_of(each) for each in unpack_requests(payload)]
         self.calls.append(asked)
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
@@ -44,44 +52,46 @@ class Engine:
         self.at_once -= 1
         if self.fails & {*asked}:
             raise RuntimeError("the call failed")
-        return pack([Failed("it failed") if name in self.refuses else named(name) for name in asked])
+        return pack([DecisionError("it failed") if name in self.refuses else named(name) for name in asked])
 
 
-def named(name: int) -> Answer:
+def named(name: int) -> DecisionResponse:
     return decided(rows=torch.full((2, 1), name))
 
 
-def names(answers: list[Answer]) -> list[int]:
-    return [int(answer.rows[0]) for answer in answers if isinstance(answer, Decided)]
+def names(answers: list[DecisionResponse]) -> list[int]:
+    return [int(answer.rows[0]) for answer in answers if isinstance(answer, DecisionResult)]
 
 
-def asked(asker: Asker, first: int, count: int, tokens: int = 4) -> "asyncio.Task[list[Answer]]":
+def asked(
+    decision_client: DecisionClient, first: int, count: int, tokens: int = 4
+) -> "asyncio.Task[list[DecisionResponse]]":
     """A request of so many images, whose names go up from ``first``."""
-    return asyncio.create_task(asker.ask([question(tokens, name=first + number) for number in range(count)]))
+    return asyncio.create_task(decision_client.ask([question(tokens, name=first + number) for number in range(count)]))
 
 
-async def settle(engine: Engine, asker: Asker) -> None:
+async def settle(engine: Engine, decision_client: DecisionClient) -> None:
     """Until all requests have entered their questions, and all that can be asked has reached the engine."""
     for _ in range(3):
         await asyncio.sleep(0)
-    while sum(not task.done() for task in asker._tasks) != engine.at_once:
+    while sum(not task.done() for task in decision_client._tasks) != engine.at_once:
         await asyncio.sleep(0.001)
 
 
-def run(test: Callable[[Engine, Asker], Awaitable[None]], most: int = 16) -> None:
+def run(test: Callable[[Engine, DecisionClient], Awaitable[None]], most: int = 16) -> None:
     """Four images of the default size are a call."""
 
     async def connected() -> None:
-        engine, asker = Engine(), Asker(most)
-        asker.connect(engine)
-        await asyncio.wait_for(test(engine, asker), 30)
+        engine, decision_client = Engine(), DecisionClient(most)
+        decision_client.connect(engine)
+        await asyncio.wait_for(test(engine, decision_client), 30)
 
     asyncio.run(connected())
 
 
 def test_every_question_gets_its_own_answer() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
-        found = await asyncio.gather(*(asked(asker, 100 * number, 7) for number in range(9)))
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
+        found = await asyncio.gather(*(asked(decision_client, 100 * number, 7) for number in range(9)))
         assert [names(each) for each in found] == [list(range(100 * number, 100 * number + 7)) for number in range(9)]
         answered = Counter(name for each in found for name in names(each))
         assert Counter(name for call in engine.calls for name in call) == answered
@@ -90,12 +100,12 @@ def test_every_question_gets_its_own_answer() -> None:
 
 
 def test_what_waits_travels_together_one_call_at_a_time() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        tasks = [asked(asker, 0, 1)]
-        await settle(engine, asker)
-        tasks += [asked(asker, number, 1) for number in (1, 2, 3)]
-        await settle(engine, asker)
+        tasks = [asked(decision_client, 0, 1)]
+        await settle(engine, decision_client)
+        tasks += [asked(decision_client, number, 1) for number in (1, 2, 3)]
+        await settle(engine, decision_client)
         assert engine.calls == [[0]]
         engine.held.set()
         await asyncio.gather(*tasks)
@@ -108,21 +118,21 @@ def test_what_waits_travels_together_one_call_at_a_time() -> None:
 def test_a_call_holds_no_more_than_the_encoders_memory_was_measured_with() -> None:
     """Unless one image alone is more."""
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         sizes = [10, 6, 1, 40, 16, 5, 5, 5, 5]
-        await asker.ask([question(size, name=number) for number, size in enumerate(sizes)])
+        await decision_client.ask([question(size, name=number) for number, size in enumerate(sizes)])
         assert engine.calls == [[0, 1], [2], [3], [4], [5, 6, 7], [8]]
 
     run(test)
 
 
 def test_a_large_request_does_not_hold_up_a_small_one() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        large = asked(asker, 0, 200)
-        await settle(engine, asker)
-        small = asked(asker, 1000, 1)
-        await settle(engine, asker)
+        large = asked(decision_client, 0, 200)
+        await settle(engine, decision_client)
+        small = asked(decision_client, 1000, 1)
+        await settle(engine, decision_client)
         assert len(engine.calls) == 1
         engine.held.set()
         assert names(await small) == [1000]
@@ -134,12 +144,12 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
 
 
 def test_requests_take_turns() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        tasks = [asked(asker, 900, 1)]
-        await settle(engine, asker)
-        tasks += [asked(asker, first, 4) for first in (0, 100, 200)]
-        await settle(engine, asker)
+        tasks = [asked(decision_client, 900, 1)]
+        await settle(engine, decision_client)
+        tasks += [asked(decision_client, first, 4) for first in (0, 100, 200)]
+        await settle(engine, decision_client)
         engine.held.set()
         await asyncio.gather(*tasks)
         assert engine.calls == [[900], [0, 100, 200, 1], [101, 201, 2, 102], [202, 3, 103, 203]]
@@ -148,12 +158,12 @@ def test_requests_take_turns() -> None:
 
 
 def test_what_is_cancelled_is_not_asked() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        tasks = [asked(asker, first, 6) for first in (0, 100, 200)]
-        await settle(engine, asker)
+        tasks = [asked(decision_client, first, 6) for first in (0, 100, 200)]
+        await settle(engine, decision_client)
         tasks[1].cancel()
-        await settle(engine, asker)
+        await settle(engine, decision_client)
         engine.held.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(found[1], asyncio.CancelledError)
@@ -165,21 +175,21 @@ def test_what_is_cancelled_is_not_asked() -> None:
 
 
 def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        tasks = [asked(asker, 0, 1)]
-        await settle(engine, asker)
-        tasks += [asked(asker, number, 3) for number in range(1, 500)]
+        tasks = [asked(decision_client, 0, 1)]
+        await settle(engine, decision_client)
+        tasks += [asked(decision_client, number, 3) for number in range(1, 500)]
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         engine.held.set()
-        await settle(engine, asker)
+        await settle(engine, decision_client)
         assert engine.calls == [[0]]
-        assert not asker._requests
-        assert not asker._open
-        assert names(await asked(asker, 7, 2)) == [7, 8]
+        assert not decision_client._requests
+        assert not decision_client._open
+        assert names(await asked(decision_client, 7, 2)) == [7, 8]
 
     run(test)
 
@@ -188,18 +198,18 @@ def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
 def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
     """Before and while it is asked; afterwards it is asked anew. Whoever gives up leaves it to the others."""
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
         shared, own = question(name=1), question(name=2)
         if not sent:
-            others = asked(asker, 900, 4)
-            await settle(engine, asker)
-        tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
-        await settle(engine, asker)
-        tasks.append(asyncio.create_task(asker.ask([own, shared])))
-        await settle(engine, asker)
+            others = asked(decision_client, 900, 4)
+            await settle(engine, decision_client)
+        tasks = [asyncio.create_task(decision_client.ask([shared])) for _ in range(3)]
+        await settle(engine, decision_client)
+        tasks.append(asyncio.create_task(decision_client.ask([own, shared])))
+        await settle(engine, decision_client)
         tasks[0].cancel()
-        await settle(engine, asker)
+        await settle(engine, decision_client)
         engine.held.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(found[0], asyncio.CancelledError)
@@ -207,20 +217,20 @@ def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
         if not sent:
             await others
         assert Counter(name for call in engine.calls for name in call)[1] == 1
-        assert names(await asker.ask([shared])) == [1]
+        assert names(await decision_client.ask([shared])) == [1]
         assert Counter(name for call in engine.calls for name in call)[1] == 2
-        assert not asker._open
+        assert not decision_client._open
 
     run(test)
 
 
 def test_what_several_requests_ask_fails_for_all_of_them() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
         engine.fails = {1}
         shared = question(name=1)
-        tasks = [asyncio.create_task(asker.ask([shared])) for _ in range(3)]
-        await settle(engine, asker)
+        tasks = [asyncio.create_task(decision_client.ask([shared])) for _ in range(3)]
+        await settle(engine, decision_client)
         engine.held.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [str(each) for each in found] == ["the call failed"] * 3
@@ -230,20 +240,20 @@ def test_what_several_requests_ask_fails_for_all_of_them() -> None:
 
 
 def test_an_error_of_a_call_reaches_those_whose_questions_it_held() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        first = asked(asker, 900, 1)
-        await settle(engine, asker)
+        first = asked(decision_client, 900, 1)
+        await settle(engine, decision_client)
         engine.fails = {1}
-        tasks = [asked(asker, first, 1) for first in (0, 1, 2, 3, 4, 5)]
-        await settle(engine, asker)
+        tasks = [asked(decision_client, first, 1) for first in (0, 1, 2, 3, 4, 5)]
+        await settle(engine, decision_client)
         engine.held.set()
         assert names(await first) == [900]
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert engine.calls == [[900], [0, 1, 2, 3], [4, 5]]
         assert [str(each) for each in found[:4]] == ["the call failed"] * 4
         assert [names(each) for each in found[4:] if isinstance(each, list)] == [[4], [5]]
-        assert names(await asked(asker, 6, 1)) == [6]
+        assert names(await asked(decision_client, 6, 1)) == [6]
 
     run(test)
 
@@ -251,11 +261,13 @@ def test_an_error_of_a_call_reaches_those_whose_questions_it_held() -> None:
 def test_whoever_may_wait_asks_from_another_thread() -> None:
     """While the loop goes on with others."""
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        waiting = asyncio.create_task(asyncio.to_thread(asker.ask_and_wait, [question(name=1), question(name=2)]))
-        others = asked(asker, 10, 1)
-        await settle(engine, asker)
+        waiting = asyncio.create_task(
+            asyncio.to_thread(decision_client.decide_sync, [question(name=1), question(name=2)])
+        )
+        others = asked(decision_client, 10, 1)
+        await settle(engine, decision_client)
         engine.held.set()
         assert names(await waiting) == [1, 2]
         assert names(await others) == [10]
@@ -264,10 +276,10 @@ def test_whoever_may_wait_asks_from_another_thread() -> None:
 
 
 def test_a_client_may_be_connected_before_there_is_a_loop() -> None:
-    asker = Asker(16)
+    decision_client = DecisionClient(16)
     engine = asyncio.run(asyncio.to_thread(Engine))  # in a thread without one
-    asker.connect(engine)
-    assert asyncio.run(asyncio.wait_for(asker.ask([question(name=3)]), 30))
+    decision_client.connect(engine)
+    assert asyncio.run(asyncio.wait_for(decision_client.ask([question(name=3)]), 30))
 
 
 @pytest.mark.parametrize("in_process", [True, False])
@@ -275,7 +287,7 @@ def test_a_client_that_blocks_is_asked_in_batches(in_process: bool) -> None:
     calls: list[list[int]] = []
 
     def answer(payload: bytes) -> bytes:
-        calls.append([name_of(each) for each in questions(payload)])
+        calls.append([name_of(each) for each in unpack_requests(payload)])
         return pack([named(name) for name in calls[-1]])
 
     def call_utility(method: str, payload: bytes) -> bytes:
@@ -283,12 +295,14 @@ def test_a_client_that_blocks_is_asked_in_batches(in_process: bool) -> None:
         return answer(payload)
 
     core = SimpleNamespace(eadaprune_ask=answer)
-    asker = Asker(16)
-    asker.connect(SimpleNamespace(engine_core=core) if in_process else SimpleNamespace(call_utility=call_utility))
-    found = asker.ask_and_wait([question(7, name=number) for number in range(5)])
+    decision_client = DecisionClient(16)
+    decision_client.connect(
+        SimpleNamespace(engine_core=core) if in_process else SimpleNamespace(call_utility=call_utility)
+    )
+    found = decision_client.decide_sync([question(7, name=number) for number in range(5)])
     assert names(found) == [0, 1, 2, 3, 4]
     assert calls == [[0, 1], [2, 3], [4]]
-    assert asker.ask_and_wait([]) == []
+    assert decision_client.decide_sync([]) == []
 
 
 def test_several_engines_are_asked_in_turn() -> None:
@@ -315,7 +329,7 @@ def test_several_engines_are_asked_in_turn() -> None:
 def test_an_engine_that_is_idle_is_asked_before_one_that_is_not() -> None:
     """One call at a time to each."""
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.core_engines = [b"a", b"b"]
         used: list[bytes] = []
         call = engine._call_utility_async
@@ -328,8 +342,8 @@ def test_an_engine_that_is_idle_is_asked_before_one_that_is_not() -> None:
         engine.held.clear()
         tasks = []
         for number in range(4):
-            tasks.append(asked(asker, 10 * number, 1))
-            await settle(engine, asker)
+            tasks.append(asked(decision_client, 10 * number, 1))
+            await settle(engine, decision_client)
         assert used == [b"a", b"b"]
         engine.held.set()
         assert [names(await task) for task in tasks] == [[0], [10], [20], [30]]
@@ -373,10 +387,10 @@ def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.05)
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
-        task = asked(asker, 0, 2)
-        await settle(engine, asker)
+        task = asked(decision_client, 0, 2)
+        await settle(engine, decision_client)
         engine.resources.engine_dead = True
         with pytest.raises(EngineDeadError):
             await task
@@ -390,7 +404,7 @@ def test_an_engine_that_was_scaled_away_holds_up_nobody(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.01)
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.core_engines = [b"stays", b"goes"]
         call = engine._call_utility_async
 
@@ -403,15 +417,15 @@ def test_an_engine_that_was_scaled_away_holds_up_nobody(monkeypatch: pytest.Monk
         engine._call_utility_async = answer  # type: ignore[method-assign]
         lost = asyncio.Event()
         engine.held.clear()
-        tasks = [asked(asker, 0, 1)]
-        await settle(engine, asker)
-        tasks.append(asked(asker, 10, 1))
+        tasks = [asked(decision_client, 0, 1)]
+        await settle(engine, decision_client)
+        tasks.append(asked(decision_client, 10, 1))
         await lost.wait()
         engine.core_engines = [b"stays"]
         with pytest.raises(RetryableRequestError, match="scaled down"):
             await tasks[1]
         engine.held.set()
-        tasks[1:] = [asked(asker, number, 2) for number in range(20, 80, 10)]
+        tasks[1:] = [asked(decision_client, number, 2) for number in range(20, 80, 10)]
         assert [names(await task)[0] for task in tasks] == [0, *range(20, 80, 10)]
 
     run(test)
@@ -421,18 +435,18 @@ def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
     """Neither where the call fails, nor where the engine answers that an image cannot be encoded. What another request
     asks too, is."""
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         for first, fails, refuses in ((0, {2}, set[int]()), (100, set[int](), {102})):
             engine.calls.clear()
             engine.fails, engine.refuses = fails, refuses
             shared = question(4, name=first + 20)
             engine.held.clear()
             failing = asyncio.create_task(
-                asker.ask([*(question(4, name=first + number) for number in range(20)), shared])
+                decision_client.ask([*(question(4, name=first + number) for number in range(20)), shared])
             )
-            await settle(engine, asker)
-            other = asyncio.create_task(asker.ask([shared]))
-            await settle(engine, asker)
+            await settle(engine, decision_client)
+            other = asyncio.create_task(decision_client.ask([shared]))
+            await settle(engine, decision_client)
             engine.held.set()
             assert names(await other) == [first + 20]
             if fails:
@@ -441,16 +455,16 @@ def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
             else:
                 *before, failed = await failing
                 assert names(before) == [first, first + 1]
-                assert isinstance(failed, Failed)
+                assert isinstance(failed, DecisionError)
             assert engine.calls == [[first, first + 1, first + 2, first + 3], [first + 20]]
 
     run(test)
 
 
 def test_nobody_waits_on_the_event_loop_for_what_comes_by_it() -> None:
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         with pytest.raises(RuntimeError, match="render_cmpl_async"):
-            asker.ask_and_wait([question()])
+            decision_client.decide_sync([question()])
         assert not engine.calls
 
     run(test)
@@ -478,10 +492,10 @@ def test_a_thread_that_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest
     from vllm.v1.engine.exceptions import EngineDeadError
 
     monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.01)
-    asker = Asker(16)
-    asker.connect(Client())
+    decision_client = DecisionClient(16)
+    decision_client.connect(Client())
     with pytest.raises(EngineDeadError):
-        asker.ask_and_wait([question()])
+        decision_client.decide_sync([question()])
 
 
 def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:
@@ -490,10 +504,10 @@ def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:
     async def refuse(*_: Any, **__: Any) -> bytes:
         return REFUSED
 
-    async def test(engine: Engine, asker: Asker) -> None:
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine._call_utility_async = refuse  # type: ignore[method-assign]
         with pytest.raises(RetryableRequestError, match="paused"):
-            await asked(asker, 0, 1)
+            await asked(decision_client, 0, 1)
 
     run(test)
 
@@ -501,16 +515,16 @@ def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:
 def test_answers_are_unpacked_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that other requests go on meanwhile: they may be large."""
     threads: set[int] = set()
-    original = answers
+    original = unpack_responses
 
-    def noted(data: bytes) -> list[Answer]:
+    def noted(data: bytes) -> list[DecisionResponse]:
         threads.add(threading.get_ident())
         return original(data)
 
-    monkeypatch.setattr("eadaprune_vllm.frontend.client.answers", noted)
+    monkeypatch.setattr("eadaprune_vllm.frontend.client.unpack_responses", noted)
 
-    async def test(engine: Engine, asker: Asker) -> None:
-        await asked(asker, 0, 3)
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
+        await asked(decision_client, 0, 3)
         assert threads
         assert threading.get_ident() not in threads
 

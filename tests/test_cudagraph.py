@@ -8,7 +8,7 @@ import torch
 from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
 
 from eadaprune_vllm.engine.cudagraph import encode
-from eadaprune_vllm.engine.model import ROWS, Pruned
+from eadaprune_vllm.engine.model import MM_EMBEDS, Pruned
 from eadaprune_vllm.patches import cudagraph
 
 PIXELS = {"pixel_values": torch.zeros(2, 3)}
@@ -73,6 +73,6 @@ def test_rows_that_are_ready_pass_vllms_graphs_by(monkeypatch: pytest.MonkeyPatc
     cudagraph.install()
     manager = object.__new__(EncoderCudaGraphManager)
     monkeypatch.setattr(manager, "use_dp", False, raising=False)
-    assert manager.execute({"image" + ROWS: [torch.zeros(3, 4)]}) is None
+    assert manager.execute({"image" + MM_EMBEDS: [torch.zeros(3, 4)]}) is None
     with pytest.raises(AttributeError):  # it goes on to what this one lacks
         manager.execute(PIXELS)

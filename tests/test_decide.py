@@ -10,12 +10,12 @@ from samples import item
 
 from eadaprune_vllm.core.budget import needed
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Kept, Layout, Newlines, prune
+from eadaprune_vllm.core.prune import Encoding, Layout, Newlines, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine import decide as module
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.messages import Answer, Decided, Failed, Question
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult
 
 
 class Model(torch.nn.Module):
@@ -45,7 +45,7 @@ class Model(torch.nn.Module):
         tokens = num_placeholders - 1
         return Layout(torch.zeros(tokens).long(), ((1, tokens),), Newlines(mask, torch.zeros(tokens).long()))
 
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         return attention.flip(0)
 
 
@@ -54,14 +54,19 @@ def model() -> Model:
     return Model()
 
 
-def asked(rows: torch.Tensor, modality: str = "image", explain: bool = False, **options: Any) -> Question:
+def asked(rows: torch.Tensor, modality: str = "image", explain: bool = False, **options: Any) -> DecisionRequest:
     chosen = PruneOptions.model_validate({"energy": 0.9, "min_tokens": 1} | options)
-    return Question(modality, item(modality, rows=rows), chosen.key, len(rows), explain)
+    return DecisionRequest(modality, item(modality, rows=rows), chosen.key, len(rows), explain)
 
 
 def answered(
-    model: Model, *questions: Question, tp_mode: str = "weights", ranks: int = 1, answers: bool = True, **operator: Any
-) -> list[Answer]:
+    model: Model,
+    *questions: DecisionRequest,
+    tp_mode: str = "weights",
+    ranks: int = 1,
+    answers: bool = True,
+    **operator: Any,
+) -> list[DecisionResponse]:
     multimodal = SimpleNamespace(mm_encoder_tp_mode=tp_mode, eadaprune=ServerOptions(**operator))
     config = SimpleNamespace(
         model_config=SimpleNamespace(multimodal_config=multimodal),
@@ -73,8 +78,8 @@ def answered(
     return decide(runner, questions, answers)
 
 
-def as_decided(answer: Answer) -> Decided:
-    assert isinstance(answer, Decided)
+def as_decided(answer: DecisionResponse) -> DecisionResult:
+    assert isinstance(answer, DecisionResult)
     return answer
 
 
@@ -82,7 +87,7 @@ def rows(count: int, width: int = 8) -> torch.Tensor:
     return torch.randn(count, width) * torch.arange(1, width + 1.0) ** -1
 
 
-def alone(features: torch.Tensor) -> Kept:
+def alone(features: torch.Tensor) -> PruneDecision:
     """The decision about an image by such features."""
     encoding = Encoding(VisualTokens(features, None), Layout.whole(1, len(features)))
     return prune(encoding, PruneOptions(energy=0.9, min_tokens=1))
@@ -96,7 +101,7 @@ def test_the_decision_is_that_of_prune(model: Model) -> None:
     assert 1 < len(found.kept) < 4
     assert torch.equal(found.rows, given[found.kept.placeholders])
     assert found.seconds.keys() == {"encode", "spectrum", "select"}
-    assert found.grounds is None
+    assert found.explanation is None
 
 
 @pytest.mark.parametrize("selector", ["span", "uniform"])
@@ -111,8 +116,8 @@ def test_by_span_no_spectrum_is_computed(model: Model, selector: str, monkeypatc
     assert found.kept.indices.tolist() == expected.indices.tolist()
     assert len(found.kept) >= len(spectral.kept)
     (explained,) = map(as_decided, answered(model, asked(given, explain=True), budget="span"))
-    assert explained.grounds
-    assert needed(explained.grounds.needed_above.numpy(), 0.8) == len(found.kept)
+    assert explained.explanation
+    assert needed(explained.explanation.thresholds.numpy(), 0.8) == len(found.kept)
 
 
 def test_newlines_are_no_features_but_go_along(model: Model) -> None:
@@ -176,11 +181,11 @@ def test_features_that_are_not_finite_fail_alone(model: Model, energy: float, ba
     given = rows(20)
     given[3, 1] = bad
     good, failed, last = answered(model, *(asked(each, energy=energy) for each in (rows(20), given, rows(20))))
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, DecisionError)
     assert failed.reason == "features"
     assert "NaN or infinite" in failed.error
-    assert isinstance(good, Decided)
-    assert isinstance(last, Decided)
+    assert isinstance(good, DecisionResult)
+    assert isinstance(last, DecisionResult)
 
 
 def test_rows_that_overflow_their_dtype_are_refused(model: Model) -> None:
@@ -188,7 +193,7 @@ def test_rows_that_overflow_their_dtype_are_refused(model: Model) -> None:
     given = rows(20).half()
     given[:, 7] = torch.inf
     (failed,) = answered(model, asked(given))
-    assert failed == Failed("features of this image are too large for torch.float16", "features")
+    assert failed == DecisionError("features of this image are too large for torch.float16", "features")
 
 
 class Small(Model):
@@ -210,7 +215,7 @@ def test_what_fails_in_the_encoder_fails_alone(error: Exception) -> None:
     model.error = error
     good, failed, last = answered(model, *map(asked, given))
     assert model.batches == [("image", [20, 21, 22]), ("image", [20]), ("image", [21]), ("image", [22])]
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, DecisionError)
     assert failed.reason == "engine"
     assert ("too little memory" in failed.error) == isinstance(error, torch.OutOfMemoryError)
     for answer, of in ((good, given[0]), (last, given[2])):
@@ -233,8 +238,8 @@ def test_memory_that_runs_out_over_one_leaves_the_others(model: Model, monkeypat
 
     monkeypatch.setattr(module, "prune", greedy)
     found = answered(model, asked(rows(20)), asked(rows(21)), asked(rows(22)))
-    assert [type(answer) for answer in found] == [Decided, Failed, Decided]
-    assert isinstance(found[1], Failed)
+    assert [type(answer) for answer in found] == [DecisionResult, DecisionError, DecisionResult]
+    assert isinstance(found[1], DecisionError)
     assert found[1].reason == "engine"
 
 
@@ -252,7 +257,7 @@ def test_spectra_of_a_batch_are_computed_together(model: Model, monkeypatch: pyt
     questions = [asked(each, energy=0.9 if index != 2 else 1.0) for index, each in enumerate(given)]
     *found, failed = answered(model, *questions)
     assert sizes == [[2, 4, 4], [1, 3, 3]]
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, DecisionError)
     for index in (0, 1, 3):
         decided, expected = as_decided(found[index]).kept, alone(given[index][:, :4])
         assert decided.indices.tolist() == expected.indices.tolist()
@@ -283,15 +288,17 @@ def test_rows_that_vllm_does_not_expect_fail_alone(model: Model) -> None:
     question.num_placeholders = 19
     model.eadaprune_layout = lambda *_: Layout.whole(1, len(_[2]["rows"]))  # type: ignore[method-assign]
     good, failed = answered(model, asked(rows(20)), question)
-    assert isinstance(good, Decided)
-    assert failed == Failed("this image could not be encoded: 20 rows were encoded where vLLM expects 19 placeholders")
+    assert isinstance(good, DecisionResult)
+    assert failed == DecisionError(
+        "this image could not be encoded: 20 rows were encoded where vLLM expects 19 placeholders"
+    )
 
 
 def test_nothing_at_all_fails_alone(model: Model) -> None:
     """Embeddings of a client may be none."""
     good, failed = answered(model, asked(rows(20)), asked(rows(0)))
-    assert isinstance(good, Decided)
-    assert isinstance(failed, Failed)
+    assert isinstance(good, DecisionResult)
+    assert isinstance(failed, DecisionError)
 
 
 def test_ranks_that_do_not_answer_encode_all_the_same(model: Model) -> None:
@@ -305,10 +312,10 @@ def test_what_a_decision_rests_on_comes_in_the_place_of_rows(model: Model) -> No
     (decision,) = map(as_decided, answered(model, asked(given)))
     assert found.kept.indices.tolist() == decision.kept.indices.tolist()
     assert found.rows.shape == (0, 8)
-    assert found.grounds
-    assert found.grounds.grids == [(1, 30)]
-    assert found.grounds.curve[-1] == (30, 1.0)
-    needed = found.grounds.needed_above
+    assert found.explanation
+    assert found.explanation.grids == [(1, 30)]
+    assert found.explanation.curve[-1] == (30, 1.0)
+    needed = found.explanation.thresholds
     assert needed.shape == (30,)
     # The first that the threshold is not above.
     assert len(found.kept) == int((needed <= 0.9).sum())

@@ -87,7 +87,7 @@ def test_all_is_well(stub: Stub, model: Path) -> None:
     assert found["serves"] == "served: A in float32"
     assert found["in force"].startswith("target 0.33: energy 0.3")
     assert found["in force"].endswith(" of the tokens of reference pictures: pages 33%")
-    assert found["doors"] == "0"
+    assert found["endpoints"] == "0"
     assert not stub.asked
 
 

@@ -13,7 +13,15 @@ from eadaprune_vllm.engine import core as engine_core
 from eadaprune_vllm.engine import worker
 from eadaprune_vllm.engine.extension import OURS, extended
 from eadaprune_vllm.engine.worker import DecidingWorker
-from eadaprune_vllm.messages import REFUSED, Answer, Decided, Failed, Question, answers, pack
+from eadaprune_vllm.messages import (
+    REFUSED,
+    DecisionError,
+    DecisionRequest,
+    DecisionResponse,
+    DecisionResult,
+    pack,
+    unpack_responses,
+)
 
 
 class Theirs:
@@ -74,7 +82,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> list[list[i
     """What workers were asked to decide about."""
     calls: list[list[int]] = []
 
-    def decide(runner: Any, asked: list[Question], answers: bool) -> list[Answer]:
+    def decide(runner: Any, asked: list[DecisionRequest], answers: bool) -> list[DecisionResponse]:
         assert runner == "runner"
         assert answers == (ranks.rank == 0)
         calls.append([name_of(each) for each in asked])
@@ -87,21 +95,21 @@ def seen(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> list[list[i
 
 
 def test_a_worker_answers(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
-    found = answers(Worker().eadaprune_decide(pack([question(name=2), question(name=3)])))
-    assert [len(answer.kept) for answer in found if isinstance(answer, Decided)] == [3, 4]
+    found = unpack_responses(Worker().eadaprune_decide(pack([question(name=2), question(name=3)])))
+    assert [len(answer.kept) for answer in found if isinstance(answer, DecisionResult)] == [3, 4]
 
 
 @pytest.mark.parametrize("error", [ValueError("thirteen"), RuntimeError("CUDA"), KeyError("x"), AssertionError()])
 def test_a_worker_never_raises(
     ranks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def decide(*_: Any) -> list[Answer]:
+    def decide(*_: Any) -> list[DecisionResponse]:
         raise error
 
     monkeypatch.setattr(worker, "decide", decide)
     payload = pack([question(), question()])
-    found = answers(Worker().eadaprune_decide(payload))
-    assert found == [Failed(f"this image could not be encoded: {error}")] * 2
+    found = unpack_responses(Worker().eadaprune_decide(payload))
+    assert found == [DecisionError(f"this image could not be encoded: {error}")] * 2
     ranks.rank = 1
     assert Worker().eadaprune_decide(payload) == b""
 
@@ -119,8 +127,8 @@ def test_only_one_rank_sends_what_all_of_the_first_stage_compute(ranks: SimpleNa
 def test_while_weights_are_updated_nothing_is_decided(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
     busy = Worker()
     busy._weight_update_active = True  # type: ignore[attr-defined]
-    (found,) = answers(busy.eadaprune_decide(pack([question()])))
-    assert isinstance(found, Failed)
+    (found,) = unpack_responses(busy.eadaprune_decide(pack([question()])))
+    assert isinstance(found, DecisionError)
     assert "weights are being updated" in found.error
     assert not seen
 

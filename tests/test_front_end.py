@@ -11,33 +11,35 @@ from samples import decided, question
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
 
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.front_end import FrontEnd
-from eadaprune_vllm.frontend.items import New, PrunedDetails
+from eadaprune_vllm.frontend.items import PendingItem, PrunedDetails
 from eadaprune_vllm.frontend.metrics import Metrics, Source
 from eadaprune_vllm.frontend.processor import Steps
-from eadaprune_vllm.messages import Answer, Failed, Question
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse
 from eadaprune_vllm.patches.renderer import decide_between
 
 
-class Prepared(Asker):
+class Prepared(DecisionClient):
     """Answers that are known before."""
 
-    def __init__(self, *answers: Answer) -> None:
+    def __init__(self, *answers: DecisionResponse) -> None:
         super().__init__(most=100)
         self.answers = list(answers)
 
-    async def ask(self, questions: Any) -> list[Answer]:
-        return self.ask_and_wait(questions)
+    async def ask(self, questions: Any) -> list[DecisionResponse]:
+        return self.decide_sync(questions)
 
-    def ask_and_wait(self, questions: Any) -> list[Answer]:
-        assert all(isinstance(question, Question) for question in questions)
+    def decide_sync(self, questions: Any) -> list[DecisionResponse]:
+        assert all(isinstance(question, DecisionRequest) for question in questions)
         return [self.answers.pop(0) for _ in questions]
 
 
-def new() -> New:
+def new() -> PendingItem:
     content = PrunedDetails([7] * 4)
-    return New(question(), ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [7], content), asks=True, own=False)
+    return PendingItem(
+        question(), ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [7], content), asks=True, own=False
+    )
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -45,11 +47,11 @@ def new() -> New:
 def test_stages_are_timed_and_failures_counted(waits: bool, source: Source, other: Source) -> None:
     """By whose they are."""
     registry = CollectorRegistry()
-    asker = Prepared(decided(1), Failed("NaN", "features"), decided(3), Failed("no memory"))
-    front_end = FrontEnd(asker, Metrics(registry), "m", 1)
+    decision_client = Prepared(decided(1), DecisionError("NaN", "features"), decided(3), DecisionError("no memory"))
+    front_end = FrontEnd(decision_client, Metrics(registry), "m", 1)
     asked = [new() for _ in range(4)]
     if waits:
-        front_end.ask_and_wait(asked, source)
+        front_end.decide_sync(asked, source)
     else:
         asyncio.run(front_end.ask(asked, source))
     assert [bool(each.answer) for each in asked] == [True] * 4
@@ -70,8 +72,8 @@ def test_what_two_requests_wait_for_is_timed_once() -> None:
     front_end = FrontEnd(Prepared(decided(1), decided(1)), Metrics(registry), "m", 1)
     shared = new()
     question = shared.question
-    front_end.ask_and_wait([shared])
-    front_end.ask_and_wait([shared])
+    front_end.decide_sync([shared])
+    front_end.decide_sync([shared])
     assert len(shared.decided().kept) == 1
     labels = {"model_name": "m", "stage": "encode", "source": "request"}
     assert registry.get_sample_value("eadaprune_stage_seconds_count", labels) == 1

@@ -12,10 +12,10 @@ from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMode
 
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Kept
+from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.report import Timing
-from eadaprune_vllm.frontend.items import Item, Items, New, PrunedDetails, digest, may_prune, split, to_client
-from eadaprune_vllm.messages import Answer, Failed, Question
+from eadaprune_vllm.frontend.items import Item, Items, PendingItem, PrunedDetails, digest, may_prune, split, to_client
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse
 from eadaprune_vllm.patches import input_processor
 from eadaprune_vllm.reference import still
 
@@ -32,12 +32,12 @@ def one(**options: Any) -> Item:
     return Item("image", "image", "image-options", chosen, chosen.threshold)
 
 
-def new(*, asks: bool = True, own: bool = False) -> New:
+def new(*, asks: bool = True, own: bool = False) -> PendingItem:
     """Of an image of four placeholders between two tokens of text."""
     data = item("image", ("image_grid_thw",), pixel_values=torch.zeros(9), image_grid_thw=torch.tensor([1, 4, 4]))
     content = placeholders(TIME, *[IMAGE] * 4, TIME)
     update = ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [IMAGE], content)
-    return New(Question("image", data, "{}", 4), update, asks, own)
+    return PendingItem(DecisionRequest("image", data, "{}", 4), update, asks, own)
 
 
 def test_what_was_rendered_before_is_known_by_what_was_kept() -> None:
@@ -89,7 +89,7 @@ def test_newlines_are_counted() -> None:
 
 
 def test_names_tell_what_is_kept_and_nothing_else() -> None:
-    def identifier(decision: Kept | None, weights: float = 0.0) -> str:
+    def identifier(decision: PruneDecision | None, weights: float = 0.0) -> str:
         found = Items({}, weights=weights)
         found.done(one(), PrunedDetails([IMAGE], kept=decision))
         (name,) = found.identifiers.values()
@@ -159,7 +159,7 @@ def test_at_least_so_many_stay(min_tokens: int, fewest: int) -> None:
 @pytest.mark.parametrize(("own", "error"), [(True, VLLMValidationError), (False, VLLMServerError)])
 def test_what_cannot_be_decided_is_the_fault_of_who_computed_it(own: bool, error: type[Exception]) -> None:
     found = new(own=own)
-    found.take(Failed("NaN in this image"))
+    found.take(DecisionError("NaN in this image"))
     for ask in (found.decided, found.result):
         with pytest.raises(error, match="NaN in this image"):
             ask()
@@ -202,7 +202,7 @@ def test_only_what_has_no_answer_yet_is_asked() -> None:
 
 def test_what_became_of_a_request() -> None:
     found, decisions = items("a", "b"), (kept(1), kept(2))
-    answers: list[Answer] = [decided(1), decided(2)]
+    answers: list[DecisionResponse] = [decided(1), decided(2)]
     for name, answer in zip("ab", answers, strict=True):
         found.new[f"{name}-options"] = made = new()
         made.take(answer)

@@ -269,8 +269,8 @@ def test_a_cls_token_is_not_among_the_tokens_that_attention_is_given_to() -> Non
     assert model("llava").eadaprune_has_cls
     assert not model("llava_siglip").eadaprune_has_cls
     drawn = torch.arange(65.0)
-    assert torch.equal(model("llava").eadaprune_arrange("image", {}, drawn), drawn[1:])
-    assert torch.equal(model("llava_siglip").eadaprune_arrange("image", {}, drawn[:64]), drawn[:64])
+    assert torch.equal(model("llava").eadaprune_token_scores("image", {}, drawn), drawn[1:])
+    assert torch.equal(model("llava_siglip").eadaprune_token_scores("image", {}, drawn[:64]), drawn[:64])
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -280,7 +280,7 @@ def test_attention_goes_the_way_of_features(name: str) -> None:
         drawn = torch.rand(count, side(name) ** 2 + cls)
         placeholders = merged(name, drawn[:, cls:, None], size)[:, 0]
         data = {"pixel_values": torch.zeros(count, 3, 1, 1), "image_sizes": torch.tensor(size)}
-        found = model(name).eadaprune_arrange("image", data, drawn.flatten())
+        found = model(name).eadaprune_token_scores("image", data, drawn.flatten())
         assert torch.equal(found, placeholders[placeholders != NEWLINE])
 
 
@@ -288,7 +288,7 @@ def test_attention_of_frames_is_pooled() -> None:
     """Four patches are a token."""
     drawn = torch.rand(3, 8, 8)
     data = {"pixel_values_videos": torch.zeros(3, 3, 1, 1)}
-    found = model("llava_onevision").eadaprune_arrange("video", data, drawn.flatten())
+    found = model("llava_onevision").eadaprune_token_scores("video", data, drawn.flatten())
     torch.testing.assert_close(found, torch.nn.functional.avg_pool2d(drawn, 2).flatten())
 
 
@@ -308,7 +308,7 @@ def test_attention_of_merged_patches_is_their_mean_in_the_order_of_the_prompt(na
         seen = torch.cat(windows)
     patches = seen[:, None] + torch.tensor([0.1, 0.2, 0.3, 0.4])
     data = {"video_grid_thw": torch.tensor([frames, 2 * height, 2 * width])}
-    found = model(name).eadaprune_arrange("video", data, patches.flatten())
+    found = model(name).eadaprune_token_scores("video", data, patches.flatten())
     torch.testing.assert_close(found, tokens.flatten() + 0.25)
 
 
@@ -324,5 +324,5 @@ def test_attention_of_patches_in_whole_lines_is_the_mean_of_squares(name: str, d
     patches = tokens.repeat_interleave(2, 0).repeat_interleave(2, 1) + torch.tensor([[0.1, 0.2], [0.3, 0.4]]).repeat(
         4, 5
     )
-    found = model(name).eadaprune_arrange("image", data, patches.flatten())
+    found = model(name).eadaprune_token_scores("image", data, patches.flatten())
     torch.testing.assert_close(found, tokens.flatten() + 0.25)

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from eadaprune_vllm.core.load_policy import LoadPolicy
 from eadaprune_vllm.core.options import PruneOptions, overlay
-from eadaprune_vllm.core.server_options import Choice, Layer, ServerOptions
+from eadaprune_vllm.core.server_options import Choice, OptionSource, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.load import FRESH_SECONDS, STEPS, Load
 from eadaprune_vllm.frontend.metrics import Metrics
@@ -123,8 +123,8 @@ def test_explicit_thresholds_are_kept_or_lowered(explicit: Any) -> None:
     )
     floor = None if explicit == "keep" else 0.9
     assert server.choose().energy_floor == 0.9
-    assert server.choose(Layer("x", {"max_tokens": 9}), server.preset("auto")).energy_floor == 0.9
-    for layer in (Layer("x", {"energy": 0.97}), Layer("x", {"enabled": False}), server.preset("low")):
+    assert server.choose(OptionSource("x", {"max_tokens": 9}), server.preset("auto")).energy_floor == 0.9
+    for layer in (OptionSource("x", {"energy": 0.97}), OptionSource("x", {"enabled": False}), server.preset("low")):
         assert server.choose(layer).energy_floor == floor
     assert ServerOptions().choose().energy_floor is None
 
@@ -163,14 +163,16 @@ def test_images_of_earlier_turns_are_told_from_new_ones() -> None:
 
 def test_what_is_held_keeps_the_threshold_it_last_had() -> None:
     load = Load(POLICY)
-    front_end = FrontEnd(Asker(1), Metrics(CollectorRegistry()), "m", 1, load)
+    front_end = FrontEnd(DecisionClient(1), Metrics(CollectorRegistry()), "m", 1, load)
     choice = Choice(PruneOptions(energy=0.98), energy_floor=0.9)
-    assert front_end.in_force(choice, "a", held=False).energy == 0.98
+    assert front_end.effective_options(choice, "a", held=False).energy == 0.98
     load.observe(0, 0.9, 0)
-    assert front_end.in_force(choice, "a", held=True).energy == 0.98
-    assert front_end.in_force(choice, "b", held=True).energy == 0.9  # never seen
-    assert front_end.in_force(choice, "a", held=False).energy == 0.9
+    assert front_end.effective_options(choice, "a", held=True).energy == 0.98
+    assert front_end.effective_options(choice, "b", held=True).energy == 0.9  # never seen
+    assert front_end.effective_options(choice, "a", held=False).energy == 0.9
     load.observe(0, 0, 0)
-    assert front_end.in_force(choice, "a", held=True).energy == 0.9
-    assert front_end.in_force(Choice(PruneOptions(energy=0.97), 0.9), "a", held=True).energy == 0.97  # asked otherwise
-    assert front_end.in_force(choice, "a", held=False).energy == 0.98
+    assert front_end.effective_options(choice, "a", held=True).energy == 0.9
+    assert (
+        front_end.effective_options(Choice(PruneOptions(energy=0.97), 0.9), "a", held=True).energy == 0.97
+    )  # asked otherwise
+    assert front_end.effective_options(choice, "a", held=False).energy == 0.98

@@ -11,14 +11,23 @@ import torch
 from samples import decided, item, kept
 
 from eadaprune_vllm import messages
-from eadaprune_vllm.core.prune import Kept
-from eadaprune_vllm.messages import Answer, Decided, Failed, Grounds, Question, answers, pack, questions
+from eadaprune_vllm.core.prune import PruneDecision
+from eadaprune_vllm.messages import (
+    DecisionError,
+    DecisionRequest,
+    DecisionResponse,
+    DecisionResult,
+    Explanation,
+    pack,
+    unpack_requests,
+    unpack_responses,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def assert_same_decision(one: Kept, other: Kept) -> None:
-    for field in fields(Kept):
+def assert_same_decision(one: PruneDecision, other: PruneDecision) -> None:
+    for field in fields(PruneDecision):
         left, right = getattr(one, field.name), getattr(other, field.name)
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
 
@@ -28,32 +37,37 @@ def assert_same_decision(one: Kept, other: Kept) -> None:
 def test_rows_arrive_to_the_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Short tensors travel within the message, long ones beside it."""
     rows = torch.randn(shape).to(dtype)
-    (found,) = answers(pack([decided(rows=rows)]))
-    assert isinstance(found, Decided)
+    (found,) = unpack_responses(pack([decided(rows=rows)]))
+    assert isinstance(found, DecisionResult)
     assert found.rows.dtype == dtype
     assert torch.equal(found.rows, rows)
 
 
 @pytest.mark.parametrize("newlines", [False, True])
 def test_a_decision_arrives_whole(newlines: bool) -> None:
-    grounds = Grounds([(1, 0.5), (4, 1.0)], torch.rand(4, dtype=torch.float64), [(2, 2), (1, 3)])
-    said = Decided(kept(3, newlines), torch.zeros(0, 2), {"encode": 0.5, "select": 0.25}, grounds)
-    (found,) = answers(pack([said]))
-    assert isinstance(found, Decided)
+    explanation = Explanation([(1, 0.5), (4, 1.0)], torch.rand(4, dtype=torch.float64), [(2, 2), (1, 3)])
+    said = DecisionResult(kept(3, newlines), torch.zeros(0, 2), {"encode": 0.5, "select": 0.25}, explanation)
+    (found,) = unpack_responses(pack([said]))
+    assert isinstance(found, DecisionResult)
     assert_same_decision(found.kept, said.kept)
     assert found.kept.newlines == (2 if newlines else 0)
     assert found.seconds == said.seconds
-    assert found.grounds
-    assert (found.grounds.curve, found.grounds.grids) == (grounds.curve, grounds.grids)
-    assert torch.equal(found.grounds.needed_above, grounds.needed_above)
+    assert found.explanation
+    assert (found.explanation.curve, found.explanation.grids) == (explanation.curve, explanation.grids)
+    assert torch.equal(found.explanation.thresholds, explanation.thresholds)
 
 
 def test_failures_keep_their_place_among_decisions() -> None:
-    said: list[Answer] = [decided(1), Failed("no memory"), decided(3), Failed("NaN", "features")]
-    found = answers(pack(said))
-    assert [type(answer) for answer in found] == [Decided, Failed, Decided, Failed]
-    assert [answer for answer in found if isinstance(answer, Failed)] == said[1::2]
-    assert [len(answer.kept) for answer in found if isinstance(answer, Decided)] == [1, 3]
+    said: list[DecisionResponse] = [
+        decided(1),
+        DecisionError("no memory"),
+        decided(3),
+        DecisionError("NaN", "features"),
+    ]
+    found = unpack_responses(pack(said))
+    assert [type(answer) for answer in found] == [DecisionResult, DecisionError, DecisionResult, DecisionError]
+    assert [answer for answer in found if isinstance(answer, DecisionError)] == said[1::2]
+    assert [len(answer.kept) for answer in found if isinstance(answer, DecisionResult)] == [1, 3]
 
 
 class Buffer(bytearray):
@@ -71,11 +85,11 @@ def test_answers_do_not_hold_each_others_memory(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(messages, "bytearray", buffer, raising=False)
     many = replace(kept(), indices=torch.arange(200), placeholders=torch.arange(200))
-    found = answers(pack([Decided(many, torch.randn(200, 64), {}) for _ in range(3)]))
+    found = unpack_responses(pack([DecisionResult(many, torch.randn(200, 64), {}) for _ in range(3)]))
     gc.collect()
     assert [each() for each in held] == [None]
     for answer in found:
-        assert isinstance(answer, Decided)
+        assert isinstance(answer, DecisionResult)
         answer.rows += 1  # it is ours to write to
 
 
@@ -83,10 +97,10 @@ def test_answers_do_not_hold_each_others_memory(monkeypatch: pytest.MonkeyPatch)
 def test_items_arrive_as_vllm_would_send_them(dtype: torch.dtype) -> None:
     pixels, grid = torch.randn(30, 40).to(dtype), torch.tensor([1, 4, 6])
     said = [
-        Question("image", item("image", ("image_grid_thw",), pixel_values=pixels, image_grid_thw=grid), "{}", 6),
-        Question("video", item("video", pixel_values_videos=pixels[:2]), '{"energy":0.5}', 1, explain=True),
+        DecisionRequest("image", item("image", ("image_grid_thw",), pixel_values=pixels, image_grid_thw=grid), "{}", 6),
+        DecisionRequest("video", item("video", pixel_values_videos=pixels[:2]), '{"energy":0.5}', 1, explain=True),
     ]
-    found = questions(pack(said))
+    found = unpack_requests(pack(said))
     assert [(each.modality, each.options, each.num_placeholders, each.explain) for each in found] == [
         ("image", "{}", 6, False),
         ("video", '{"energy":0.5}', 1, True),
@@ -103,12 +117,12 @@ def test_items_arrive_as_vllm_would_send_them(dtype: torch.dtype) -> None:
 
 
 def test_nothing_arrives_of_nothing() -> None:
-    assert questions(pack([])) == []
-    assert answers(pack([])) == []
+    assert unpack_requests(pack([])) == []
+    assert unpack_responses(pack([])) == []
 
 
 def test_what_was_cut_off_is_not_taken_for_a_message() -> None:
-    data = pack([Question("image", item(pixel_values=torch.randn(30, 40)), "{}", 6)])
+    data = pack([DecisionRequest("image", item(pixel_values=torch.randn(30, 40)), "{}", 6)])
     (first,) = struct.unpack_from("<Q", data)
     cuts: list[tuple[int, type[Exception]]] = [
         (4, struct.error),  # in the size of a frame
@@ -118,4 +132,4 @@ def test_what_was_cut_off_is_not_taken_for_a_message() -> None:
     ]
     for length, error in cuts:
         with pytest.raises(error):
-            questions(data[:length])
+            unpack_requests(data[:length])

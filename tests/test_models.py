@@ -30,11 +30,11 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm.architectures import ARCHITECTURES, adapter
 from eadaprune_vllm.core.options import CHUNK, PruneOptions
-from eadaprune_vllm.core.prune import Kept
+from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.frontend.items import New
-from eadaprune_vllm.messages import Decided, answers, pack, questions
+from eadaprune_vllm.frontend.items import PendingItem
+from eadaprune_vllm.messages import DecisionResult, pack, unpack_requests, unpack_responses
 from eadaprune_vllm.startup import configuration
 
 # The experts of the others want a group of ranks of their own; their towers are those of dense models.
@@ -51,7 +51,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def _engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The process is a worker's, in which our models are in the place of vLLM's."""
+    """The process is a worker's, in which our models are instead of vLLM's."""
     known = dict(ModelRegistry.models)
     for architecture, path in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, path)
@@ -91,7 +91,7 @@ class Loaded:
         self._folder = folder
         self._processor = MULTIMODAL_REGISTRY.create_processor(self.config.model_config)
 
-    def read(self, items: dict[str, Any], **options: Any) -> list[New]:
+    def read(self, items: dict[str, Any], **options: Any) -> list[PendingItem]:
         """What a front end makes of images and videos."""
         chosen = PruneOptions.model_validate(options)
         if CHUNK in self._processor.info.allowed_mm_limits:
@@ -103,7 +103,7 @@ class Loaded:
             for index in range(len(of_each))
         ]
 
-    def decided(self, items: dict[str, Any], **options: Any) -> list[Decided]:
+    def decided(self, items: dict[str, Any], **options: Any) -> list[DecisionResult]:
         """What an engine answers about them."""
         runner = SimpleNamespace(
             get_model=lambda: self.model,
@@ -111,9 +111,9 @@ class Loaded:
             device=torch.device("cpu"),
             encoder_cudagraph_manager=None,
         )
-        asked = questions(pack([new.question for new in self.read(items, **options)]))
-        found = answers(pack(decide(runner, asked)))
-        decided = [answer for answer in found if isinstance(answer, Decided)]
+        asked = unpack_requests(pack([new.question for new in self.read(items, **options)]))
+        found = unpack_responses(pack(decide(runner, asked)))
+        decided = [answer for answer in found if isinstance(answer, DecisionResult)]
         assert len(decided) == len(found)
         return decided
 
@@ -122,7 +122,7 @@ class Loaded:
         """The clip as transformers' processor has it."""
         return processor(self._folder).video_processor(CLIP, do_sample_frames=False, return_tensors="pt")
 
-    def expected(self, **options: Any) -> list[Kept]:
+    def expected(self, **options: Any) -> list[PruneDecision]:
         """The reference's decisions about all images and the clip, as far as it takes any."""
         found = [self.reference.kept(image, **options) for image in self.images.values()]
         if self.video:

@@ -7,7 +7,7 @@ import pytest
 
 from eadaprune_vllm.core.options import PruneOptions, overlay, request_schema
 from eadaprune_vllm.core.selectors import SELECTORS
-from eadaprune_vllm.core.server_options import Layer, ServerOptions
+from eadaprune_vllm.core.server_options import OptionSource, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.startup.configuration import operator_options
 
@@ -55,9 +55,9 @@ def test_at_most_so_many_lowers_at_least_so_many() -> None:
     assert overlay(DEFAULTS, {"max_tokens": None}, "x") == DEFAULTS
     # So that a preset can always be had, whatever a request says of the fewest tokens.
     server = ServerOptions(min_tokens=100, detail_low={"energy": 0.9, "max_tokens": 64})
-    assert server.resolve(Layer("x", {"min_tokens": 200}), server.preset("low")).min_tokens == 64
+    assert server.resolve(OptionSource("x", {"min_tokens": 200}), server.preset("low")).min_tokens == 64
     with pytest.raises(InvalidOptionsError, match="min_tokens=100 is above max_tokens=64"):
-        server.resolve(server.preset("low"), Layer("x", {"min_tokens": 100}))
+        server.resolve(server.preset("low"), OptionSource("x", {"min_tokens": 100}))
 
 
 def test_equal_options_have_one_key() -> None:
@@ -96,15 +96,21 @@ def test_every_option_is_described() -> None:
 
 def test_layers_are_put_on_top_of_each_other_in_order() -> None:
     server = ServerOptions(energy=0.9, min_tokens=4, min_share=0)
-    layers = [Layer("header", {"energy": 0.8}), Layer("request", {"max_tokens": 99}), Layer("image", {"energy": 0.7})]
+    layers = [
+        OptionSource("header", {"energy": 0.8}),
+        OptionSource("request", {"max_tokens": 99}),
+        OptionSource("image", {"energy": 0.7}),
+    ]
     assert server.resolve() == PruneOptions(energy=0.9, min_tokens=4)
     assert server.resolve(*layers) == PruneOptions(energy=0.7, min_tokens=4, max_tokens=99)
-    assert server.resolve(*layers[:2], Layer("none", None)) == PruneOptions(energy=0.8, min_tokens=4, max_tokens=99)
+    assert server.resolve(*layers[:2], OptionSource("none", None)) == PruneOptions(
+        energy=0.8, min_tokens=4, max_tokens=99
+    )
 
 
 def test_a_bad_layer_is_refused_even_where_a_later_one_covers_it() -> None:
     with pytest.raises(InvalidOptionsError, match=r"request\.energy=7"):
-        ServerOptions().resolve(Layer("request", {"energy": 7}), Layer("image", {"energy": 0.7}))
+        ServerOptions().resolve(OptionSource("request", {"energy": 7}), OptionSource("image", {"energy": 0.7}))
 
 
 def test_presets() -> None:
@@ -137,22 +143,22 @@ BOUNDS = LIMITS | {"energy": 0.9, "min_share": 0.0}
 )
 def test_requests_beyond_the_bounds(override: dict[str, object], field: str, clamped: dict[str, object]) -> None:
     with pytest.raises(InvalidOptionsError, match=rf"^x\.{field}=.* is outside the bounds of this server") as error:
-        ServerOptions.model_validate(BOUNDS).resolve(Layer("x", override))
+        ServerOptions.model_validate(BOUNDS).resolve(OptionSource("x", override))
     assert "energy_floor=0.5, energy_ceiling=0.95, max_tokens_ceiling=200" in str(error.value)
     server = ServerOptions.model_validate(BOUNDS | {"out_of_bounds": "clamp"})
     expected = PruneOptions.model_validate({"energy": 0.9, "max_tokens": 200} | clamped)
-    assert server.resolve(Layer("x", override)) == expected
+    assert server.resolve(OptionSource("x", override)) == expected
 
 
 def test_requests_within_the_bounds() -> None:
     server = ServerOptions.model_validate(BOUNDS)
     for override in (None, {}, {"energy": 0.5}, {"energy": 0.95}, {"max_tokens": 200}, {"min_tokens": 200}):
-        assert server.resolve(Layer("x", override)).max_tokens == 200
-    assert server.resolve(Layer("x", {"max_tokens": None})).max_tokens == 200  # as many as it may
+        assert server.resolve(OptionSource("x", override)).max_tokens == 200
+    assert server.resolve(OptionSource("x", {"max_tokens": None})).max_tokens == 200  # as many as it may
     # Presets are the operator's own: they never leave the bounds and are never refused.
     assert server.resolve(server.preset("high")).threshold == 0.95
     assert ServerOptions(energy=0.5, min_share=0, energy_ceiling=0.99).resolve(
-        Layer("x", {"enabled": False, "energy": 0.9}, trusted=True)
+        OptionSource("x", {"enabled": False, "energy": 0.9}, trusted=True)
     ) == (PruneOptions(energy=0.99))
     assert ServerOptions(energy=0.5, min_share=0, max_tokens_ceiling=99).resolve() == PruneOptions(
         energy=0.5, max_tokens=99

@@ -8,7 +8,7 @@ import pytest
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.frontend.request import Choices, RequestContext, choose, request_layers
+from eadaprune_vllm.frontend.request import Choices, RequestContext, choose, option_sources
 
 SERVER = ServerOptions(energy=0.9, detail_low={"energy": 0.5})
 
@@ -27,7 +27,7 @@ def user(*parts: Any) -> dict[str, Any]:
 
 def energies(*messages: Any, header: str | None = None, options: object = None, kwargs: object = None) -> list[float]:
     context = RequestContext(header, options)
-    chosen = choose(SERVER, request_layers(context, kwargs), list(messages), context.met)
+    chosen = choose(SERVER, option_sources(context, kwargs), list(messages), context.met)
     return [choice.options.energy for choice in chosen["image"]]
 
 

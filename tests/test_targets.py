@@ -10,7 +10,7 @@ from eadaprune_vllm.core.budget import Curve, Targets
 from eadaprune_vllm.core.load_policy import LoadPolicy
 from eadaprune_vllm.core.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.core.report import Reference
-from eadaprune_vllm.core.server_options import Layer, ServerOptions
+from eadaprune_vllm.core.server_options import OptionSource, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.patches.engine_client import take_curves
 
@@ -42,7 +42,7 @@ def test_front_ends_have_the_threshold_of_the_first_engine() -> None:
     config = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
     client, energies = SimpleNamespace(vllm_config=config), list[float]()
     for rank, curves in ((1, CURVES[1:]), (0, CURVES), (2, CURVES[2:])):
-        said = [(each.name, each.needed_above.tobytes()) for each in curves]
+        said = [(each.name, each.thresholds.tobytes()) for each in curves]
         take_curves(client, {"data_parallel_rank": rank, "eadaprune": said})
         energies.append(ServerOptions.of(multimodal).resolve().energy)
     assert energies[1] == energies[2] == ServerOptions().informed(CURVES).resolve().energy != energies[0]
@@ -58,32 +58,32 @@ def test_the_default_is_what_the_target_comes_to() -> None:
     options = server.resolve()
     assert options.target == 0.33
     assert mean(each.share(options) for each in CURVES) == pytest.approx(0.33, abs=0.01)
-    assert server.resolve(Layer("x", {"max_tokens": 9})).energy == options.energy
+    assert server.resolve(OptionSource("x", {"max_tokens": 9})).energy == options.energy
     assert options.floor(N) == 45  # a ninth
-    assert server.resolve(Layer("x", {"min_tokens": 4})).floor(N) == 4
+    assert server.resolve(OptionSource("x", {"min_tokens": 4})).floor(N) == 4
 
 
 def test_an_energy_takes_the_place_of_the_target() -> None:
     for server in (ServerOptions(energy=0.9).informed(CURVES), ServerOptions().informed(CURVES)):
-        options = server.resolve(Layer("x", {"energy": 0.9}))
+        options = server.resolve(OptionSource("x", {"energy": 0.9}))
         assert (options.energy, options.target) == (0.9, None)
     assert ServerOptions(energy=0.9).informed(CURVES).resolve().target is None
     with pytest.raises(InvalidOptionsError, match="x: energy and target exclude each other"):
-        ServerOptions().informed(CURVES).resolve(Layer("x", {"energy": 0.9, "target": 0.2}))
+        ServerOptions().informed(CURVES).resolve(OptionSource("x", {"energy": 0.9, "target": 0.2}))
 
 
 def test_requests_may_name_a_target() -> None:
     server = ServerOptions(energy=0.9).informed(CURVES)
-    options = server.resolve(Layer("x", {"target": 0.2}))
+    options = server.resolve(OptionSource("x", {"target": 0.2}))
     assert mean(each.share(options) for each in CURVES) == pytest.approx(0.2, abs=0.01)
     # Where it comes from makes no difference to caches.
-    assert options.key == server.resolve(Layer("x", {"energy": options.energy})).key
+    assert options.key == server.resolve(OptionSource("x", {"energy": options.energy})).key
     for target in (0.05, 0.9999):
         with pytest.raises(InvalidOptionsError, match=rf"x\.target={target} is not allowed; .* at least 0\.113 and"):
-            server.resolve(Layer("x", {"target": target}))
+            server.resolve(OptionSource("x", {"target": target}))
     for bad in (0, 1.5, "0.2"):
         with pytest.raises(InvalidOptionsError, match=r"x\.target=.* a number greater than 0 and at most 1 or null"):
-            server.resolve(Layer("x", {"target": bad}))
+            server.resolve(OptionSource("x", {"target": bad}))
 
 
 def test_a_target_is_brought_within_what_the_features_allow() -> None:
@@ -94,7 +94,7 @@ def test_a_target_is_brought_within_what_the_features_allow() -> None:
     assert max(shares) > 1.05 * min(shares)
     assert server.resolve(server.preset("low")).target == options.target  # it asks for more as well
     reference = Reference.of(server)
-    assert reference.most_target == 100 / 400
+    assert reference.max_target == 100 / 400
     assert reference.kept == pytest.approx(options.target, abs=0.01)
 
 
@@ -104,10 +104,10 @@ def test_no_target_of_features_of_full_rank_is_cut() -> None:
 
 def test_bounds_of_energy_hold_for_targets() -> None:
     bounded = ServerOptions(energy_floor=0.9).informed(CURVES)
-    low = ServerOptions().informed(CURVES).resolve(Layer("x", {"target": 0.15})).energy
+    low = ServerOptions().informed(CURVES).resolve(OptionSource("x", {"target": 0.15})).energy
     assert low < 0.9
     with pytest.raises(InvalidOptionsError, match=rf"x\.target=0\.15 \(energy {low:g}\) is outside the bounds"):
-        bounded.resolve(Layer("x", {"target": 0.15}))
+        bounded.resolve(OptionSource("x", {"target": 0.15}))
     # The operator's own is not refused, and no longer called what it is not.
     options = ServerOptions(target=0.15, energy_floor=0.9).informed(CURVES).resolve()
     assert (options.energy, options.target) == (0.9, None)

@@ -34,7 +34,7 @@ def encoding(flatness: float) -> Encoding:
 
 def curves(count: int) -> list[Curve]:
     found = [encoding(1 / (1 + number % 7)).spectrum("tile") for number in range(count)]
-    return [Curve(str(number), spectrum.needed_above.numpy()) for number, spectrum in enumerate(found)]
+    return [Curve(str(number), spectrum.thresholds.numpy()) for number, spectrum in enumerate(found)]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_stored_curve_gives_the_budget_that_pruning_does(options: dict[str, ob
     chosen = PruneOptions.model_validate(options)
     for flatness in (0.2, 0.7, 2.0):
         found = encoding(flatness)
-        stored = [round(value, 9) for value in found.spectrum("tile").needed_above.tolist()]
+        stored = [round(value, 9) for value in found.spectrum("tile").thresholds.tolist()]
         assert Curve("x", np.array(stored)).budget(chosen) == len(prune(found, chosen))
 
 
@@ -65,7 +65,7 @@ def test_the_solved_threshold_gives_the_mean_that_was_asked_for(target: float) -
 
 
 def test_a_mean_that_no_threshold_gives_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"can keep a share of 0\.100 to 0\.300 of their tokens in the mean, not 0\.8"):
+    with pytest.raises(ValueError, match=r"can keep a share of 0\.100 to 0\.300 of their tokens on average, not 0\.8"):
         calibrate.solve(curves(10), 0.8, PruneOptions(min_tokens=4, max_tokens=12))
 
 
@@ -128,7 +128,7 @@ def test_calibrate_asks_a_server_for_spectra(stub: Stub, folder: Path) -> None:
     header, *lines = map(json.loads, (folder.parent / "spectra.jsonl").read_text().splitlines())
     about = {"models": ["served"], "architecture": "A", "dtype": "float32"}
     assert header == about | {"budget": "spectrum", "scope": "tile"}
-    assert [len(line["needed_above"]) for line in lines] == [100] * 3
+    assert [len(line["thresholds"]) for line in lines] == [100] * 3
     # Nothing that a server's bounds might forbid.
     assert [body["eadaprune"] for body in stub.asked] == [{"scope": "tile", "selector": "uniform"}] * 4
     assert stub.images == [(folder / name).read_bytes() for name in ("0.png", "1.png", "2.png", "broken.png")]
@@ -144,7 +144,7 @@ def test_budgets_by_span_are_told_from_those_by_the_spectrum(stub: Stub, folder:
 
 def test_options_that_are_not_given_are_the_servers(stub: Stub, folder: Path) -> None:
     few = run(*calibrate_command(folder, "--url", stub.url, "--target", 0.02))
-    assert "these images can keep a share of 0.040 to 1.000 of their tokens in the mean, not 0.02" in few.stderr
+    assert "these images can keep a share of 0.040 to 1.000 of their tokens on average, not 0.02" in few.stderr
 
 
 def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, folder: Path) -> None:

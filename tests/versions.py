@@ -26,7 +26,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
 UNIT = ["tests", "-m", "not server and not slow and not gpu"]
 SMOKE = ["tests/server/test_smoke.py", "tests/server/test_media.py"]
-MORE = [f"tests/server/test_{name}.py" for name in ("cancelled", "doors", "families", "parity")]
+MORE = [f"tests/server/test_{name}.py" for name in ("cancelled", "endpoints", "families", "parity")]
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,18 @@ def due(energy: float | NDArray[np.float64]) -> Any:
     return energy + np.minimum(TIE_TOLERANCE, (1 - np.asarray(energy)) / 1000)
 
 
-def needed(needed_above: NDArray[np.float64], energy: float | NDArray[np.float64]) -> Any:
+def needed(thresholds: NDArray[np.float64], energy: float | NDArray[np.float64]) -> Any:
     """The fewest tokens that reach a threshold.
 
     Args:
-        needed_above: ``[N]`` float64, as in ``Spectrum``.
+        thresholds: ``[N]`` float64, as in ``Spectrum``.
         energy: the threshold, 0 < energy <= 1, or an array of such; 1 asks for every token.
 
     Returns:
         An integer, or an array of such.
     """
-    reached = np.searchsorted(needed_above, due(energy))
-    return np.where(np.less(energy, 1), reached, len(needed_above))
+    reached = np.searchsorted(thresholds, due(energy))
+    return np.where(np.less(energy, 1), reached, len(thresholds))
 
 
 def clamped(needed: Any, num_tokens: int, options: PruneOptions) -> Any:
@@ -48,25 +48,25 @@ class Curve:
 
     Attributes:
         name: of what it is.
-        needed_above: ``[N]`` float64, as in ``Spectrum``.
+        thresholds: ``[N]`` float64, as in ``Spectrum``.
     """
 
     name: str
-    needed_above: NDArray[np.float64]
+    thresholds: NDArray[np.float64]
 
     def budget(self, options: PruneOptions) -> int:
         """What ``prune`` would decide."""
         if not options.enabled:
-            return len(self.needed_above)
-        return int(clamped(needed(self.needed_above, options.threshold), len(self.needed_above), options))
+            return len(self.thresholds)
+        return int(clamped(needed(self.thresholds, options.threshold), len(self.thresholds), options))
 
     def share(self, options: PruneOptions) -> float:
         """The same as a share of all tokens."""
-        return self.budget(options) / len(self.needed_above)
+        return self.budget(options) / len(self.thresholds)
 
 
 class Targets:
-    """The thresholds at which pictures keep a share of their tokens in the mean.
+    """The thresholds at which pictures keep a share of their tokens on average.
 
     Args:
         curves: of the pictures.
@@ -75,15 +75,14 @@ class Targets:
 
     def __init__(self, curves: Sequence[Curve], options: PruneOptions) -> None:
         self.curves = curves
-        steps = np.unique(np.round(np.concatenate([curve.needed_above for curve in curves]), _DIGITS))
+        steps = np.unique(np.round(np.concatenate([curve.thresholds for curve in curves]), _DIGITS))
         self._energies = np.clip(steps, 10.0**-_DIGITS, 1 - 2 * TIE_TOLERANCE)  # no rounding counts as energy
         shares = [
-            clamped(needed(curve.needed_above, self._energies), len(curve.needed_above), options)
-            / len(curve.needed_above)
+            clamped(needed(curve.thresholds, self._energies), len(curve.thresholds), options) / len(curve.thresholds)
             for curve in curves
         ]
         self._means = np.mean(shares, 0)
-        self._busiest = float(np.max(shares))
+        self._max_share = float(np.max(shares))
 
     @property
     def least(self) -> float:
@@ -96,10 +95,10 @@ class Targets:
         return float(self._means[-1])
 
     @property
-    def tells_apart(self) -> float:
+    def max_default_target(self) -> float:
         """The largest share at which budgets still differ. Where features are of a small rank, every picture keeps near
         the most as much as it can."""
-        return self.most if self._busiest > _FULL_RANK else max(self.least, round(self.most * 2 / 3, 3))
+        return self.most if self._max_share > _FULL_RANK else max(self.least, round(self.most * 2 / 3, 3))
 
     def energy(self, target: float) -> float:
         """The threshold below 1.0 at which the mean share is closest to ``target``."""

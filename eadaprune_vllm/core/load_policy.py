@@ -10,9 +10,9 @@ class LoadPolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    target: float = Field(default=0.15, gt=0, le=1, description="Share of tokens that stay in the mean at full load.")
+    target: float = Field(default=0.15, gt=0, le=1, description="Share of tokens that stay on average at full load.")
     energy_floor: float | None = Field(
-        default=None, gt=0, lt=1, description="Threshold at full load, in the place of what the target comes to."
+        default=None, gt=0, lt=1, description="Threshold at full load, instead of what the target comes to."
     )
     kv_usage_low: float = Field(default=0.75, ge=0, lt=1, description="Share of the KV cache in use that is no load.")
     kv_usage_high: float = Field(

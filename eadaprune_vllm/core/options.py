@@ -35,7 +35,7 @@ class PruneOptions(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="Share of their tokens that images of many kinds keep in the mean. It stands for the energy at "
+        description="Share of their tokens that images of many kinds keep on average. It stands for the energy at "
         "which the model's reference pictures do, with the server's own min_tokens, min_share, max_tokens and scope.",
     )
     energy: float = Field(

@@ -121,7 +121,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Kept:
+class PruneDecision:
     """The one object that placeholders, rows, positions, report and metrics are made from.
 
     Attributes:
@@ -193,7 +193,7 @@ def finite(rows: torch.Tensor) -> bool:
     return bool(rows.float().sum().isfinite())
 
 
-def prune(encoding: Encoding, options: PruneOptions) -> Kept:
+def prune(encoding: Encoding, options: PruneOptions) -> PruneDecision:
     """Decide which of an image's tokens to keep; a pure function of its arguments, the times aside.
 
     ``enabled=False`` keeps every token by the same path; ``energy=1`` does, up to ``max_tokens``. Where nothing is
@@ -230,7 +230,7 @@ def prune(encoding: Encoding, options: PruneOptions) -> Kept:
         span_energy = _span_energy(parts, budgets) if selector == "span" else None
     assert len(indices) == k
     layout = encoding.layout
-    return Kept(
+    return PruneDecision(
         indices,
         layout.placeholders(indices),
         len(layout.is_newline),

@@ -152,11 +152,11 @@ class Reference(BaseModel):
     """What the defaults keep of the pictures by which targets become thresholds."""
 
     options: PruneOptions = Field(description="The defaults, with the threshold that the target stands for.")
-    kept: float = Field(description="Share of their tokens that the pictures keep in the mean.")
+    kept: float = Field(description="Share of their tokens that the pictures keep on average.")
     kept_by_kind: dict[str, float] = Field(description="The same for each kind of picture.")
     at_bound: float = Field(description="Share of the pictures whose budget is that of a bound, not of the threshold.")
-    least_target: float = Field(description="The least share that a request may ask for.")
-    most_target: float = Field(description="The largest; the model's features have no larger rank.")
+    min_target: float = Field(description="The least share that a request may ask for.")
+    max_target: float = Field(description="The largest; the model's features have no larger rank.")
     most_default_target: float = Field(description="The largest of the server's own; beyond it budgets hardly differ.")
 
     @classmethod
@@ -174,9 +174,9 @@ class Reference(BaseModel):
             kept=_share(share for of_kind in shares.values() for share in of_kind),
             kept_by_kind={kind: _share(of_kind) for kind, of_kind in sorted(shares.items())},
             at_bound=_share(float(curve.budget(options) != curve.budget(free)) for curve in targets.curves),
-            least_target=round(targets.least, _DIGITS),
-            most_target=round(targets.most, _DIGITS),
-            most_default_target=round(targets.tells_apart, _DIGITS),
+            min_target=round(targets.least, _DIGITS),
+            max_target=round(targets.most, _DIGITS),
+            most_default_target=round(targets.max_default_target, _DIGITS),
         )
 
     def __str__(self) -> str:
@@ -199,4 +199,4 @@ class Config(BaseModel):
     options: ServerOptions
     reference: Reference
     selectors: list[str]
-    doors: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")
+    endpoints: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")

@@ -23,7 +23,7 @@ _ROUNDING = 64 * np.finfo(np.float32).eps
 _precision = threading.Lock()
 
 
-class Pivots:
+class PivotedCholesky:
     """Greedy column subset selection by pivoted Cholesky: next is the token with most energy outside the span of those
     already chosen. Goes on from where it stopped.
 
@@ -116,9 +116,9 @@ class VisualTokens:
         return products
 
     @cached_property
-    def pivots(self) -> Pivots:
+    def pivots(self) -> PivotedCholesky:
         """Shared by a budget that goes by them and the selection."""
-        return Pivots(self.products)
+        return PivotedCholesky(self.products)
 
     def take(self, indices: torch.Tensor) -> "VisualTokens":
         """Some of the tokens, by their indices ``[n]`` int64."""
@@ -151,8 +151,8 @@ def attention(tokens: VisualTokens, k: int) -> torch.Tensor:
 
 
 def span(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """Those that ``Pivots`` chooses; once nothing is left outside their span, the first tokens in raster order, and
-    after ``GREEDY_STEPS`` those with most left."""
+    """Those that ``PivotedCholesky`` chooses; once nothing is left outside their span, the first in raster order,
+    and after ``GREEDY_STEPS`` those with most left."""
     pivots = tokens.pivots
     pivots.choose(k)
     return _with_rest(pivots.chosen, -pivots.residual, k)

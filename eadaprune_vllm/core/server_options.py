@@ -14,7 +14,7 @@ from eadaprune_vllm.errors import InvalidOptionsError
 
 
 @dataclass(frozen=True)
-class Layer:
+class OptionSource:
     """One source of options that goes on top of others.
 
     Attributes:
@@ -115,7 +115,7 @@ class ServerOptions(PruneOptions):
     def _consistent(self) -> "ServerOptions":
         if self.energy_floor and self.energy_ceiling and self.energy_floor > self.energy_ceiling:
             raise ValueError(f"energy_floor={self.energy_floor} is above energy_ceiling={self.energy_ceiling}")
-        for layer in (Layer("the default", None), *map(self.preset, ("low", "high"))):
+        for layer in (OptionSource("the default", None), *map(self.preset, ("low", "high"))):
             self.resolve(layer)
         self._check_load()
         return self
@@ -149,9 +149,9 @@ class ServerOptions(PruneOptions):
     def defaults(self) -> PruneOptions:
         """The options of an image about which a request says nothing."""
         options = PruneOptions(**{name: getattr(self, name) for name in PruneOptions.model_fields})
-        return self._solved(options, Layer(KEY, None, trusted=True))
+        return self._solved(options, OptionSource(KEY, None, trusted=True))
 
-    def preset(self, detail: object, where: str = "detail") -> Layer:
+    def preset(self, detail: object, where: str = "detail") -> OptionSource:
         """The layer that OpenAI's ``detail`` of an image stands for.
 
         Raises:
@@ -162,16 +162,18 @@ class ServerOptions(PruneOptions):
             raise InvalidOptionsError(
                 f"{where}={reprlib.repr(detail)} is not allowed; it must be one of {', '.join(presets)}", where
             )
-        return Layer(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
+        return OptionSource(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
 
-    def resolve(self, *layers: Layer) -> PruneOptions:
+    def resolve(self, *layers: OptionSource) -> PruneOptions:
         """The one place where options are resolved: the defaults, with each layer on top of those before it.
 
         Raises:
             InvalidOptionsError: naming field, value and allowed range, or the bounds that a layer leaves.
         """
         # An energy that a target stands for is brought within the bounds.
-        options = self._bounded(self.defaults, Layer(KEY, None, trusted=self.target is not None and self.enabled))
+        options = self._bounded(
+            self.defaults, OptionSource(KEY, None, trusted=self.target is not None and self.enabled)
+        )
         for layer in layers:
             options = overlay(options, layer.given, layer.where)
             if layer.says("target"):
@@ -180,13 +182,13 @@ class ServerOptions(PruneOptions):
         # As many as an image has is as many as it may.
         return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
 
-    def _solved(self, options: PruneOptions, layer: Layer) -> PruneOptions:
+    def _solved(self, options: PruneOptions, layer: OptionSource) -> PruneOptions:
         """With the energy that their target stands for."""
         targets, target = self._targets, options.target
         if targets is None or target is None:
             return options
         if layer.trusted:
-            target = min(max(target, targets.least), targets.tells_apart)
+            target = min(max(target, targets.least), targets.max_default_target)
         elif not targets.least <= target <= targets.most:
             field = f"{layer.where}.target"
             raise InvalidOptionsError(
@@ -196,7 +198,7 @@ class ServerOptions(PruneOptions):
             )
         return options.model_copy(update={"target": target, "energy": targets.energy(target)})
 
-    def choose(self, *layers: Layer, answered: bool = False) -> Choice:
+    def choose(self, *layers: OptionSource, answered: bool = False) -> Choice:
         """``resolve``, and how far load may lower the threshold that comes of it."""
         options, policy = self.resolve(*layers), self.load_aware
         explicit = any(layer.says("energy", "target", "enabled") for layer in layers)
@@ -221,7 +223,7 @@ class ServerOptions(PruneOptions):
                 f"load_aware.{name}={getattr(policy, name):g} is not below the default, which is energy={energy:g}"
             )
 
-    def _bounded(self, options: PruneOptions, layer: Layer) -> PruneOptions:
+    def _bounded(self, options: PruneOptions, layer: OptionSource) -> PruneOptions:
         energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
         most = self.max_tokens_ceiling
         within: dict[str, Any] = {}

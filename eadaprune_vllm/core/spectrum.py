@@ -34,7 +34,7 @@ class Spectrum:
     """Energy of one image, part by part.
 
     Attributes:
-        needed_above: ``[N]`` float64, ascending: the thresholds from which one token more is needed.
+        thresholds: ``[N]`` float64, ascending: the thresholds from which one token more is needed.
         part: ``[N]`` int64, the part that this token comes from.
         cumulative: ``[N]`` float64; entry k-1 is the share of all parts' energy that the first k tokens of this list
             hold, 1.0 for zero matrices.
@@ -42,7 +42,7 @@ class Spectrum:
         seconds: the time it took.
     """
 
-    needed_above: torch.Tensor
+    thresholds: torch.Tensor
     part: torch.Tensor
     cumulative: torch.Tensor
     num_parts: int
@@ -67,7 +67,7 @@ class Spectrum:
 
         ``energy = 1`` asks for every token, whatever the rank. A zero matrix needs one token.
         """
-        return int(needed(self.needed_above.numpy(), energy))
+        return int(needed(self.thresholds.numpy(), energy))
 
     def allocate(self, k: int) -> list[int]:
         """How many of ``k`` tokens go to each part: those that reach the highest threshold common to all."""
@@ -110,7 +110,7 @@ def spectra(images: Sequence[Sequence[VisualTokens]], dtypes: Sequence[torch.dty
 
 
 def spanned(parts: Sequence[VisualTokens], energy: float, least: int) -> Spectrum:
-    """In the place of an image's spectrum, of each part the energy in the span of the tokens that ``span`` chooses one
+    """Instead of an image's spectrum, of each part the energy in the span of the tokens that ``span`` chooses one
     by one. That is never more than as many singular values hold, so budgets are never less than by the spectrum, and
     the tokens themselves reach the threshold.
 
@@ -144,18 +144,18 @@ def _not_finite() -> NonFiniteFeaturesError:
 def _spectrum(
     parts: Sequence[VisualTokens], energies: Sequence[tuple[torch.Tensor, float]], seconds: float
 ) -> Spectrum:
-    needed_above, gains = [], []
+    thresholds, gains = [], []
     for tokens, (share, total) in zip(parts, energies, strict=True):
         before = torch.ones(tokens.num_tokens, dtype=torch.float64)
         before[: len(share)] = torch.cat((share.new_zeros(1), share.cumsum(0)[:-1])).clamp(max=1)
-        needed_above.append(before)
+        thresholds.append(before)
         gains.append(torch.zeros_like(before))
         gains[-1][: len(share)] = share * total
     sizes = torch.tensor([tokens.num_tokens for tokens in parts])
     # Of tokens that are needed at once, those that hold more come first.
     gain = torch.cat(gains)
     by_gain = gain.argsort(descending=True, stable=True)
-    ascending, order = torch.cat(needed_above)[by_gain].sort(stable=True)
+    ascending, order = torch.cat(thresholds)[by_gain].sort(stable=True)
     order = by_gain[order]
     held, total = gain[order].cumsum(0), sum(total for _, total in energies)
     cumulative = (held / total).clamp(max=1) if total else torch.ones_like(held)

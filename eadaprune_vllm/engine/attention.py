@@ -13,7 +13,7 @@ _WEIGHTS = 2**24  # how many attention weights are held at a time
 
 
 @contextmanager
-def observing(model: Any, wanted: bool) -> Iterator[Callable[[], torch.Tensor | None]]:
+def capturing(model: Any, wanted: bool) -> Iterator[Callable[[], torch.Tensor | None]]:
     """While open, attention in the last layer of the model's tower is observed, unless its layers run as one compiled
     piece, or where sequences end is told in FlashInfer's own way.
 

@@ -18,10 +18,10 @@ from eadaprune_vllm.core.options import Budget, PruneOptions
 from eadaprune_vllm.core.prune import Encoding, compute_spectra, finite, prune
 from eadaprune_vllm.core.selectors import BY_ATTENTION, VisualTokens
 from eadaprune_vllm.core.server_options import ServerOptions
-from eadaprune_vllm.engine.attention import observing
+from eadaprune_vllm.engine.attention import capturing
 from eadaprune_vllm.engine.cudagraph import encode
 from eadaprune_vllm.errors import NonFiniteFeaturesError
-from eadaprune_vllm.messages import Answer, Decided, Failed, Grounds, Question
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult, Explanation
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -44,7 +44,7 @@ class Encoded:
 
 
 @torch.inference_mode()
-def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> list[Answer]:
+def decide(runner: Any, questions: Sequence[DecisionRequest], answers: bool = True) -> list[DecisionResponse]:
     """Args:
         runner: vLLM's model runner, whose model is one of ours.
         questions: what to encode; together no more than the encoder's memory was measured with.
@@ -63,7 +63,7 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
     seen = model.eadaprune_observes and multimodal.mm_encoder_tp_mode != "data"
     budget = ServerOptions.of(multimodal).budget
     observed = [seen and each.selector in BY_ATTENTION for each in options]
-    found: dict[int, Answer] = {}
+    found: dict[int, DecisionResponse] = {}
     for batch in _encoded(runner, questions, observed, found):
         if not answers:
             continue
@@ -83,18 +83,18 @@ def decide(runner: Any, questions: Sequence[Question], answers: bool = True) -> 
 
 
 @contextmanager
-def isolate_errors(found: dict[int, Answer], index: int) -> Iterator[None]:
+def isolate_errors(found: dict[int, DecisionResponse], index: int) -> Iterator[None]:
     """What fails meanwhile fails for one question, of that index."""
     try:
         yield
     except NonFiniteFeaturesError as error:
-        found[index] = Failed(str(error), "features")
+        found[index] = DecisionError(str(error), "features")
     except torch.OutOfMemoryError:
         logger.warning("There is too little memory for an image", exc_info=True)
-        found[index] = Failed("there is too little memory for this image")
+        found[index] = DecisionError("there is too little memory for this image")
     except Exception as error:
         logger.exception("Nothing could be decided about an image")
-        found[index] = Failed(f"this image could not be encoded: {error}")
+        found[index] = DecisionError(f"this image could not be encoded: {error}")
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def _threads() -> ThreadpoolController:
 
 
 def _encoded(
-    runner: Any, questions: Sequence[Question], observed: Sequence[bool], found: dict[int, Answer]
+    runner: Any, questions: Sequence[DecisionRequest], observed: Sequence[bool], found: dict[int, DecisionResponse]
 ) -> Iterator[dict[int, Encoded]]:
     """What the model makes of each, by its index. What vLLM would batch is a batch; where attention is observed, each
     is one by itself. What fails alone is in ``found``."""
@@ -115,7 +115,11 @@ def _encoded(
 
 
 def _in_batches(
-    runner: Any, questions: Sequence[Question], indices: Sequence[int], observed: bool, found: dict[int, Answer]
+    runner: Any,
+    questions: Sequence[DecisionRequest],
+    indices: Sequence[int],
+    observed: bool,
+    found: dict[int, DecisionResponse],
 ) -> Iterator[dict[int, Encoded]]:
     # Other ranks would go on, or wait in a collective for one that begins anew.
     may_retry = runner.vllm_config.parallel_config.tensor_parallel_size == 1
@@ -142,12 +146,12 @@ def _in_batches(
 
 
 def _encode(
-    runner: Any, modality: str, kwargs: Mapping[str, Any], questions: Sequence[Question], observed: bool
+    runner: Any, modality: str, kwargs: Mapping[str, Any], questions: Sequence[DecisionRequest], observed: bool
 ) -> list[Encoded]:
     """A batch, whose arguments of the model these are."""
     model, device = runner.get_model(), runner.device
     start = time.perf_counter()
-    with observing(model, observed) as attention:
+    with capturing(model, observed) as attention:
         rows, features = encode(runner, modality, kwargs, eager=observed)
     drawn = attention()
     if device.type == "cuda":
@@ -157,14 +161,14 @@ def _encode(
         Encoded(
             rows[number],
             None if features is None else features[number],
-            None if drawn is None else model.eadaprune_arrange(modality, _data(question), drawn.cpu()),
+            None if drawn is None else model.eadaprune_token_scores(modality, _data(question), drawn.cpu()),
             seconds,
         )
         for number, question in enumerate(questions)
     ]
 
 
-def _encoding(model: Any, question: Question, encoded: Encoded, budget: Budget) -> Encoding:
+def _encoding(model: Any, question: DecisionRequest, encoded: Encoded, budget: Budget) -> Encoding:
     layout = model.eadaprune_layout(model.config, question.modality, _data(question), question.num_placeholders)
     rows, features = encoded.rows, encoded.features
     if len(rows) != question.num_placeholders:
@@ -174,19 +178,19 @@ def _encoding(model: Any, question: Question, encoded: Encoded, budget: Budget) 
     return Encoding(VisualTokens(features, encoded.attention), layout, budget)
 
 
-def _answer(question: Question, options: PruneOptions, encoding: Encoding, encoded: Encoded) -> Decided:
+def _answer(question: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: Encoded) -> DecisionResult:
     kept, rows = prune(encoding, options), encoded.rows
     seconds = {"encode": encoded.seconds, "spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
     if question.explain:
         spectrum = encoding.spectrum(options.scope)
-        grounds = Grounds(spectrum.curve(), spectrum.needed_above, list(encoding.layout.grids))
-        return Decided(kept, rows[:0].cpu(), seconds, grounds)
+        explanation = Explanation(spectrum.curve(), spectrum.thresholds, list(encoding.layout.grids))
+        return DecisionResult(kept, rows[:0].cpu(), seconds, explanation)
     rows = rows[kept.placeholders].cpu()
     if not finite(rows):
         raise NonFiniteFeaturesError(f"features of this image are too large for {rows.dtype}")
-    return Decided(kept, rows, seconds)
+    return DecisionResult(kept, rows, seconds)
 
 
-def _data(question: Question) -> Mapping[str, Any]:
+def _data(question: DecisionRequest) -> Mapping[str, Any]:
     data: Mapping[str, Any] = question.item.get_data()
     return data

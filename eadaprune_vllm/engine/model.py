@@ -14,13 +14,13 @@ from vllm.multimodal.inputs import PlaceholderRange
 from eadaprune_vllm.core.prune import Layout
 
 # What travels to the engine of a pruned item, each name after its modality.
-ROWS = "_rows"  # [p, W], the model's dtype, what the language model is fed with
+MM_EMBEDS = "_rows"  # [p, W], the model's dtype, what the language model is fed with
 KEPT = "_kept"  # [p] int64, on the CPU, which of the unpruned placeholders these are
 
 
-def ready_rows(kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+def ready_embeds(kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
     """The rows of a batch of pruned items; None if it is not one. vLLM batches one modality at a time."""
-    return next((list(value) for name, value in kwargs.items() if name.endswith(ROWS)), None)
+    return next((list(value) for name, value in kwargs.items() if name.endswith(MM_EMBEDS)), None)
 
 
 class Pruned(SupportsMultiModal):
@@ -54,7 +54,7 @@ class Pruned(SupportsMultiModal):
 
     @override
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        rows = ready_rows(kwargs)
+        rows = ready_embeds(kwargs)
         return super().embed_multimodal(**kwargs) if rows is None else rows
 
     def eadaprune_encode(self, modality: str, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
@@ -89,7 +89,7 @@ class Pruned(SupportsMultiModal):
         """
         raise NotImplementedError
 
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         """The attention that tokens draw, ``[N]``, of an item.
 
         Args:

@@ -7,7 +7,7 @@ from eadaprune_vllm.core.budget import Curve
 from eadaprune_vllm.core.options import CHUNK, MODALITIES
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.messages import Answer, Decided, Failed, answers, pack
+from eadaprune_vllm.messages import DecisionError, DecisionResponse, DecisionResult, pack, unpack_responses
 from eadaprune_vllm.reference import pictures, still
 
 
@@ -32,20 +32,20 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
         raise StartupError(f"{model_config.architecture} takes neither images nor videos, so there is nothing to prune")
     # A selector whose choice is found at once.
     options = ServerOptions.of(model_config.multimodal_config).defaults.model_copy(update={"selector": "uniform"})
-    curves, failed = list[Curve](), Failed("there is no reference picture")
+    curves, failed = list[Curve](), DecisionError("there is no reference picture")
     for kind, picture in pictures():
-        answer: Answer
+        answer: DecisionResponse
         try:
             (modality,) = items = still(picture, limits)
             inputs = ProcessorInputs([], processor.info.parse_mm_data(items))
             new = processor.read(inputs, modality, 0, options)
             new.question.explain = True
-            (answer,) = answers(ask(pack([new.question])))
+            (answer,) = unpack_responses(ask(pack([new.question])))
         except Exception as error:
-            answer = Failed(f"{type(error).__name__}: {error}")
-        if isinstance(answer, Decided):
-            assert answer.grounds, "they were asked for"
-            curves.append(Curve(kind, answer.grounds.needed_above.numpy().copy()))
+            answer = DecisionError(f"{type(error).__name__}: {error}")
+        if isinstance(answer, DecisionResult):
+            assert answer.explanation, "they were asked for"
+            curves.append(Curve(kind, answer.explanation.thresholds.numpy().copy()))
         elif answer.reason == "features":
             failed = answer
         else:

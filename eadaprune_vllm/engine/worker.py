@@ -5,7 +5,7 @@ import logging
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.messages import Failed, Question, pack, questions
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, pack, unpack_requests
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -28,13 +28,13 @@ class DecidingWorker:
         if not get_pp_group().is_first_rank:
             return b""
         answers = get_tensor_model_parallel_rank() == 0
-        asked = list[Question]()
+        asked = list[DecisionRequest]()
         try:
-            asked = questions(payload)
+            asked = unpack_requests(payload)
             if getattr(self, "_weight_update_active", False):
                 raise RuntimeError("the model's weights are being updated")
             packed = pack(decide(self.model_runner, asked, answers))  # type: ignore[attr-defined]
         except Exception as error:
             logger.exception("Images could not be encoded")
-            packed = pack([Failed(f"this image could not be encoded: {error}") for _ in asked])
+            packed = pack([DecisionError(f"this image could not be encoded: {error}") for _ in asked])
         return packed if answers else b""

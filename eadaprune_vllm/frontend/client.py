@@ -9,17 +9,17 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from eadaprune_vllm.frontend.engine_client import AsyncEngines, blocking
-from eadaprune_vllm.messages import Answer, Failed, Question, answers, pack
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, pack, unpack_responses
 
-Promise = asyncio.Future[Answer] | concurrent.futures.Future[Answer]
+_Future = asyncio.Future[DecisionResponse] | concurrent.futures.Future[DecisionResponse]
 
 
 @dataclass(eq=False)
 class _Asked:
     """A question, of one request or of several that sent the same."""
 
-    question: Question
-    promises: list[Promise]
+    question: DecisionRequest
+    promises: list[_Future]
     sent: bool = False
 
     @property
@@ -31,7 +31,7 @@ class _Asked:
 _Waiting = deque[_Asked]
 
 
-class Asker:
+class DecisionClient:
     """Of one front end.
 
     Args:
@@ -55,7 +55,7 @@ class Asker:
             self._ask_async = AsyncEngines(client)
             self._loop = _running_loop()  # or else it is known with the first question
 
-    async def ask(self, questions: Sequence[Question]) -> list[Answer]:
+    async def ask(self, questions: Sequence[DecisionRequest]) -> list[DecisionResponse]:
         """The answers to the questions of one request, up to the first that failed. They wait their turn: of every
         request one, and again. What is cancelled is not asked, and neither is what a request with a failed one still
         has; what others ask too, the same object, is asked once.
@@ -70,19 +70,21 @@ class Asker:
         self._tasks = {task for task in self._tasks if not task.done()}
         if len(self._tasks) < self._ask_async.at_once:
             self._tasks.add(asyncio.create_task(self._run()))
-        found: list[Answer] = []
+        found: list[DecisionResponse] = []
         try:
             for promise in promises:
                 found.append(await promise)
-                if isinstance(found[-1], Failed):
+                if isinstance(found[-1], DecisionError):
                     break
             return found
         finally:
             for promise in promises:
                 promise.cancel()
 
-    def _enter(self, questions: Sequence[Question], loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[Answer]]:
-        promises: list[asyncio.Future[Answer]] = [loop.create_future() for _ in questions]
+    def _enter(
+        self, questions: Sequence[DecisionRequest], loop: asyncio.AbstractEventLoop
+    ) -> list[asyncio.Future[DecisionResponse]]:
+        promises: list[asyncio.Future[DecisionResponse]] = [loop.create_future() for _ in questions]
         waiting: _Waiting = deque()
         for question, promise in zip(questions, promises, strict=True):
             asked = self._open.setdefault(id(question), _Asked(question, []))
@@ -91,7 +93,7 @@ class Asker:
         self._requests.append(waiting)
         return promises
 
-    def ask_and_wait(self, questions: Sequence[Question]) -> list[Answer]:
+    def decide_sync(self, questions: Sequence[DecisionRequest]) -> list[DecisionResponse]:
         """The same from a thread that may wait.
 
         Raises:
@@ -105,10 +107,12 @@ class Asker:
                 )
             return asyncio.run_coroutine_threadsafe(self.ask(questions), self._loop).result()
         assert self._ask, "images and videos come after the engine"
-        found: list[Answer] = []
+        found: list[DecisionResponse] = []
         waiting: _Waiting = deque(_Asked(question, [concurrent.futures.Future()]) for question in questions)
-        while (batch := _next(deque([waiting]), self.most)) and not any(isinstance(each, Failed) for each in found):
-            found += answers(self._ask(pack([asked.question for asked in batch])))
+        while (batch := _next(deque([waiting]), self.most)) and not any(
+            isinstance(each, DecisionError) for each in found
+        ):
+            found += unpack_responses(self._ask(pack([asked.question for asked in batch])))
         return found
 
     async def _run(self) -> None:
@@ -116,7 +120,7 @@ class Asker:
         while batch := _next(self._requests, self.most):
             try:
                 payload = await asyncio.to_thread(pack, [asked.question for asked in batch])
-                found = await asyncio.to_thread(answers, await self._ask_async(payload))
+                found = await asyncio.to_thread(unpack_responses, await self._ask_async(payload))
                 answered = list(zip(batch, found, strict=True))
             except Exception as error:
                 for asked in batch:
@@ -129,7 +133,7 @@ class Asker:
                         promise.set_result(answer)
             await asyncio.sleep(0)  # requests of which a question failed take the others back
 
-    def _close(self, asked: _Asked) -> list[Promise]:
+    def _close(self, asked: _Asked) -> list[_Future]:
         """Those who still wait for its answer; from now on, who asks the same is answered anew."""
         self._open.pop(id(asked.question), None)
         return [promise for promise in asked.promises if not promise.done()]

@@ -12,12 +12,12 @@ from cachetools import LRUCache
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.report import Pruning, Reference, Timing
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
-from eadaprune_vllm.frontend.client import Asker
-from eadaprune_vllm.frontend.items import New
+from eadaprune_vllm.frontend.client import DecisionClient
+from eadaprune_vllm.frontend.items import PendingItem
 from eadaprune_vllm.frontend.load import Load
 from eadaprune_vllm.frontend.metrics import Metrics, Source
 from eadaprune_vllm.frontend.shared_table import table
-from eadaprune_vllm.messages import Answer, Failed
+from eadaprune_vllm.messages import DecisionError, DecisionResponse
 
 # Images and videos whose threshold under load is remembered, at some hundred bytes each.
 REMEMBERED = 10_000
@@ -27,7 +27,7 @@ class FrontEnd:
     """Asks and counts for one served model. Thread-safe: vLLM renders on more than one thread.
 
     Args:
-        asker: asks the engine.
+        decision_client: asks the engine.
         metrics: where to count.
         model_name: label of the metrics.
         kv_bytes_per_token: KV cache that one token takes, over all layers.
@@ -40,21 +40,21 @@ class FrontEnd:
 
     def __init__(
         self,
-        asker: Asker,
+        decision_client: DecisionClient,
         metrics: Metrics,
         model_name: str,
         kv_bytes_per_token: int,
         load: Load | None = None,
         weights: Path | None = None,
     ) -> None:
-        self.asker = asker
+        self.decision_client = decision_client
         self.metrics = metrics
         self.model_name = model_name
         self.kv_bytes_per_token = kv_bytes_per_token
         self.load = load
-        self._in_force: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
+        self._effective_options: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._lock = Lock()
-        self.new: WeakValueDictionary[str, New] = WeakValueDictionary()
+        self.new: WeakValueDictionary[str, PendingItem] = WeakValueDictionary()
         self._weights = table(1, weights)
         metrics.declare(model_name)
 
@@ -65,7 +65,7 @@ class FrontEnd:
             client: vLLM's, of the engines.
             options: the operator's, informed.
         """
-        self.asker.connect(client)
+        self.decision_client.connect(client)
         self.metrics.set_defaults(self.model_name, Reference.of(options))
 
     @property
@@ -77,26 +77,28 @@ class FrontEnd:
         """From now on, no front end of this server uses what other weights made."""
         self._weights[0] = time.time()
 
-    async def ask(self, new: Sequence[New], source: Source = "request") -> None:
+    async def ask(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """Have all of them decided, up to the first of which nothing can be."""
         started = time.time_ns()
-        self._answered(new, source, started, await self.asker.ask([each.question for each in new]))
+        self._answered(new, source, started, await self.decision_client.ask([each.question for each in new]))
 
-    def ask_and_wait(self, new: Sequence[New], source: Source = "request") -> None:
+    def decide_sync(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """The same from a thread that may wait."""
         started = time.time_ns()
-        self._answered(new, source, started, self.asker.ask_and_wait([each.question for each in new]))
+        self._answered(new, source, started, self.decision_client.decide_sync([each.question for each in new]))
 
-    def _answered(self, new: Sequence[New], source: Source, started: int, answers: Sequence[Answer]) -> None:
+    def _answered(
+        self, new: Sequence[PendingItem], source: Source, started: int, answers: Sequence[DecisionResponse]
+    ) -> None:
         for each, answer in zip(new, answers, strict=False):
-            if isinstance(answer, Failed):
+            if isinstance(answer, DecisionError):
                 self.reject(answer.reason, source)
             elif not each.answer:  # or else it came to another request first
                 each.timing = Timing(each.question.modality, started, answer.seconds)
                 self.metrics.observe_stages(self.model_name, source, **answer.seconds)
             each.take(answer)
 
-    def in_force(self, choice: Choice, identity: str, held: bool) -> PruneOptions:
+    def effective_options(self, choice: Choice, identity: str, held: bool) -> PruneOptions:
         """The options of one image or video at the present load.
 
         Args:
@@ -109,8 +111,8 @@ class FrontEnd:
             return choice.options
         key = identity, choice.options.key
         with self._lock:
-            options = self._in_force.get(key) if held else None
-            self._in_force[key] = options = options or choice.at(self.load.level)
+            options = self._effective_options.get(key) if held else None
+            self._effective_options[key] = options = options or choice.at(self.load.level)
         return options
 
     def observe_load(self, engine: int, kv_usage: float, waiting: int) -> None:

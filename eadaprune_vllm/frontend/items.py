@@ -16,11 +16,11 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
 from eadaprune_vllm.core.options import CHUNK, KEY, MODALITIES, PruneOptions
-from eadaprune_vllm.core.prune import Kept, finite
+from eadaprune_vllm.core.prune import PruneDecision, finite
 from eadaprune_vllm.core.report import ItemReport, Pruning, Timing
 from eadaprune_vllm.core.server_options import Choice
-from eadaprune_vllm.engine.model import KEPT, ROWS
-from eadaprune_vllm.messages import Answer, Decided, Failed, Question
+from eadaprune_vllm.engine.model import KEPT, MM_EMBEDS
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult
 
 
 def digest(placeholders: torch.Tensor, weights: float = 0.0) -> str:
@@ -45,7 +45,7 @@ class PrunedDetails(PromptUpdateDetails):
         num_newlines: how many placeholders are newlines.
     """
 
-    kept: Kept | None = None
+    kept: PruneDecision | None = None
     num_newlines: int = 0
 
     @property
@@ -54,7 +54,7 @@ class PrunedDetails(PromptUpdateDetails):
         full = torch.tensor(self.full)
         return self.is_embed(self.full) if self.is_embed else torch.ones_like(full).bool()
 
-    def pruned(self, kept: Kept) -> "PrunedDetails":
+    def pruned(self, kept: PruneDecision) -> "PrunedDetails":
         """What is left of it."""
         full, embeds = torch.tensor(self.full), self.embeds
         stays = ~embeds
@@ -102,7 +102,7 @@ class Item:
 
 
 @dataclass
-class New:
+class PendingItem:
     """What is made of an item that no cache has.
 
     Attributes:
@@ -114,11 +114,11 @@ class New:
         timing: of the answer.
     """
 
-    question: Question
+    question: DecisionRequest
     update: ResolvedPromptUpdate
     asks: bool
     own: bool
-    answer: Answer | None = None
+    answer: DecisionResponse | None = None
     timing: Timing | None = None
 
     def fewest(self, options: PruneOptions) -> int:
@@ -129,21 +129,21 @@ class New:
         num_tokens: int = unpruned - self.update.content.num_newlines
         return min(num_tokens, options.floor(num_tokens), options.max_tokens or num_tokens)
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: DecisionResponse) -> None:
         """Note the answer, and let go of what the question was about: of that, only what vLLM leaves on the CPU goes
         on to the engine. (The question stays whole for another request that may be asking it.)"""
         self.answer = answer
         left = {name: of for name, of in self.question.item.items() if of.field.keep_on_cpu}
         self.question = msgspec.structs.replace(self.question, item=MultiModalKwargsItem(left))
 
-    def decided(self) -> Decided:
+    def decided(self) -> DecisionResult:
         """The answer.
 
         Raises:
             VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
         """
         assert self.answer
-        if not isinstance(self.answer, Failed):
+        if not isinstance(self.answer, DecisionError):
             return self.answer
         if self.own:
             raise VLLMValidationError(self.answer.error, parameter="messages")
@@ -160,7 +160,7 @@ class New:
             return item, self.update
         answer, fields = self.decided(), dict(item)
         rows, kept = answer.rows, answer.kept
-        for name, value, keep_on_cpu in ((ROWS, rows, False), (KEPT, kept.placeholders, True)):
+        for name, value, keep_on_cpu in ((MM_EMBEDS, rows, False), (KEPT, kept.placeholders, True)):
             config = MultiModalFieldConfig.batched(modality, keep_on_cpu=keep_on_cpu)
             (fields[modality + name],) = config.build_elems(modality + name, [value])
         return MultiModalKwargsItem(fields), replace(self.update, content=self.update.content.pruned(kept))
@@ -182,7 +182,7 @@ class Items:
     """
 
     of: Mapping[str, list[Item]]
-    new: dict[str, New] = field(default_factory=dict)
+    new: dict[str, PendingItem] = field(default_factory=dict)
     choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     weights: float = 0.0
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
@@ -194,7 +194,7 @@ class Items:
         """Whether any may lose tokens. If none may, all is left to vLLM."""
         return any(may_prune(item.options) for of_each in self.of.values() for item in of_each)
 
-    def undecided(self) -> list[New]:
+    def undecided(self) -> list[PendingItem]:
         """Those to be asked about.
 
         Raises:

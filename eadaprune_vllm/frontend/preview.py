@@ -14,10 +14,10 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from eadaprune_vllm.core import draw
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.report import ItemPreview, Pruning
-from eadaprune_vllm.frontend.items import Item, New, to_client
+from eadaprune_vllm.frontend.items import Item, PendingItem, to_client
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.frontend.request import Choices
-from eadaprune_vllm.messages import Grounds
+from eadaprune_vllm.messages import Explanation
 
 # Of one request, with an overlay or the whole spectrum of each. An item takes a few bytes of a request if its URL was
 # there before, and up to a megabyte of the answer.
@@ -37,23 +37,23 @@ class PreviewItem:
     modality: str
     view: Callable[[int, int], Image.Image]
     options: PruneOptions
-    new: New
+    new: PendingItem
     fewest: int
 
     @property
-    def grounds(self) -> Grounds:
+    def explanation(self) -> Explanation:
         """What the answer rests on.
 
         Raises:
             VLLMServerError, VLLMValidationError: if nothing could be decided.
         """
-        grounds = self.new.decided().grounds
-        assert grounds, "they were asked for"
-        return grounds
+        explanation = self.new.decided().explanation
+        assert explanation, "they were asked for"
+        return explanation
 
     def overlay(self) -> Image.Image:
         """The image or video, with its pruned patches dark and grey."""
-        grids, kept = self.grounds.grids, self.new.decided().kept
+        grids, kept = self.explanation.grids, self.new.decided().kept
         return draw.dim_pruned(functools.partial(self.view, len(grids)), kept.indices.tolist(), grids)
 
     def preview(self, overlay: bool, spectrum: bool) -> ItemPreview:
@@ -62,8 +62,8 @@ class PreviewItem:
         report = content.report(Item(self.modality, "", "", self.options, self.options.threshold)).model_dump()
         return ItemPreview(
             **report,
-            curve=self.grounds.curve,
-            spectrum=[round(value, 9) for value in self.grounds.needed_above.tolist()] if spectrum else None,
+            curve=self.explanation.curve,
+            spectrum=[round(value, 9) for value in self.explanation.thresholds.tolist()] if spectrum else None,
             overlay=draw.data_url(self.overlay(), "jpeg") if overlay else None,
         )
 

@@ -23,11 +23,20 @@ from eadaprune_vllm.architectures import adapter
 from eadaprune_vllm.core.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.frontend.front_end import FrontEnd
-from eadaprune_vllm.frontend.items import Item, Items, New, PrunedDetails, check_finite, may_prune, split, to_client
-from eadaprune_vllm.frontend.request import Choices, RequestContext, refusals, request_layers
-from eadaprune_vllm.messages import Question
+from eadaprune_vllm.frontend.items import (
+    Item,
+    Items,
+    PendingItem,
+    PrunedDetails,
+    check_finite,
+    may_prune,
+    split,
+    to_client,
+)
+from eadaprune_vllm.frontend.request import Choices, RequestContext, count_refusals, option_sources
+from eadaprune_vllm.messages import DecisionRequest
 
-Steps = Generator[list[New], None, Any]
+Steps = Generator[list[PendingItem], None, Any]
 
 
 class PruningProcessor(BaseMultiModalProcessor):
@@ -99,8 +108,8 @@ class PruningProcessor(BaseMultiModalProcessor):
         of_all = [*chain(*names.values())]
         counts = {modality: of_all.count(modality) for modality in MODALITIES}
         if not isinstance(given, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
-            with refusals(self.front_end):
-                layers = request_layers(RequestContext(), {KEY: given})
+            with count_refusals(self.front_end):
+                layers = option_sources(RequestContext(), {KEY: given})
                 chosen = self.server_options.choose(*layers)
             given = Choices({modality: (chosen,) * count for modality, count in counts.items()})
         if counts != {modality: len(of_each) for modality, of_each in given.items()}:
@@ -115,7 +124,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             of[modality] = []
             choices = given.along(names[modality])
             for name, choice, image_hash, data in zip(names[modality], choices, hashes[modality], of_each, strict=True):
-                options = self.front_end.in_force(choice, image_hash, choice.answered or data is None)
+                options = self.front_end.effective_options(choice, image_hash, choice.answered or data is None)
                 mm_hash = image_hash
                 if may_prune(options):
                     mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key}, **rule)
@@ -134,7 +143,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             VLLMValidationError: if data is missing, or the prompt can never fit.
         """
         assert self.front_end
-        fewest, room = len(inputs.prompt), self.front_end.asker.most
+        fewest, room = len(inputs.prompt), self.front_end.decision_client.most
         all_read = True
         for modality, of_each in items.of.items():
             for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):
@@ -148,12 +157,12 @@ class PruningProcessor(BaseMultiModalProcessor):
                     items.new[item.mm_hash] = self.front_end.new[item.mm_hash] = new
                     room -= new.question.num_placeholders
                 new = items.new[item.mm_hash]
-                fewest += new.fewest(item.options) - self.eadaprune_in_prompt(new)
+                fewest += new.fewest(item.options) - self.eadaprune_replaced_tokens(new)
                 self.check_length(fewest)
         return all_read
 
-    def eadaprune_in_prompt(self, new: New) -> int:
-        """How many tokens a prompt has in the place of an item's placeholders before vLLM puts these there."""
+    def eadaprune_replaced_tokens(self, new: PendingItem) -> int:
+        """How many tokens of a prompt the placeholders of an item replace."""
         return 1
 
     def check_length(self, fewest: int) -> None:
@@ -169,7 +178,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                 value=fewest,
             )
 
-    def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> New:
+    def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> PendingItem:
         """One item as vLLM would process it by itself, and the question about it."""
         of_each = inputs.mm_data_items[modality]
         own = isinstance(of_each, EmbeddingItems | DictEmbeddingItems)
@@ -183,8 +192,8 @@ class PruningProcessor(BaseMultiModalProcessor):
         data = super()._apply_hf_processor_main(alone, kwargs)
         read = MultiModalKwargsItems.from_hf_inputs(data, super()._get_mm_fields_config(data, kwargs))
         (update,) = super()._get_mm_prompt_updates(alone, kwargs, read)[modality][number]
-        question = Question(modality, read[modality][number], options.key, int(update.content.embeds.sum()))
-        return New(question, update, may_prune(options), own)
+        question = DecisionRequest(modality, read[modality][number], options.key, int(update.content.embeds.sum()))
+        return PendingItem(question, update, may_prune(options), own)
 
     def _check_positions(self, skipped: int) -> None:
         """Raises:

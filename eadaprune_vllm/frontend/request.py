@@ -1,4 +1,4 @@
-"""From what a request says to the options of each of its images and videos, whatever door it came through."""
+"""From what a request says to the options of each of its images and videos, whatever endpoint it came to."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.core.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.core.report import Pruning, Report
-from eadaprune_vllm.core.server_options import Choice, Layer, ServerOptions
+from eadaprune_vllm.core.server_options import Choice, OptionSource, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.metrics import Source
@@ -21,7 +21,7 @@ HEADER = "X-EAdaPrune-Energy"
 
 
 @dataclass(frozen=True)
-class Door:
+class Endpoint:
     """One of vLLM's routes that take images and videos, and with them the field. All others refuse it.
 
     Attributes:
@@ -36,27 +36,27 @@ class Door:
 
 _CHATS, _RERANK = ("messages", "input"), ("query", "documents")
 _SCORE = ("queries", "documents", "items", "data_1", "data_2", "text_1", "text_2")
-DOORS = {
-    "/v1/chat/completions": Door(),
-    "/v1/chat/completions/batch": Door(),
-    "/v1/chat/completions/render": Door(reports=False),
-    "/v1/responses": Door(("input",)),
-    "/v1/responses/render": Door(("input",), reports=False),
-    "/v1/messages": Door(("messages", "system")),
-    "/v1/messages/count_tokens": Door(("messages", "system")),
-    "/v1/messages/render": Door(("messages", "system"), reports=False),
-    "/v1/embeddings": Door(_CHATS),
-    "/v2/embed": Door(("inputs", "images")),
-    "/pooling": Door(),
-    "/classify": Door(),
-    "/score": Door(_SCORE),
-    "/v1/score": Door(_SCORE),
-    "/rerank": Door(_RERANK),
-    "/v1/rerank": Door(_RERANK),
-    "/v2/rerank": Door(_RERANK),
-    "/v1/systemone": Door(("images", "videos")),
-    "/tokenize": Door(),
-    "/invocations": Door((*_CHATS, *_RERANK, *_SCORE)),
+ENDPOINTS = {
+    "/v1/chat/completions": Endpoint(),
+    "/v1/chat/completions/batch": Endpoint(),
+    "/v1/chat/completions/render": Endpoint(reports=False),
+    "/v1/responses": Endpoint(("input",)),
+    "/v1/responses/render": Endpoint(("input",), reports=False),
+    "/v1/messages": Endpoint(("messages", "system")),
+    "/v1/messages/count_tokens": Endpoint(("messages", "system")),
+    "/v1/messages/render": Endpoint(("messages", "system"), reports=False),
+    "/v1/embeddings": Endpoint(_CHATS),
+    "/v2/embed": Endpoint(("inputs", "images")),
+    "/pooling": Endpoint(),
+    "/classify": Endpoint(),
+    "/score": Endpoint(_SCORE),
+    "/v1/score": Endpoint(_SCORE),
+    "/rerank": Endpoint(_RERANK),
+    "/v1/rerank": Endpoint(_RERANK),
+    "/v2/rerank": Endpoint(_RERANK),
+    "/v1/systemone": Endpoint(("images", "videos")),
+    "/tokenize": Endpoint(),
+    "/invocations": Endpoint((*_CHATS, *_RERANK, *_SCORE)),
 }
 # vLLM's content parts that are of a modality: by type, or by key where the type is missing or a uuid is given.
 _TYPES = {
@@ -85,7 +85,7 @@ _whole = repeat(Choice(PruneOptions(enabled=False)))
 
 @dataclass
 class RequestContext:
-    """What a request's door says and vLLM's own request objects do not carry, and what the answer will report.
+    """What a request's endpoint says and vLLM's own request objects do not carry, and what the answer will report.
 
     Attributes:
         header: value of the header ``X-EAdaPrune-Energy``.
@@ -134,7 +134,7 @@ def current() -> RequestContext:
     return _current.get(None) or RequestContext()
 
 
-def request_layers(context: RequestContext, processor_kwargs: object) -> list[Layer]:
+def option_sources(context: RequestContext, processor_kwargs: object) -> list[OptionSource]:
     """What a request says about all of its images and videos, in order of precedence, the weakest first.
 
     Args:
@@ -143,14 +143,14 @@ def request_layers(context: RequestContext, processor_kwargs: object) -> list[La
     """
     layers = []
     if context.header is not None:
-        layers.append(Layer(HEADER, {"energy": _number(context.header)}))
+        layers.append(OptionSource(HEADER, {"energy": _number(context.header)}))
     if isinstance(processor_kwargs, dict):
-        layers.append(Layer(f"mm_processor_kwargs.{KEY}", processor_kwargs.get(KEY)))
-    layers.append(Layer(KEY, context.options))
+        layers.append(OptionSource(f"mm_processor_kwargs.{KEY}", processor_kwargs.get(KEY)))
+    layers.append(OptionSource(KEY, context.options))
     return layers
 
 
-def choose(server: ServerOptions, layers: list[Layer], messages: list[Any], met: dict[str, int]) -> Choices:
+def choose(server: ServerOptions, layers: list[OptionSource], messages: list[Any], met: dict[str, int]) -> Choices:
     """What is chosen for each image and video in ``messages``, in the order in which vLLM numbers them.
 
     Args:
@@ -164,7 +164,7 @@ def choose(server: ServerOptions, layers: list[Layer], messages: list[Any], met:
     """
     server.resolve(*layers)  # also where there is no image
     parts = list(item_parts(messages))
-    check_places(messages)
+    reject_misplaced(messages)
     answers = [
         n for n, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"
     ]
@@ -177,7 +177,7 @@ def choose(server: ServerOptions, layers: list[Layer], messages: list[Any], met:
         detail = next((detail for detail in details if detail is not None), "auto")
         where = f"{modality}s[{met[modality]}]"
         preset = server.preset(detail, f"{where}.detail")
-        own = Layer(f"{where}.{KEY}", part.get(KEY))
+        own = OptionSource(f"{where}.{KEY}", part.get(KEY))
         chosen[modality].append(server.choose(*layers, preset, own, answered=number < answered))
         met[modality] += 1
     return Choices({modality: tuple(of_each) for modality, of_each in chosen.items()})
@@ -196,7 +196,7 @@ def item_parts(messages: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield modality, part
 
 
-def mentions(value: object) -> Iterator[dict[str, Any]]:
+def option_fields(value: object) -> Iterator[dict[str, Any]]:
     """The objects anywhere in a JSON value that have our field."""
     stack = [value]
     while stack:
@@ -209,11 +209,11 @@ def mentions(value: object) -> Iterator[dict[str, Any]]:
                 stack.extend(places)
 
 
-def check_places(messages: object) -> None:
+def reject_misplaced(messages: object) -> None:
     """Raises:
     InvalidOptionsError: if options are given where they do nothing.
     """
-    if not all(map(modality_of, mentions(messages))):
+    if not all(map(modality_of, option_fields(messages))):
         raise InvalidOptionsError(
             f"{KEY} belongs to the request, or to a content part that is an image or a video", KEY
         )
@@ -224,9 +224,9 @@ def chat_extras(renderer: Any, messages: list[Any], prompt_extras: Mapping[str, 
     extras = dict(prompt_extras or {})
     kwargs = dict(extras.get("mm_processor_kwargs") or {})
     processor = renderer.mm_processor
-    with refusals(processor.front_end):
+    with count_refusals(processor.front_end):
         context = current()
-        layers = request_layers(context, kwargs)
+        layers = option_sources(context, kwargs)
         kwargs[KEY] = choose(processor.server_options, layers, messages, context.met)
     return extras | {"mm_processor_kwargs": kwargs}
 
@@ -246,10 +246,10 @@ def note(renderer: Any, prompts: Iterable[Any]) -> None:
     """What was pruned of these engine inputs is told with the answer."""
     options = renderer.mm_processor.server_options
     if options.report:
-        current().prunings.extend(told(options, prompt[KEY]) for prompt in prompts if KEY in prompt)
+        current().prunings.extend(redacted(options, prompt[KEY]) for prompt in prompts if KEY in prompt)
 
 
-def told(server: ServerOptions, pruning: Pruning) -> Pruning:
+def redacted(server: ServerOptions, pruning: Pruning) -> Pruning:
     """What of it a client is told."""
     return pruning if server.report_cached else pruning.without_cache()
 
@@ -263,12 +263,12 @@ def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping
         return
     given = current().options is not None or KEY in kwargs
     if given and not any(isinstance(prompt, dict) and prompt.get("multi_modal_data") for prompt in prompts):
-        with refusals(renderer.mm_processor.front_end):
+        with count_refusals(renderer.mm_processor.front_end):
             raise InvalidOptionsError(f"{KEY} does nothing here: this request takes no images or videos", KEY)
 
 
 @contextmanager
-def refusals(front_end: FrontEnd, source: Source = "request") -> Iterator[None]:
+def count_refusals(front_end: FrontEnd, source: Source = "request") -> Iterator[None]:
     """While open, bad options are counted and become vLLM's 400."""
     try:
         yield

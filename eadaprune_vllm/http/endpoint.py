@@ -25,9 +25,17 @@ from eadaprune_vllm.core.report import Config, Preview, Reference
 from eadaprune_vllm.frontend.load import watch_load
 from eadaprune_vllm.frontend.preview import MAX_DETAILED, PreviewItem, check_detailed, iter_preview_items, previews
 from eadaprune_vllm.frontend.processor import PruningProcessor
-from eadaprune_vllm.frontend.request import HEADER, RequestContext, choose, item_parts, refusals, request_layers, told
+from eadaprune_vllm.frontend.request import (
+    HEADER,
+    RequestContext,
+    choose,
+    count_refusals,
+    item_parts,
+    option_sources,
+    redacted,
+)
 from eadaprune_vllm.http import page
-from eadaprune_vllm.http.route import PruningRoute, documented, is_door
+from eadaprune_vllm.http.route import PruningRoute, documented, takes_options
 from eadaprune_vllm.startup.naming import NAME
 
 
@@ -60,10 +68,10 @@ class EndpointPlugin:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Put ``PruningRoute`` in the place of every route that takes a JSON body, and add our own."""
+        """Make a ``PruningRoute`` of every route that takes a JSON body, and add our own."""
         twins = APIRouter()
         for route in app.routes:
-            if isinstance(route, APIRoute) and (route.body_field or is_door(route)):
+            if isinstance(route, APIRoute) and (route.body_field or takes_options(route)):
                 twin = copy(route)
                 twin.__class__ = PruningRoute  # FastAPI builds the included route of its class
                 twin.openapi_extra = documented(route)
@@ -117,10 +125,10 @@ async def config(request: Request) -> Config:
         options=state.eadaprune.server_options,
         reference=Reference.of(state.eadaprune.server_options),
         selectors=list(SELECTOR_NAMES),
-        doors=[
+        endpoints=[
             route.path
             for route in request.app.routes
-            if isinstance(route, PruningRoute) and is_door(route) and route.include_in_schema
+            if isinstance(route, PruningRoute) and takes_options(route) and route.include_in_schema
         ],
     )
 
@@ -141,9 +149,9 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
     processor = state.eadaprune
     messages = [message.model_dump() for message in body.messages]
     extra = body.model_extra or {}
-    with refusals(processor.front_end, "preview"):
+    with count_refusals(processor.front_end, "preview"):
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
-        layers = request_layers(context, extra.get("mm_processor_kwargs"))
+        layers = option_sources(context, extra.get("mm_processor_kwargs"))
         choices = choose(processor.server_options, layers, messages, context.met)
     for name in ("mm_processor_kwargs", "media_io_kwargs"):
         given = extra.get(name)
@@ -155,7 +163,7 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
     fetched = await _fetch(state.eadaprune_renderer.model_config, messages)
     found, items = iter_preview_items(processor, fetched, choices), list[PreviewItem]()
     loop = asyncio.get_running_loop()
-    unasked, room = dict[PreviewItem, None](), processor.front_end.asker.most
+    unasked, room = dict[PreviewItem, None](), processor.front_end.decision_client.most
     while item := await loop.run_in_executor(state.eadaprune_renderer._mm_executor, next, found, None):
         items.append(item)
         if item.new.answer or item in unasked:
@@ -164,7 +172,7 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
         room -= item.new.question.num_placeholders
         if room <= 0:
             await processor.front_end.ask([each.new for each in unasked], "preview")  # which lets go of their pixels
-            unasked, room = {}, processor.front_end.asker.most
+            unasked, room = {}, processor.front_end.decision_client.most
     await processor.front_end.ask([each.new for each in unasked], "preview")
     answer = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
     return Response(answer, media_type="application/json")
@@ -173,7 +181,7 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
 def _preview_json(processor: PruningProcessor, items: Sequence[PreviewItem], body: PreviewRequest) -> str:
     """The answer, which may be long."""
     pruning = previews(processor, items, body.overlay, body.spectrum)
-    return Preview.of([told(processor.server_options, pruning)]).model_dump_json()
+    return Preview.of([redacted(processor.server_options, pruning)]).model_dump_json()
 
 
 async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:

@@ -19,13 +19,13 @@ from eadaprune_vllm.core.options import KEY, request_schema
 from eadaprune_vllm.core.report import Report
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.request import (
-    DOORS,
+    ENDPOINTS,
     HEADER,
     RequestContext,
-    check_places,
+    count_refusals,
     in_context,
-    mentions,
-    refusals,
+    option_fields,
+    reject_misplaced,
     request_context,
 )
 
@@ -52,16 +52,16 @@ class PruningRoute(APIRoute):
         async def handle(request: Request) -> Response:
             body = await _json(request)
             if body is not None and _WORD.search(await request.body()):
-                with refusals(request.app.state.eadaprune.front_end):
+                with count_refusals(request.app.state.eadaprune.front_end):
                     self._check(body)
-            if not is_door(self):
+            if not takes_options(self):
                 return await handler(request)
             options = body.pop(KEY, None) if isinstance(body, dict) else None  # vLLM's models may forbid it
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
                 response = await handler(request)
             if isinstance(response, StreamingResponse):  # which may render more turns, after calls of built-in tools
                 response.body_iterator = in_context(aiter(response.body_iterator), context)
-            return _reported(response, context.report(), in_body=DOORS[self.path].reports)
+            return _reported(response, context.report(), in_body=ENDPOINTS[self.path].reports)
 
         return handle
 
@@ -69,21 +69,21 @@ class PruningRoute(APIRoute):
         """Raises:
         InvalidOptionsError: if the field is somewhere in the body where it would be ignored.
         """
-        fields = DOORS[self.path].fields if is_door(self) else ()
+        fields = ENDPOINTS[self.path].fields if takes_options(self) else ()
         if isinstance(body, dict) and not body.keys().isdisjoint(fields):
-            check_places([body.get(field) for field in fields])
-            if any(mentions(body.get(_KWARGS))) and not _has_fields(self, (_KWARGS,)):
+            reject_misplaced([body.get(field) for field in fields])
+            if any(option_fields(body.get(_KWARGS))) and not _has_fields(self, (_KWARGS,)):
                 raise InvalidOptionsError(f"{KEY} does nothing in {_KWARGS} at {self.path}", KEY)
             return
         if isinstance(body, dict) and self.path.endswith("/derender"):
             body = body | {"chat_request": None}  # is the request as it was rendered, and the field did something then
-        if any(mentions(body)):
+        if any(option_fields(body)):
             raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images or videos", KEY)
 
 
-def is_door(route: APIRoute) -> bool:
+def takes_options(route: APIRoute) -> bool:
     """Whether a route takes images and videos. Under some pooling tasks one of their paths takes text only."""
-    return route.path in DOORS and _has_fields(route, DOORS[route.path].fields)
+    return route.path in ENDPOINTS and _has_fields(route, ENDPOINTS[route.path].fields)
 
 
 def _has_fields(route: APIRoute, fields: Iterable[str]) -> bool:
@@ -103,10 +103,10 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def documented(route: APIRoute) -> dict[str, Any]:
-    """The ``openapi_extra`` of one of vLLM's routes: what vLLM says there, and what is ours if it is a door."""
+    """The ``openapi_extra`` of one of vLLM's routes: what vLLM says there, and what is ours if it takes options."""
     extra = deepcopy(route.openapi_extra or {})
-    if is_door(route):
-        deep_dict_update(extra, _door(DOORS[route.path].reports))
+    if takes_options(route):
+        deep_dict_update(extra, _door(ENDPOINTS[route.path].reports))
     return extra
 
 

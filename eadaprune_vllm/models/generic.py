@@ -51,7 +51,7 @@ def _grid(length: int, pixels: torch.Tensor) -> tuple[int, int] | None:
 
 
 def __getattr__(name: str) -> Any:
-    """Our class in the place of vLLM's for the architecture of that name."""
+    """Our class for vLLM's architecture of that name."""
     if name not in _MULTIMODAL_MODELS:
         raise AttributeError(f"vLLM ships no multimodal architecture {name}")
     module, stock_name = _MULTIMODAL_MODELS[name]

@@ -62,5 +62,5 @@ class PrunedLlavaForConditionalGeneration(LlavaTower, llava.LlavaForConditionalG
         return Layout.whole(side, side) if is_grid else Layout.whole(1, num_placeholders)
 
     @override
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         return self.eadaprune_patches(attention, tiles=1)[0]

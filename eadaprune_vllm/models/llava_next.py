@@ -78,7 +78,7 @@ class Tiled(LlavaTower):
         return Layout(part, tuple(grids), Newlines(mask, line))
 
     @override
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         tiles = self.eadaprune_patches(attention, len(data["pixel_values"]))
         merged = self.arranged(self.config, tiles[..., None], data["image_sizes"])[:, 0]
         return merged[~merged.isnan()]

@@ -44,9 +44,9 @@ class PrunedLlavaOnevisionForConditionalGeneration(Tiled, llava_onevision.LlavaO
         return Layout(part, ((side, side),) * frames, Newlines(last, torch.zeros_like(part)))
 
     @override
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         if modality == "image":
-            return super().eadaprune_arrange(modality, data, attention)
+            return super().eadaprune_token_scores(modality, data, attention)
         frames = self.eadaprune_patches(attention, len(data["pixel_values_videos"]))
         pooled: torch.Tensor = self.apply_pooling(frames[..., None])
         return pooled.flatten()

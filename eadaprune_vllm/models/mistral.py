@@ -13,7 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eadaprune_vllm.core.prune import Layout
 from eadaprune_vllm.engine.model import Pruned, of_squares
-from eadaprune_vllm.frontend.items import New
+from eadaprune_vllm.frontend.items import PendingItem
 from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
@@ -41,7 +41,7 @@ class PixtralTower(Pruned):
         return Layout.whole(height // token, width // token)
 
     @override
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         ((rows, columns),) = self.eadaprune_layout(self.config, modality, data, 0).grids
         return of_squares(attention, rows, columns, self.eadaprune_merged(self.config))
 
@@ -67,7 +67,7 @@ class PrunedPixtralProcessor(PruningProcessor, pixtral.PixtralMultiModalProcesso
     """
 
     @override
-    def eadaprune_in_prompt(self, new: New) -> int:
+    def eadaprune_replaced_tokens(self, new: PendingItem) -> int:
         return new.question.num_placeholders
 
     @override

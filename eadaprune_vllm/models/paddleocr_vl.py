@@ -32,7 +32,7 @@ class PrunedPaddleOCRVLForConditionalGeneration(
     eadaprune_energy: ClassVar[float | None] = 1.0  # pages of text have the lowest rank, and would lose most
 
     @override
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         _, height, width = data["image_grid_thw"].tolist()  # the tower goes along whole lines of patches
         merged = self.config.vision_config.spatial_merge_size
         return of_squares(attention, height // merged, width // merged, merged)

@@ -29,7 +29,7 @@ class PrunedQwen2_5_VLForConditionalGeneration(
     """Qwen2.5-VL, pruned."""
 
     @override
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         vision = self.config.vision_config
         order, _ = get_vision_window_index(  # that the tower's blocks see the tokens in
             data[f"{modality}_grid_thw"][None],
@@ -37,4 +37,4 @@ class PrunedQwen2_5_VLForConditionalGeneration(
             window_size=vision.window_size,
             patch_size=vision.patch_size,
         )
-        return super().eadaprune_arrange(modality, data, attention)[order.argsort()]
+        return super().eadaprune_token_scores(modality, data, attention)[order.argsort()]

@@ -44,7 +44,7 @@ class QwenTower(Pruned):
         return int(config.vision_config.out_hidden_size)
 
     @override
-    def eadaprune_arrange(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
+    def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         return attention.view(-1, self.config.vision_config.spatial_merge_size**2).mean(1)
 
 

@@ -1,6 +1,6 @@
 """Qwen3.5, dense and mixture of experts (Qwen3-VL without DeepStack, before layers most of which are Gated DeltaNet's).
 
-Those layers have a state in the place of a KV cache, and no positions: to them a pruned prompt is a shorter one.
+Those layers have a state instead of a KV cache, and no positions: to them a pruned prompt is a shorter one.
 """
 
 from vllm.config import VllmConfig

@@ -61,4 +61,4 @@ def take_curves(client: Any, response: Mapping[str, Any]) -> None:
     ready_curves[rank] = response[KEY]
     # Engines may differ by rounding; all front ends have the same from the first.
     curves = [Curve(name, np.frombuffer(data)) for name, data in ready_curves[min(ready_curves)]]
-    configuration.inform(client.vllm_config, curves)
+    configuration.set_curves(client.vllm_config, curves)

@@ -31,15 +31,15 @@ def install() -> None:
     def initialize_kv_caches(original: Any, core: Any, vllm_config: Any) -> Any:
         initialized = original(core, vllm_config)
         curves = measured(vllm_config, partial(ask_workers, core))
-        configuration.say(configuration.inform(vllm_config, curves))
+        configuration.say(configuration.set_curves(vllm_config, curves))
         return initialized
 
     @wrap(f"{_CORE}:EngineCoreProc._make_ready_response")
     def make_ready_response(original: Any, core: Any) -> Any:
         targets = ServerOptions.of(core.vllm_config.model_config.multimodal_config).targets
         assert targets, "it was informed before"
-        told = [(curve.name, curve.needed_above.tobytes()) for curve in targets.curves]
-        return Ready(**vars(original(core)), eadaprune=told)
+        redacted = [(curve.name, curve.thresholds.tobytes()) for curve in targets.curves]
+        return Ready(**vars(original(core)), eadaprune=redacted)
 
     @wrap(f"{_CORE}:EngineCore.post_step")
     def post_step(original: Any, core: Any, model_executed: bool) -> None:

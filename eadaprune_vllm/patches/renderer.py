@@ -11,13 +11,13 @@ from eadaprune_vllm.compat import drain_invalidations
 from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend import request as requests
-from eadaprune_vllm.frontend.items import New
+from eadaprune_vllm.frontend.items import PendingItem
 from eadaprune_vllm.frontend.processor import Steps
 from eadaprune_vllm.patching import wrap
 
 
 def install() -> None:
-    # All that is chat-like is rendered by one of these two: every such door, and LLM.chat.
+    # All that is chat-like is rendered by one of these two: every such endpoint, and LLM.chat.
     def render_each(
         original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
     ) -> list[Any]:
@@ -74,7 +74,7 @@ def decide_between(renderer: Any) -> None:
     except AttributeError as error:
         raise StartupError(f"this vLLM's renderer is not of the kind known: {error}") from None
 
-    def advance(steps: Steps) -> tuple[list[New] | None, Any]:
+    def advance(steps: Steps) -> tuple[list[PendingItem] | None, Any]:
         """What is undecided after the next step, or vLLM's input. As vLLM does around processing."""
         drain_invalidations(renderer)
         with set_default_torch_num_threads():
@@ -90,7 +90,7 @@ def decide_between(renderer: Any) -> None:
             undecided, result = advance(steps)
             if undecided is None:
                 return result
-            front_end.ask_and_wait(undecided)
+            front_end.decide_sync(undecided)
 
     async def process_in_turn(*args: Any, mm_processor_kwargs: Any, **kwargs: Any) -> Any:
         steps = await process_async(*args, mm_processor_kwargs=_as_request(mm_processor_kwargs), **kwargs)

@@ -16,7 +16,7 @@ def install() -> None:
         async def refuse(_: Any) -> None:
             raise VLLMValidationError(f"{KEY} does nothing at {request.url}", parameter=KEY)
 
-        if request.url not in requests.DOORS and any(requests.mentions(request.body.model_dump())):
+        if request.url not in requests.ENDPOINTS and any(requests.option_fields(request.body.model_dump())):
             serving_engine_func = refuse
         context = requests.RequestContext(options=(request.body.model_extra or {}).get(KEY))
         with requests.request_context(context):

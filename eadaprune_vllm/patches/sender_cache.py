@@ -20,7 +20,7 @@ _LOST = "after a request that was cancelled or refused, the next one with its im
 def _nothing() -> None: ...
 
 
-class Unsent:
+class UnsentItems:
     """What a cache has that was not sent. Requests are processed on one thread and sent from another.
 
     Attributes:
@@ -34,7 +34,7 @@ class Unsent:
         self.held: dict[str, Any] = {}
         self.merged = False
 
-    def is_lost(self, mm_hash: str) -> bool:
+    def is_orphaned(self, mm_hash: str) -> bool:
         """Whether neither the engine nor any request has it. Otherwise it is held until the request has it too."""
         if self.merged:
             self.held, self.merged = {}, False
@@ -53,9 +53,9 @@ class Unsent:
             self.data.pop(mm_hash, None)
 
 
-def unsent(cache: Any) -> Unsent:
+def unsent(cache: Any) -> UnsentItems:
     """What was not sent of a cache."""
-    found: Unsent = vars(cache).setdefault(_ATTRIBUTE, Unsent())
+    found: UnsentItems = vars(cache).setdefault(_ATTRIBUTE, UnsentItems())
     return found
 
 
@@ -104,7 +104,7 @@ def get_and_update_item(original: Any, cache: Any, mm_item: Any, mm_hash: str) -
 
 
 def is_cached_item(original: Any, cache: Any, mm_hash: str) -> Any:
-    if unsent(cache).is_lost(mm_hash):
+    if unsent(cache).is_orphaned(mm_hash):
         cache.invalidate(mm_hash)
     return original(cache, mm_hash)
 

@@ -16,7 +16,7 @@ from eadaprune_vllm.core.report import Reference
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.extension import extended
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
-from eadaprune_vllm.frontend.client import Asker
+from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.load import Load
 from eadaprune_vllm.frontend.metrics import Metrics
@@ -37,7 +37,7 @@ def configure(vllm_config: Any, options: ServerOptions) -> None:
     parallel.worker_extension_cls = extended(parallel.worker_extension_cls)
 
 
-def inform(vllm_config: Any, curves: Sequence[Curve]) -> ServerOptions:
+def set_curves(vllm_config: Any, curves: Sequence[Curve]) -> ServerOptions:
     """Tell a configuration's options which thresholds targets stand for.
 
     Args:
@@ -74,8 +74,8 @@ def say(options: ServerOptions) -> None:
             "eadaprune: target %g is out of reach of this model, which keeps %.3f to %.3f of the reference pictures' "
             "tokens; it is %.3f, where their budgets still differ",
             target,
-            reference.least_target,
-            reference.most_target,
+            reference.min_target,
+            reference.max_target,
             found,
         )
     logger.info("eadaprune: %s", reference)
@@ -141,9 +141,9 @@ def front_end(vllm_config: Any) -> FrontEnd:
         # As vLLM's client counts the engines it manages.
         engines = parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
         load = Load(policy, engines, _shared_by_front_ends("load", count))
-    asker = Asker(vllm_config.scheduler_config.max_num_encoder_input_tokens)
+    decision_client = DecisionClient(vllm_config.scheduler_config.max_num_encoder_input_tokens)
     return FrontEnd(
-        asker,
+        decision_client,
         _metrics(),
         model.served_model_name,
         kv_bytes_per_token(vllm_config),

@@ -88,7 +88,7 @@ def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -
                 continue
             assert spectrum, "it was asked for"
             known[found[where]] = spectrum
-            line = {"image": where, "identity": found[where], "needed_above": spectrum}
+            line = {"image": where, "identity": found[where], "thresholds": spectrum}
             file.write(json.dumps(line) + "\n")
             file.flush()
     curves = [Curve(where, np.array(known[identity])) for where, identity in found.items() if identity in known]
@@ -108,7 +108,7 @@ def _stored(store: Path, about: dict[str, Any]) -> dict[str, list[float]]:
     if complete != text:
         store.write_text(complete)
     entries = map(json.loads, complete.splitlines()[1:])
-    return {entry["identity"]: entry["needed_above"] for entry in entries}
+    return {entry["identity"]: entry["thresholds"] for entry in entries}
 
 
 def _identity(where: str) -> str | None:
@@ -131,7 +131,7 @@ def solve(curves: Sequence[Curve], target: float, options: PruneOptions) -> Prun
     targets = Targets(curves, options)
     if not targets.least <= target <= targets.most:
         raise ValueError(
-            f"these images can keep a share of {targets.least:.3f} to {targets.most:.3f} of their tokens in the mean, "
+            f"these images can keep a share of {targets.least:.3f} to {targets.most:.3f} of their tokens on average, "
             f"not {target:g}"
         )
     return options.model_copy(update={"energy": targets.energy(target)})

@@ -204,4 +204,4 @@ def of_server(url: str) -> Iterator[Finding]:
     yield Finding("server", f"{NAME} {config.version} on vLLM {config.vllm_version}", "ok")
     yield Finding("serves", f"{', '.join(config.models)}: {config.architecture} in {config.dtype}")
     yield Finding("in force", ("" if target is None else f"target {target:g}: ") + str(config.reference))
-    yield Finding("doors", str(len(config.doors)))
+    yield Finding("endpoints", str(len(config.endpoints)))

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMServerError
 from vllm.multimodal.media import ImageMediaIO
 
 from eadaprune_vllm.core.report import ItemPreview
-from eadaprune_vllm.core.server_options import Layer, ServerOptions
+from eadaprune_vllm.core.server_options import OptionSource, ServerOptions
 from eadaprune_vllm.frontend.preview import iter_preview_items
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.frontend.request import Choices
@@ -54,10 +54,10 @@ class OfflineModel:
         picture = ImageMediaIO().load_bytes(image).media
         processor: PruningProcessor = self._engine.llm_engine.renderer.mm_processor
         assert processor.front_end
-        chosen = processor.server_options.choose(Layer("options", given))
+        chosen = processor.server_options.choose(OptionSource("options", given))
         items = still(picture, processor.info.allowed_mm_limits)
         (item,) = iter_preview_items(processor, items, Choices(image=(chosen,), video=(chosen,)))
-        processor.front_end.ask_and_wait([item.new], "preview")
+        processor.front_end.decide_sync([item.new], "preview")
         try:
             return item.preview(overlay, spectrum)
         except VLLMServerError as error:

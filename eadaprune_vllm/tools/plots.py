@@ -56,7 +56,7 @@ def _accuracy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -> None:
             axes.axhline(row["accuracy"], color="black", linewidth=0.8, label="no pruning")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("tokens an image keeps in the mean")
+    axes.set_xlabel("tokens an image keeps on average")
     axes.set_ylabel("accuracy")
     axes.set_title(title)
 

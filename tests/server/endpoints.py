@@ -8,7 +8,7 @@ from harness import Server, content
 from PIL import Image
 from shared import Reference
 
-from eadaprune_vllm.frontend.request import DOORS
+from eadaprune_vllm.frontend.request import ENDPOINTS
 
 Images = dict[str, Image.Image]
 Body = dict[str, Any]
@@ -168,7 +168,7 @@ def differences(first: Any, second: Any, where: str = "") -> Iterator[str]:
 
 def offered(server: Server) -> set[str]:
     """Our endpoints, of the server's."""
-    return {*server.document()["paths"]} & {*DOORS}
+    return {*server.document()["paths"]} & {*ENDPOINTS}
 
 
 def taking_images(server: Server) -> set[str]:

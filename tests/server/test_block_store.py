@@ -41,7 +41,7 @@ def ask(server: Server, images: Images, options: dict[str, Any]) -> list[Found]:
     return found
 
 
-def told(found: list[Found]) -> list[tuple[int, str | None]]:
+def redacted(found: list[Found]) -> list[tuple[int, str | None]]:
     return [(tokens, answer) for tokens, answer, _ in found]
 
 
@@ -62,18 +62,18 @@ def test_blocks_are_found_by_what_was_kept(start: Start, tmp_path: Path, images:
             yield server
 
     with start("without-store", *FLAGS) as server:
-        expected = [told(ask(server, images, options)) for options in OPTIONS]
-        other = told(ask(server, images, {"energy": 0.9}))
+        expected = [redacted(ask(server, images, options)) for options in OPTIONS]
+        other = redacted(ask(server, images, {"energy": 0.9}))
     with stored("first") as server:
         first = [ask(server, images, options) for options in OPTIONS]
-    assert [told(found) for found in first] == expected
+    assert [redacted(found) for found in first] == expected
     assert not any(map(any, map(from_store, first)))
     with stored("second") as server:
         second = [ask(server, images, options) for options in (*OPTIONS[:-1], FIXED | {"energy": 0.6})]
         new = ask(server, images, {"energy": 0.9})
         as_many = ask(server, images, FIXED | {"energy": 0.5, "selector": "random"})
-    assert [told(found) for found in second] == expected
+    assert [redacted(found) for found in second] == expected
     assert all(map(all, map(from_store, second)))
-    assert told(new) == other
+    assert redacted(new) == other
     assert [tokens for tokens, _, _ in as_many] == [tokens for tokens, _ in expected[-1]]
     assert not any(from_store(new) + from_store(as_many))

@@ -30,7 +30,7 @@ def test_it_says_at_start_what_the_target_comes_to(server: Server, logs: Path) -
     assert "eadaprune: target 0.33 is out of reach of this model" in log  # its features have 144 numbers
     assert f"eadaprune: energy {reference['options']['energy']:g} keeps {reference['kept']:.0%} of the tokens" in log
     assert reference["options"]["target"] == pytest.approx(reference["kept"], abs=0.01)
-    assert 0.111 <= reference["least_target"] < reference["kept"] < reference["most_target"] <= 144 / NUM_TOKENS
+    assert 0.111 <= reference["min_target"] < reference["kept"] < reference["max_target"] <= 144 / NUM_TOKENS
     assert len(set(reference["kept_by_kind"].values())) > 2
 
 

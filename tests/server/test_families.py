@@ -23,7 +23,7 @@ from processors import processor
 from reference import Reference, checked, transformers_model
 
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Kept
+from eadaprune_vllm.core.prune import PruneDecision
 
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for all models
 SCRIPT = Path(__file__).with_name("inprocess.py")
@@ -101,11 +101,11 @@ class Family:
         # vLLM's experts on a CPU are not as exact as the rest of it, stock or pruned; Gemma's logits are large numbers.
         self.noise = 3e-3 if "moe" in name else 1e-4 if name.startswith("gemma") else 1e-5
         # With such logits its likeliest tokens stay what they are.
-        self.told = "first" if name.startswith("gemma") else "tokens"
+        self.redacted = "first" if name.startswith("gemma") else "tokens"
         self.has_prefix_cache = name not in (*LATENT, *ALL_FULL)
 
     @cache  # noqa: B019
-    def kept(self, word: str, options: str) -> Kept:
+    def kept(self, word: str, options: str) -> PruneDecision:
         """The reference's decision about a scene or a clip."""
         if word in SCENES:
             return self.reference.kept(SCENES[word], **json.loads(options))
@@ -194,8 +194,8 @@ def test_at_energy_one_the_answers_are_stock_vllms(found: Family) -> None:
 
 
 def test_pruning_changes_the_answers_so_that_parity_means_something(found: Family) -> None:
-    told = found.told
-    assert sum(found.some[chat][told] != found.stock[chat][told] for chat in found.chats) > len(found.chats) / 2
+    redacted = found.redacted
+    assert sum(found.some[chat][redacted] != found.stock[chat][redacted] for chat in found.chats) > len(found.chats) / 2
 
 
 def test_prompts_shrink_by_what_the_reference_prunes(found: Family) -> None:

@@ -104,10 +104,10 @@ def test_metrics_show_what_was_asked_for_and_what_is_in_force(server: Server) ->
     with loaded(server, seed=200):
         server.ask(noise(3), noise(4))
         server.ask(noise(3), options={"energy": 0.95})
-    lowered, requested, in_force, count = (now - was for now, was in zip(values(), before, strict=True))
+    lowered, requested, effective_options, count = (now - was for now, was in zip(values(), before, strict=True))
     assert lowered == 2
     assert requested == pytest.approx(count - 3 + 2 * 0.99 + 0.95)
-    assert in_force == pytest.approx(count - 3 + 2 * 0.6 + 0.95)
+    assert effective_options == pytest.approx(count - 3 + 2 * 0.6 + 0.95)
 
 
 def test_images_sent_by_uuid_keep_their_threshold(server: Server) -> None:
@@ -159,9 +159,9 @@ def test_a_burst_that_overflows_the_kv_cache_is_over_sooner(tmp_path: Path) -> N
 
             def all_is_seen() -> bool:
                 (levels,), (lowered,) = seen("Load level"), seen("Thresholds lowered")
-                requested, in_force = seen("Energy thresholds, mean")
+                requested, effective_options = seen("Energy thresholds, mean")
                 rises = max(levels, default=0) == 1 and max(lowered, default=0) > 0
-                return rises and min(in_force, default=1) < min(requested, default=0) == 1
+                return rises and min(effective_options, default=1) < min(requested, default=0) == 1
 
             assert prometheus.waits_for(all_is_seen)
             render.render(prometheus.url, tmp_path / "board.png", minutes=1)

@@ -24,7 +24,7 @@ def chat(url: str) -> dict[str, Any]:
 
 
 def test_transparency_by_colour(pruning: Server, reference: Reference) -> None:
-    """Newer releases of vLLM put the background in the place of that colour, older ones do not."""
+    """Newer releases of vLLM put the background instead of that colour, older ones do not."""
     picture = noise(5, blocks=12)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", transparency=picture.getpixel((0, 0)))

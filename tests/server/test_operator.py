@@ -119,8 +119,8 @@ def test_config(guarded: Server) -> None:
     assert found["models"] == ["demo"]
     assert found["architecture"] == "LlavaForConditionalGeneration"
     assert found["selectors"] == list(SELECTORS)
-    doors = ["/invocations", "/tokenize", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/messages"]
-    assert sorted(found["doors"]) == [*doors, "/v1/messages/count_tokens", "/v1/responses"]
+    endpoints = ["/invocations", "/tokenize", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/messages"]
+    assert sorted(found["endpoints"]) == [*endpoints, "/v1/messages/count_tokens", "/v1/responses"]
 
 
 def test_preview_says_what_a_request_would_get(

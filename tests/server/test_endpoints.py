@@ -1,4 +1,4 @@
-"""Every door of the server: the field works there, or is refused; it is never ignored."""
+"""Every endpoint of the server: the field works there, or is refused; it is never ignored."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ from endpoints import (
 from harness import DTYPE, VLLM, Server, content, environment
 from shared import Reference
 
-from eadaprune_vllm.frontend.request import DOORS
+from eadaprune_vllm.frontend.request import ENDPOINTS
 
 
 @pytest.mark.parametrize("path", GENERATING)
@@ -47,7 +47,7 @@ def test_no_other_endpoint_takes_images(pruning: Server) -> None:
     """Derendering takes the request along, and does not look at its images."""
     assert taking_images(pruning) - {"/v1/chat/completions/derender"} == offered(pruning) - {"/invocations"}
     assert offered(pruning) == {*GENERATING, "/v1/systemone"}
-    assert {*DOORS} == {*GENERATING, *EMBEDDING, *CLASSIFYING, "/v1/systemone"}
+    assert {*ENDPOINTS} == {*GENERATING, *EMBEDDING, *CLASSIFYING, "/v1/systemone"}
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_attention_is_observed_of_one_at_a_time(model: Model, monkeypatch: pytes
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(module, "observing", Observing)
+    monkeypatch.setattr(module, "capturing", Observing)
     selectors = ["attention", "span", "hybrid", "attention", "uniform"]
     questions = [asked(rows(20), selector=name, min_tokens=4, max_tokens=4) for name in selectors]
     found = list(map(as_decided, answered(model, *questions)))

@@ -67,14 +67,16 @@ def asked(
     decision_client: DecisionClient, first: int, count: int, tokens: int = 4
 ) -> "asyncio.Task[list[DecisionResponse]]":
     """A request of so many images, whose names go up from ``first``."""
-    return asyncio.create_task(decision_client.ask([question(tokens, name=first + number) for number in range(count)]))
+    return asyncio.create_task(
+        decision_client.decide([question(tokens, name=first + number) for number in range(count)])
+    )
 
 
 async def settle(engine: Engine, decision_client: DecisionClient) -> None:
     """Until all requests have entered their questions, and all that can be asked has reached the engine."""
     for _ in range(3):
         await asyncio.sleep(0)
-    while sum(not task.done() for task in decision_client._tasks) != engine.at_once:
+    while sum(not task.done() for task in decision_client._senders) != engine.at_once:
         await asyncio.sleep(0.001)
 
 
@@ -120,7 +122,7 @@ def test_a_call_holds_no_more_than_the_encoders_memory_was_measured_with() -> No
 
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         sizes = [10, 6, 1, 40, 16, 5, 5, 5, 5]
-        await decision_client.ask([question(size, name=number) for number, size in enumerate(sizes)])
+        await decision_client.decide([question(size, name=number) for number, size in enumerate(sizes)])
         assert engine.calls == [[0, 1], [2], [3], [4], [5, 6, 7], [8]]
 
     run(test)
@@ -187,8 +189,8 @@ def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
         engine.held.set()
         await settle(engine, decision_client)
         assert engine.calls == [[0]]
-        assert not decision_client._requests
-        assert not decision_client._open
+        assert not decision_client._queues
+        assert not decision_client._pending
         assert names(await asked(decision_client, 7, 2)) == [7, 8]
 
     run(test)
@@ -204,9 +206,9 @@ def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
         if not sent:
             others = asked(decision_client, 900, 4)
             await settle(engine, decision_client)
-        tasks = [asyncio.create_task(decision_client.ask([shared])) for _ in range(3)]
+        tasks = [asyncio.create_task(decision_client.decide([shared])) for _ in range(3)]
         await settle(engine, decision_client)
-        tasks.append(asyncio.create_task(decision_client.ask([own, shared])))
+        tasks.append(asyncio.create_task(decision_client.decide([own, shared])))
         await settle(engine, decision_client)
         tasks[0].cancel()
         await settle(engine, decision_client)
@@ -217,9 +219,9 @@ def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
         if not sent:
             await others
         assert Counter(name for call in engine.calls for name in call)[1] == 1
-        assert names(await decision_client.ask([shared])) == [1]
+        assert names(await decision_client.decide([shared])) == [1]
         assert Counter(name for call in engine.calls for name in call)[1] == 2
-        assert not decision_client._open
+        assert not decision_client._pending
 
     run(test)
 
@@ -229,7 +231,7 @@ def test_what_several_requests_ask_fails_for_all_of_them() -> None:
         engine.held.clear()
         engine.fails = {1}
         shared = question(name=1)
-        tasks = [asyncio.create_task(decision_client.ask([shared])) for _ in range(3)]
+        tasks = [asyncio.create_task(decision_client.decide([shared])) for _ in range(3)]
         await settle(engine, decision_client)
         engine.held.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
@@ -279,7 +281,7 @@ def test_a_client_may_be_connected_before_there_is_a_loop() -> None:
     decision_client = DecisionClient(16)
     engine = asyncio.run(asyncio.to_thread(Engine))  # in a thread without one
     decision_client.connect(engine)
-    assert asyncio.run(asyncio.wait_for(decision_client.ask([question(name=3)]), 30))
+    assert asyncio.run(asyncio.wait_for(decision_client.decide([question(name=3)]), 30))
 
 
 @pytest.mark.parametrize("in_process", [True, False])
@@ -442,10 +444,10 @@ def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
             shared = question(4, name=first + 20)
             engine.held.clear()
             failing = asyncio.create_task(
-                decision_client.ask([*(question(4, name=first + number) for number in range(20)), shared])
+                decision_client.decide([*(question(4, name=first + number) for number in range(20)), shared])
             )
             await settle(engine, decision_client)
-            other = asyncio.create_task(decision_client.ask([shared]))
+            other = asyncio.create_task(decision_client.decide([shared]))
             await settle(engine, decision_client)
             engine.held.set()
             assert names(await other) == [first + 20]

@@ -24,10 +24,10 @@ class Prepared(DecisionClient):
     """Answers that are known before."""
 
     def __init__(self, *answers: DecisionResponse) -> None:
-        super().__init__(most=100)
+        super().__init__(max_encoder_tokens=100)
         self.answers = list(answers)
 
-    async def ask(self, questions: Any) -> list[DecisionResponse]:
+    async def decide(self, questions: Any) -> list[DecisionResponse]:
         return self.decide_sync(questions)
 
     def decide_sync(self, questions: Any) -> list[DecisionResponse]:
@@ -53,7 +53,7 @@ def test_stages_are_timed_and_failures_counted(waits: bool, source: Source, othe
     if waits:
         front_end.decide_sync(asked, source)
     else:
-        asyncio.run(front_end.ask(asked, source))
+        asyncio.run(front_end.decide(asked, source))
     assert [bool(each.answer) for each in asked] == [True] * 4
     assert [each.timing.stages if each.timing else None for each in asked] == [{"encode": 0.25}, None] * 2
     assert len(asked[2].decided().kept) == 3

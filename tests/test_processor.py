@@ -58,7 +58,7 @@ def build(model: Path, flags: dict[str, Any] | None = None, **changes: Any) -> P
     context = MULTIMODAL_REGISTRY._create_processing_ctx(config)
     factory = replace(adapter(config.architecture)._processor_factory, **changes)
     made: PruningProcessor = factory.build_processor(context)
-    made.front_end = FrontEnd(DecisionClient(most=10_000), Metrics(CollectorRegistry()), "m", 1)
+    made.front_end = FrontEnd(DecisionClient(max_encoder_tokens=10_000), Metrics(CollectorRegistry()), "m", 1)
     return made
 
 
@@ -163,7 +163,7 @@ def test_one_image_of_two_requests_is_read_once(processor: PruningProcessor, ima
 
 def test_no_more_is_read_in_one_turn_than_one_question_holds(processor: PruningProcessor, images: Images) -> None:
     assert processor.front_end
-    processor.front_end.decision_client.most = 576
+    processor.front_end.decision_client.max_encoder_tokens = 576
     steps = apply(processor, {}, images["coffee"], images["moon"])
     for _ in range(2):
         (asked,) = next(steps)

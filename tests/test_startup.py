@@ -145,7 +145,7 @@ def test_workers_answer_whatever_else_they_are(config: Any) -> None:
 def test_the_front_end_asks_and_counts_for_this_model(config: Any) -> None:
     configuration.configure(config, ServerOptions(load_aware=LoadPolicy()))
     found = configuration.front_end(config)
-    assert found.decision_client.most == config.scheduler_config.max_num_encoder_input_tokens >= 512
+    assert found.decision_client.max_encoder_tokens == config.scheduler_config.max_num_encoder_input_tokens >= 512
     assert found.kv_bytes_per_token == configuration.kv_bytes_per_token(config) > 0
     assert found.model_name == config.model_config.served_model_name
     assert found.load

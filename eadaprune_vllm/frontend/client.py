@@ -1,4 +1,5 @@
-"""Asking the engines what to keep: questions of all requests that wait travel together, one call at a time to each."""
+"""The client of decisions: requests for them, of all clients' requests that are pending, are sent to the engines in
+batches, one at a time to each."""
 
 import asyncio
 import concurrent.futures
@@ -15,86 +16,74 @@ _Future = asyncio.Future[DecisionResponse] | concurrent.futures.Future[DecisionR
 
 
 @dataclass(eq=False)
-class _Asked:
-    """A question, of one request or of several that sent the same."""
+class _Pending:
+    """A request for a decision, of one client's request or of several with the same image."""
 
-    question: DecisionRequest
-    promises: list[_Future]
-    sent: bool = False
+    request: DecisionRequest
+    futures: list[_Future]
+    is_sent: bool = False
 
     @property
-    def waits(self) -> bool:
-        """Whether it is still to be sent: somebody waits for the answer."""
-        return not self.sent and not all(promise.done() for promise in self.promises)
+    def is_wanted(self) -> bool:
+        """Whether it is still to be sent: somebody waits for the response."""
+        return not self.is_sent and not all(future.done() for future in self.futures)
 
 
-_Waiting = deque[_Asked]
+_Queue = deque[_Pending]
 
 
 class DecisionClient:
     """Of one front end.
 
     Args:
-        most: placeholders of one call, unless a single image or video has more. vLLM measures the encoder's memory
-            with so many.
+        max_encoder_tokens: placeholders of one batch, unless a single image or video has more. vLLM measures the
+            encoder's memory with so many.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._ask: Callable[[bytes], bytes] | None = None
-        self._ask_async: AsyncEngines | None = None
+    def __init__(self, max_encoder_tokens: int) -> None:
+        self.max_encoder_tokens = max_encoder_tokens
+        self._call: Callable[[bytes], bytes] | None = None
+        self._call_async: AsyncEngines | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._requests: deque[_Waiting] = deque()
-        self._open: WeakValueDictionary[int, _Asked] = WeakValueDictionary()  # not answered, by the question's id
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._queues: deque[_Queue] = deque()  # one for each client's request
+        self._pending: WeakValueDictionary[int, _Pending] = WeakValueDictionary()  # by the id of its request
+        self._senders: set[asyncio.Task[None]] = set()
 
     def connect(self, client: Any) -> None:
-        """Ask by this engine client of vLLM's."""
-        self._ask = blocking(client)
-        if not self._ask:
-            self._ask_async = AsyncEngines(client)
-            self._loop = _running_loop()  # or else it is known with the first question
+        """Send by this engine client of vLLM's."""
+        self._call = blocking(client)
+        if not self._call:
+            self._call_async = AsyncEngines(client)
+            self._loop = _running_loop()  # or else it is known with the first request
 
-    async def ask(self, questions: Sequence[DecisionRequest]) -> list[DecisionResponse]:
-        """The answers to the questions of one request, up to the first that failed. They wait their turn: of every
-        request one, and again. What is cancelled is not asked, and neither is what a request with a failed one still
-        has; what others ask too, the same object, is asked once.
+    async def decide(self, requests: Sequence[DecisionRequest]) -> list[DecisionResponse]:
+        """The responses to what one client's request needs decided, up to the first error. Clients take turns: one
+        decision of each, and again. What is cancelled is not sent, and neither is what a request with an error still
+        has; what others need too, the same object, is sent once.
 
         Raises:
             EngineDeadError: if the engine dies.
-            RetryableRequestError: if it refuses requests, or is gone because the server was scaled down.
+            RetryableRequestError: if it rejects requests, or is gone because the server was scaled down.
         """
         self._loop = asyncio.get_running_loop()
-        promises = self._enter(questions, self._loop)
-        assert self._ask_async, "images and videos come after the engine"
-        self._tasks = {task for task in self._tasks if not task.done()}
-        if len(self._tasks) < self._ask_async.at_once:
-            self._tasks.add(asyncio.create_task(self._run()))
+        futures = self._enqueue(requests, self._loop)
+        assert self._call_async, "images and videos come after the engine"
+        self._senders = {task for task in self._senders if not task.done()}
+        if len(self._senders) < self._call_async.at_once:
+            self._senders.add(asyncio.create_task(self._send_batches(self._call_async)))
         found: list[DecisionResponse] = []
         try:
-            for promise in promises:
-                found.append(await promise)
+            for future in futures:
+                found.append(await future)
                 if isinstance(found[-1], DecisionError):
                     break
             return found
         finally:
-            for promise in promises:
-                promise.cancel()
+            for future in futures:
+                future.cancel()
 
-    def _enter(
-        self, questions: Sequence[DecisionRequest], loop: asyncio.AbstractEventLoop
-    ) -> list[asyncio.Future[DecisionResponse]]:
-        promises: list[asyncio.Future[DecisionResponse]] = [loop.create_future() for _ in questions]
-        waiting: _Waiting = deque()
-        for question, promise in zip(questions, promises, strict=True):
-            asked = self._open.setdefault(id(question), _Asked(question, []))
-            asked.promises.append(promise)
-            waiting.append(asked)
-        self._requests.append(waiting)
-        return promises
-
-    def decide_sync(self, questions: Sequence[DecisionRequest]) -> list[DecisionResponse]:
-        """The same from a thread that may wait.
+    def decide_sync(self, requests: Sequence[DecisionRequest]) -> list[DecisionResponse]:
+        """The same from a thread that may block.
 
         Raises:
             RuntimeError: on the thread of the event loop, which would wait for itself.
@@ -105,38 +94,50 @@ class DecisionClient:
                     "images and videos of raw prompts cannot be processed on the event loop, as in a streaming input: "
                     "pass what `await llm.renderer.render_cmpl_async(...)` makes of each prompt"
                 )
-            return asyncio.run_coroutine_threadsafe(self.ask(questions), self._loop).result()
-        assert self._ask, "images and videos come after the engine"
+            return asyncio.run_coroutine_threadsafe(self.decide(requests), self._loop).result()
+        assert self._call, "images and videos come after the engine"
         found: list[DecisionResponse] = []
-        waiting: _Waiting = deque(_Asked(question, [concurrent.futures.Future()]) for question in questions)
-        while (batch := _next(deque([waiting]), self.most)) and not any(
-            isinstance(each, DecisionError) for each in found
-        ):
-            found += unpack_responses(self._ask(pack([asked.question for asked in batch])))
+        queues = deque([deque(_Pending(request, [concurrent.futures.Future()]) for request in requests)])
+        while not any(isinstance(response, DecisionError) for response in found):
+            batch = _next_batch(queues, self.max_encoder_tokens)
+            if not batch:
+                break
+            found += unpack_responses(self._call(pack([pending.request for pending in batch])))
         return found
 
-    async def _run(self) -> None:
-        assert self._ask_async, "images and videos come after the engine"
-        while batch := _next(self._requests, self.most):
-            try:
-                payload = await asyncio.to_thread(pack, [asked.question for asked in batch])
-                found = await asyncio.to_thread(unpack_responses, await self._ask_async(payload))
-                answered = list(zip(batch, found, strict=True))
-            except Exception as error:
-                for asked in batch:
-                    for promise in self._close(asked):
-                        promise.set_exception(error)
-                        promise.exception()  # a request waits for one at a time, and asyncio warns of the others
-            else:
-                for asked, answer in answered:
-                    for promise in self._close(asked):
-                        promise.set_result(answer)
-            await asyncio.sleep(0)  # requests of which a question failed take the others back
+    def _enqueue(
+        self, requests: Sequence[DecisionRequest], loop: asyncio.AbstractEventLoop
+    ) -> list[asyncio.Future[DecisionResponse]]:
+        futures: list[asyncio.Future[DecisionResponse]] = [loop.create_future() for _ in requests]
+        queue: _Queue = deque()
+        for request, future in zip(requests, futures, strict=True):
+            pending = self._pending.setdefault(id(request), _Pending(request, []))
+            pending.futures.append(future)
+            queue.append(pending)
+        self._queues.append(queue)
+        return futures
 
-    def _close(self, asked: _Asked) -> list[_Future]:
-        """Those who still wait for its answer; from now on, who asks the same is answered anew."""
-        self._open.pop(id(asked.question), None)
-        return [promise for promise in asked.promises if not promise.done()]
+    async def _send_batches(self, call: AsyncEngines) -> None:
+        while batch := _next_batch(self._queues, self.max_encoder_tokens):
+            try:
+                payload = await asyncio.to_thread(pack, [pending.request for pending in batch])
+                responses = await asyncio.to_thread(unpack_responses, await call(payload))
+                results = list(zip(batch, responses, strict=True))
+            except Exception as error:
+                for pending in batch:
+                    for future in self._close(pending):
+                        future.set_exception(error)
+                        future.exception()  # a client waits for one at a time, and asyncio warns of the others
+            else:
+                for pending, response in results:
+                    for future in self._close(pending):
+                        future.set_result(response)
+            await asyncio.sleep(0)  # clients' requests with an error take the others back
+
+    def _close(self, pending: _Pending) -> list[_Future]:
+        """Those who still wait for it; from now on, who needs the same sends it anew."""
+        self._pending.pop(id(pending.request), None)
+        return [future for future in pending.futures if not future.done()]
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -147,21 +148,26 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def _next(requests: deque[_Waiting], room: int) -> list[_Asked]:
-    """Take what the next call asks: one question of each request in turn, while there is room for its placeholders."""
-    batch: list[_Asked] = []
-    while requests:
-        waiting = requests[0]
-        while waiting and not waiting[0].waits:
-            waiting.popleft()
-        if not waiting:
-            requests.popleft()
+def _next_batch(queues: deque[_Queue], remaining: int) -> list[_Pending]:
+    """Take the next batch: one of each queue in turn, while there is room for its placeholders.
+
+    Args:
+        queues: of what is pending.
+        remaining: placeholders that there is room for; a single item may have more.
+    """
+    batch: list[_Pending] = []
+    while queues:
+        queue = queues[0]
+        while queue and not queue[0].is_wanted:
+            queue.popleft()
+        if not queue:
+            queues.popleft()
             continue
-        room -= waiting[0].question.num_placeholders
-        if batch and room < 0:
+        remaining -= queue[0].request.num_placeholders
+        if batch and remaining < 0:
             break
-        asked = waiting.popleft()
-        asked.sent = True
-        batch.append(asked)
-        requests.rotate(-1)
+        pending = queue.popleft()
+        pending.is_sent = True
+        batch.append(pending)
+        queues.rotate(-1)
     return batch

@@ -77,10 +77,10 @@ class FrontEnd:
         """From now on, no front end of this server uses what other weights made."""
         self._weights[0] = time.time()
 
-    async def ask(self, new: Sequence[PendingItem], source: Source = "request") -> None:
+    async def decide(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """Have all of them decided, up to the first of which nothing can be."""
         started = time.time_ns()
-        self._answered(new, source, started, await self.decision_client.ask([each.question for each in new]))
+        self._answered(new, source, started, await self.decision_client.decide([each.question for each in new]))
 
     def decide_sync(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """The same from a thread that may wait."""

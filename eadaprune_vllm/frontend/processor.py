@@ -143,7 +143,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             VLLMValidationError: if data is missing, or the prompt can never fit.
         """
         assert self.front_end
-        fewest, room = len(inputs.prompt), self.front_end.decision_client.most
+        fewest, room = len(inputs.prompt), self.front_end.decision_client.max_encoder_tokens
         all_read = True
         for modality, of_each in items.of.items():
             for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):

@@ -163,7 +163,7 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
     fetched = await _fetch(state.eadaprune_renderer.model_config, messages)
     found, items = iter_preview_items(processor, fetched, choices), list[PreviewItem]()
     loop = asyncio.get_running_loop()
-    unasked, room = dict[PreviewItem, None](), processor.front_end.decision_client.most
+    unasked, room = dict[PreviewItem, None](), processor.front_end.decision_client.max_encoder_tokens
     while item := await loop.run_in_executor(state.eadaprune_renderer._mm_executor, next, found, None):
         items.append(item)
         if item.new.answer or item in unasked:
@@ -171,9 +171,9 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
         unasked[item] = None
         room -= item.new.question.num_placeholders
         if room <= 0:
-            await processor.front_end.ask([each.new for each in unasked], "preview")  # which lets go of their pixels
-            unasked, room = {}, processor.front_end.decision_client.most
-    await processor.front_end.ask([each.new for each in unasked], "preview")
+            await processor.front_end.decide([each.new for each in unasked], "preview")  # which lets go of their pixels
+            unasked, room = {}, processor.front_end.decision_client.max_encoder_tokens
+    await processor.front_end.decide([each.new for each in unasked], "preview")
     answer = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
     return Response(answer, media_type="application/json")
 

@@ -98,7 +98,7 @@ def decide_between(renderer: Any) -> None:
             undecided, result = await advance_async(steps)
             if undecided is None:
                 return result
-            await front_end.ask(undecided)
+            await front_end.decide(undecided)
 
     advance_async = make_async(advance, executor=renderer._mm_executor)
     renderer._process_multimodal, renderer._process_multimodal_async = process_sync, process_in_turn

@@ -13,8 +13,9 @@ from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMod
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.front_end import FrontEnd
-from eadaprune_vllm.frontend.items import PendingItem, PrunedDetails
+from eadaprune_vllm.frontend.items import PrunedDetails
 from eadaprune_vllm.frontend.metrics import Metrics, Source
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import Steps
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse
 from eadaprune_vllm.patches.renderer import decide_between
@@ -38,7 +39,10 @@ class Prepared(DecisionClient):
 def new() -> PendingItem:
     content = PrunedDetails([7] * 4)
     return PendingItem(
-        question(), ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [7], content), asks=True, own=False
+        question(),
+        ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [7], content),
+        needs_decision=True,
+        is_client_embedding=False,
     )
 
 
@@ -54,7 +58,7 @@ def test_stages_are_timed_and_failures_counted(waits: bool, source: Source, othe
         front_end.decide_sync(asked, source)
     else:
         asyncio.run(front_end.decide(asked, source))
-    assert [bool(each.answer) for each in asked] == [True] * 4
+    assert [bool(each.response) for each in asked] == [True] * 4
     assert [each.timing.stages if each.timing else None for each in asked] == [{"encode": 0.25}, None] * 2
     assert len(asked[2].decided().kept) == 3
 
@@ -71,14 +75,14 @@ def test_what_two_requests_wait_for_is_timed_once() -> None:
     registry = CollectorRegistry()
     front_end = FrontEnd(Prepared(decided(1), decided(1)), Metrics(registry), "m", 1)
     shared = new()
-    question = shared.question
+    question = shared.request
     front_end.decide_sync([shared])
     front_end.decide_sync([shared])
     assert len(shared.decided().kept) == 1
     labels = {"model_name": "m", "stage": "encode", "source": "request"}
     assert registry.get_sample_value("eadaprune_stage_seconds_count", labels) == 1
     assert "name" in question.item  # which another may be sending
-    assert not shared.question.item
+    assert not shared.request.item
 
 
 class Renderer:
@@ -102,7 +106,7 @@ class Renderer:
         for _ in range(2):
             undecided = new()
             yield [undecided]
-            assert undecided.answer
+            assert undecided.response
         return f"input of {prompt}"
 
     def update_mm_cache_stats(self) -> None:

@@ -14,7 +14,8 @@ from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMod
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.report import Timing
-from eadaprune_vllm.frontend.items import Item, Items, PendingItem, PrunedDetails, digest, may_prune, split, to_client
+from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, digest, may_prune, split, to_client
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse
 from eadaprune_vllm.patches import input_processor
 from eadaprune_vllm.reference import still
@@ -32,22 +33,22 @@ def one(**options: Any) -> Item:
     return Item("image", "image", "image-options", chosen, chosen.threshold)
 
 
-def new(*, asks: bool = True, own: bool = False) -> PendingItem:
+def new(*, needs_decision: bool = True, is_client_embedding: bool = False) -> PendingItem:
     """Of an image of four placeholders between two tokens of text."""
     data = item("image", ("image_grid_thw",), pixel_values=torch.zeros(9), image_grid_thw=torch.tensor([1, 4, 4]))
     content = placeholders(TIME, *[IMAGE] * 4, TIME)
     update = ResolvedPromptUpdate("image", 0, UpdateMode.REPLACE, [IMAGE], content)
-    return PendingItem(DecisionRequest("image", data, "{}", 4), update, asks, own)
+    return PendingItem(DecisionRequest("image", data, "{}", 4), update, needs_decision, is_client_embedding)
 
 
 def test_what_was_rendered_before_is_known_by_what_was_kept() -> None:
     """As images are that are decided on here."""
     whole, pruned = new(), new()
-    pruned.take(decided(2))
-    data, update = pruned.result()
+    pruned.set_response(decided(2))
+    data, update = pruned.pruned()
     features = [
         SimpleNamespace(modality="image", identifier="a", data=data),
-        SimpleNamespace(modality="image", identifier="b", data=whole.question.item),
+        SimpleNamespace(modality="image", identifier="b", data=whole.request.item),
         SimpleNamespace(modality="image", identifier="c", data=None),
     ]
     input_processor._identify(features)
@@ -91,7 +92,7 @@ def test_newlines_are_counted() -> None:
 def test_names_tell_what_is_kept_and_nothing_else() -> None:
     def identifier(decision: PruneDecision | None, weights: float = 0.0) -> str:
         found = Items({}, weights=weights)
-        found.done(one(), PrunedDetails([IMAGE], kept=decision))
+        found.add_report(one(), PrunedDetails([IMAGE], kept=decision))
         (name,) = found.identifiers.values()
         return name
 
@@ -124,8 +125,8 @@ def test_the_report_of_what_nothing_was_asked_about() -> None:
 def test_rows_go_to_the_engine_in_the_place_of_pixels() -> None:
     """With what vLLM leaves on the CPU: positions are computed by it."""
     found, answer = new(), decided(2)
-    found.take(answer)
-    sent, update = found.result()
+    found.set_response(answer)
+    sent, update = found.pruned()
     assert {name: element.field.keep_on_cpu for name, element in sent.items()} == {
         "image_grid_thw": True,
         "image_rows": False,
@@ -140,27 +141,27 @@ def test_rows_go_to_the_engine_in_the_place_of_pixels() -> None:
 
 def test_pixels_are_let_go_once_there_is_an_answer() -> None:
     found = new()
-    found.take(decided())
-    assert list(found.question.item) == ["image_grid_thw"]
+    found.set_response(decided())
+    assert list(found.request.item) == ["image_grid_thw"]
 
 
 def test_what_may_lose_nothing_goes_as_vllm_sends_it() -> None:
-    found = new(asks=False)
-    assert found.result() == (found.question.item, found.update)
-    assert "pixel_values" in found.result()[0]
-    assert found.fewest(PruneOptions(min_tokens=2)) == 4
+    found = new(needs_decision=False)
+    assert found.pruned() == (found.request.item, found.update)
+    assert "pixel_values" in found.pruned()[0]
+    assert found.min_placeholders(PruneOptions(min_tokens=2)) == 4
 
 
 @pytest.mark.parametrize(("min_tokens", "fewest"), [(1, 1), (3, 3), (16, 4)])
 def test_at_least_so_many_stay(min_tokens: int, fewest: int) -> None:
-    assert new().fewest(PruneOptions(min_tokens=min_tokens)) == fewest
+    assert new().min_placeholders(PruneOptions(min_tokens=min_tokens)) == fewest
 
 
 @pytest.mark.parametrize(("own", "error"), [(True, VLLMValidationError), (False, VLLMServerError)])
 def test_what_cannot_be_decided_is_the_fault_of_who_computed_it(own: bool, error: type[Exception]) -> None:
-    found = new(own=own)
-    found.take(DecisionError("NaN in this image"))
-    for ask in (found.decided, found.result):
+    found = new(is_client_embedding=own)
+    found.set_response(DecisionError("NaN in this image"))
+    for ask in (found.decided, found.pruned):
         with pytest.raises(error, match="NaN in this image"):
             ask()
 
@@ -188,31 +189,31 @@ def items(*names: str, energy: float = 0.5) -> Items:
 def test_one_that_may_lose_tokens_is_enough() -> None:
     found = items("a", "b", energy=1.0)
     assert not found.any_prunable
-    found.of["image"][1] = replace(found.of["image"][1], options=PruneOptions(energy=0.5))
+    found.by_modality["image"][1] = replace(found.by_modality["image"][1], options=PruneOptions(energy=0.5))
     assert found.any_prunable
 
 
 def test_only_what_has_no_answer_yet_is_asked() -> None:
     found = items("a")
     answered = new()
-    answered.take(decided())
-    found.new = {"answered": answered, "whole": new(asks=False), "open": new()}
-    assert found.undecided() == [found.new["open"]]
+    answered.set_response(decided())
+    found.pending = {"answered": answered, "whole": new(needs_decision=False), "open": new()}
+    assert found.undecided() == [found.pending["open"]]
 
 
 def test_what_became_of_a_request() -> None:
     found, decisions = items("a", "b"), (kept(1), kept(2))
     answers: list[DecisionResponse] = [decided(1), decided(2)]
     for name, answer in zip("ab", answers, strict=True):
-        found.new[f"{name}-options"] = made = new()
-        made.take(answer)
+        found.pending[f"{name}-options"] = made = new()
+        made.set_response(answer)
         made.timing = Timing("image", 0, {"encode": 0.5, "select": 0.25})
-    for each, decision in zip(found.of["image"], decisions, strict=True):
-        found.done(each, PrunedDetails([IMAGE] * 4).pruned(decision))
+    for each, decision in zip(found.by_modality["image"], decisions, strict=True):
+        found.add_report(each, PrunedDetails([IMAGE] * 4).pruned(decision))
     pruning = found.pruning(kv_bytes_per_token=10)
     assert [report.kept_tokens for report in pruning.of("image")] == [1, 2]
     assert (pruning.seconds, len(pruning.timings), pruning.kv_bytes_per_token) == (1.5, 2, 10)
-    assert found.skipped == (3 - 1) + (3 - 2)
+    assert found.position_slack == (3 - 1) + (3 - 2)
     first, second = pruning.identifiers["a-options"], pruning.identifiers["b-options"]
     assert first.startswith("a-")
     assert second.startswith("b-")

@@ -33,7 +33,7 @@ from eadaprune_vllm.core.options import CHUNK, PruneOptions
 from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.frontend.items import PendingItem
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.messages import DecisionResult, pack, unpack_requests, unpack_responses
 from eadaprune_vllm.startup import configuration
 
@@ -111,7 +111,7 @@ class Loaded:
             device=torch.device("cpu"),
             encoder_cudagraph_manager=None,
         )
-        asked = unpack_requests(pack([new.question for new in self.read(items, **options)]))
+        asked = unpack_requests(pack([new.request for new in self.read(items, **options)]))
         found = unpack_responses(pack(decide(runner, asked)))
         decided = [answer for answer in found if isinstance(answer, DecisionResult)]
         assert len(decided) == len(found)
@@ -200,5 +200,5 @@ def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:
     assert all(torch.equal(*pair) for pair in zip(embedded, given, strict=True))
     (new,) = found.read({"image": [SCENES["square"]]}, energy=1.0)
     (decided,) = found.decided({"image": [SCENES["square"]]}, energy=1.0)
-    pixels = new.question.item.get_data()["pixel_values"][None]
+    pixels = new.request.item.get_data()["pixel_values"][None]
     torch.testing.assert_close(found.model.embed_multimodal(pixel_values=pixels)[0], decided.rows)

@@ -221,16 +221,16 @@ def test_without_a_canvas_tokens_that_are_left_are_numbered(canvas: CanvasPrompt
 def test_positions_reach_as_far_as_the_models_table() -> None:
     """Four times its length, YaRN's factor included."""
 
-    def refused(skipped: int, **rope: Any) -> bool:
+    def refused(position_slack: int, **rope: Any) -> bool:
         text = SimpleNamespace(max_position_embeddings=1000, rope_parameters=rope)
         model = SimpleNamespace(hf_text_config=text, uses_mrope=True, max_model_len=1000)
         processor: Any = SimpleNamespace(info=SimpleNamespace(ctx=SimpleNamespace(model_config=model)))
         try:
-            PruningProcessor._check_positions(processor, skipped)
+            PruningProcessor._check_positions(processor, position_slack)
         except VLLMValidationError:
             return True
         return False
 
-    assert [refused(skipped, rope_type="default") for skipped in (-5, 3000, 3001)] == [False, False, True]
+    assert [refused(position_slack, rope_type="default") for position_slack in (-5, 3000, 3001)] == [False, False, True]
     yarn = {"rope_type": "yarn", "original_max_position_embeddings": 1000, "factor": 4.0}
-    assert [refused(skipped, **yarn) for skipped in (15000, 15001)] == [False, True]
+    assert [refused(position_slack, **yarn) for position_slack in (15000, 15001)] == [False, True]

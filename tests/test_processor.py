@@ -89,9 +89,9 @@ def made_by(steps: Any) -> Any:
 def test_what_is_asked_becomes_a_prompt(processor: PruningProcessor, images: Images) -> None:
     steps = apply(processor, {"energy": 0.25}, images["coffee"], images["moon"])
     asked = next(steps)
-    assert [(each.question.modality, each.question.num_placeholders) for each in asked] == [("image", 576)] * 2
+    assert [(each.request.modality, each.request.num_placeholders) for each in asked] == [("image", 576)] * 2
     for each, k in zip(asked, (2, 3), strict=True):
-        each.take(decided(k))
+        each.set_response(decided(k))
     made = made_by(steps)
     assert [place.length for place in made["mm_placeholders"]["image"]] == [2, 3]
     assert len(made["prompt_token_ids"]) == 5
@@ -103,7 +103,7 @@ def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(model: Path, i
     processor = build(model, processor=numbered)
     steps = apply(processor, {}, images["coffee"], images["moon"])
     for each in next(steps):
-        each.take(decided(2))
+        each.set_response(decided(2))
     made = made_by(steps)
     image = processor.info.get_hf_config().image_token_index
     assert made["prompt_token_ids"] == [0, image, image, 1, image, image]
@@ -124,7 +124,7 @@ def test_tokens_that_a_prompt_has_already_give_way_to_those_that_are_left(
     given = ProcessorInputs(whole, pictures, hf_processor_mm_kwargs={KEY: {}})
     steps = processor.apply(given, TimingContext(enabled=False))
     (asked,) = next(steps)
-    asked.take(decided(2))
+    asked.set_response(decided(2))
     made = made_by(steps)
     assert made["prompt_token_ids"] == [*before, image, image, *[line_break] * 11, end, text]
 
@@ -167,7 +167,7 @@ def test_no_more_is_read_in_one_turn_than_one_question_holds(processor: PruningP
     steps = apply(processor, {}, images["coffee"], images["moon"])
     for _ in range(2):
         (asked,) = next(steps)
-        asked.take(decided(2))
+        asked.set_response(decided(2))
     assert len(made_by(steps)["prompt_token_ids"]) == 4
 
 
@@ -177,13 +177,13 @@ def test_nothing_that_old_weights_made_goes_on(processor: PruningProcessor, imag
     first, second, third = (apply(processor, {}, images["coffee"]) for _ in range(3))
     ((old,), (same,)) = next(first), next(second)
     assert old is same
-    old.take(decided(2))
+    old.set_response(decided(2))
     before = made_by(first)[KEY].identifiers
     processor.front_end.weights_changed()
     (new,) = next(second)
     assert new is not old
     assert next(third) == [new]
-    new.take(decided(2))
+    new.set_response(decided(2))
     # Though it keeps the same, the engine's caches take it for another.
     after = made_by(second)[KEY].identifiers
     assert not {*before.values()} & {*after.values()}
@@ -198,7 +198,7 @@ def test_more_than_can_ever_fit_is_not_asked_about(processor: PruningProcessor, 
     for each in (three, three[:1] * 3):
         choices = Choices({"image": (Choice(processor.server_options.defaults),) * 3})
         items = preview.iter_preview_items(processor, {"image": each}, choices)
-        assert [next(items).new.asks for _ in range(2)] == [True] * 2
+        assert [next(items).pending.needs_decision for _ in range(2)] == [True] * 2
         with pytest.raises(VLLMValidationError, match="at least 192, however"):
             next(items)
 
@@ -212,7 +212,7 @@ def test_equal_images_of_a_preview_are_read_and_drawn_once(processor: PruningPro
     coffee, moon, again = dict.fromkeys(items)
     assert items == [coffee, moon, coffee, again]
     for item in (coffee, moon, again):
-        item.new.take(explained())
+        item.pending.set_response(explained())
     found = preview.previews(processor, items, overlay=True, spectrum=True)
     reports = found.of("image")
     assert [report.kept_tokens for report in reports] == [2] * 4

@@ -149,9 +149,9 @@ def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
 def test_positions_run_ahead_by_what_is_taken_from_the_extent() -> None:
     """Unless there are more tokens than positions."""
     found = tokens(30, 8)
-    for extent, skipped in ((10, 5), (3, 0), (0, 0)):
+    for extent, slack in ((10, 5), (3, 0), (0, 0)):
         encoding = Encoding(found, Layout(torch.zeros(30).long(), ((5, 6),), extent=extent))
-        assert prune(encoding, PruneOptions(min_tokens=5, max_tokens=5)).skipped == skipped
+        assert prune(encoding, PruneOptions(min_tokens=5, max_tokens=5)).position_slack == slack
 
 
 def test_fewer_tokens_than_parts_go_to_those_that_hold_most() -> None:

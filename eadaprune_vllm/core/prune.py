@@ -128,7 +128,7 @@ class PruneDecision:
         indices: ``[k]`` int64, ascending, the tokens that stay.
         placeholders: ``[p]`` int64, ascending, the placeholders that stay: these tokens and their newlines.
         unpruned: how many placeholders there are unpruned.
-        skipped: by how much positions may run ahead of tokens at most (M-RoPE).
+        position_slack: by how much positions may run ahead of tokens at most (M-RoPE).
         spectral_energy: share of the energy that the k largest singular values hold; None if none were computed.
         span_energy: share of the energy in the span of these tokens, of each part in that of its own; None if it is not
             known, as of other selectors than ``span``.
@@ -141,7 +141,7 @@ class PruneDecision:
     indices: torch.Tensor
     placeholders: torch.Tensor
     unpruned: int
-    skipped: int
+    position_slack: int
     spectral_energy: float | None
     span_energy: float | None
     bound: Bound | None

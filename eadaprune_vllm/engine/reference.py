@@ -39,8 +39,8 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
             (modality,) = items = still(picture, limits)
             inputs = ProcessorInputs([], processor.info.parse_mm_data(items))
             new = processor.read(inputs, modality, 0, options)
-            new.question.explain = True
-            (answer,) = unpack_responses(ask(pack([new.question])))
+            new.request.explain = True
+            (answer,) = unpack_responses(ask(pack([new.request])))
         except Exception as error:
             answer = DecisionError(f"{type(error).__name__}: {error}")
         if isinstance(answer, DecisionResult):

@@ -13,9 +13,9 @@ from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.report import Pruning, Reference, Timing
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
 from eadaprune_vllm.frontend.client import DecisionClient
-from eadaprune_vllm.frontend.items import PendingItem
 from eadaprune_vllm.frontend.load import Load
 from eadaprune_vllm.frontend.metrics import Metrics, Source
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.shared_table import table
 from eadaprune_vllm.messages import DecisionError, DecisionResponse
 
@@ -35,7 +35,7 @@ class FrontEnd:
         weights: a file in which the front ends of one server share when weights changed; None if there is only one.
 
     Attributes:
-        new: by ``mm_hash``, what requests in progress have read, for others with the same image at the same time.
+        pending: by ``mm_hash``, what requests in progress have read, for others with the same image at the same time.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FrontEnd:
         self.load = load
         self._effective_options: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
         self._lock = Lock()
-        self.new: WeakValueDictionary[str, PendingItem] = WeakValueDictionary()
+        self.pending: WeakValueDictionary[str, PendingItem] = WeakValueDictionary()
         self._weights = table(1, weights)
         metrics.declare(model_name)
 
@@ -80,12 +80,12 @@ class FrontEnd:
     async def decide(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """Have all of them decided, up to the first of which nothing can be."""
         started = time.time_ns()
-        self._answered(new, source, started, await self.decision_client.decide([each.question for each in new]))
+        self._answered(new, source, started, await self.decision_client.decide([each.request for each in new]))
 
     def decide_sync(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """The same from a thread that may wait."""
         started = time.time_ns()
-        self._answered(new, source, started, self.decision_client.decide_sync([each.question for each in new]))
+        self._answered(new, source, started, self.decision_client.decide_sync([each.request for each in new]))
 
     def _answered(
         self, new: Sequence[PendingItem], source: Source, started: int, answers: Sequence[DecisionResponse]
@@ -93,10 +93,10 @@ class FrontEnd:
         for each, answer in zip(new, answers, strict=False):
             if isinstance(answer, DecisionError):
                 self.reject(answer.reason, source)
-            elif not each.answer:  # or else it came to another request first
-                each.timing = Timing(each.question.modality, started, answer.seconds)
+            elif not each.response:  # or else it came to another request first
+                each.timing = Timing(each.request.modality, started, answer.seconds)
                 self.metrics.observe_stages(self.model_name, source, **answer.seconds)
-            each.take(answer)
+            each.set_response(answer)
 
     def effective_options(self, choice: Choice, identity: str, held: bool) -> PruneOptions:
         """The options of one image or video at the present load.

@@ -4,23 +4,19 @@ import hashlib
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import torch
-from vllm.exceptions import VLLMServerError, VLLMValidationError
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
-from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
 from eadaprune_vllm.core.options import CHUNK, KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.core.prune import PruneDecision, finite
-from eadaprune_vllm.core.report import ItemReport, Pruning, Timing
+from eadaprune_vllm.core.report import ItemReport, Pruning
 from eadaprune_vllm.core.server_options import Choice
-from eadaprune_vllm.engine.model import KEPT, MM_EMBEDS
-from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult
+from eadaprune_vllm.frontend.pending import PendingItem
 
 
 def digest(placeholders: torch.Tensor, weights: float = 0.0) -> str:
@@ -102,118 +98,55 @@ class Item:
 
 
 @dataclass
-class PendingItem:
-    """What is made of an item that no cache has.
-
-    Attributes:
-        question: about it.
-        update: the prompt's, unpruned.
-        asks: whether it is to be asked; or else all of it is kept, as vLLM sends it.
-        own: whether it is embeddings of a client.
-        answer: once there is one.
-        timing: of the answer.
-    """
-
-    question: DecisionRequest
-    update: ResolvedPromptUpdate
-    asks: bool
-    own: bool
-    answer: DecisionResponse | None = None
-    timing: Timing | None = None
-
-    def fewest(self, options: PruneOptions) -> int:
-        """How many placeholders it keeps at least."""
-        unpruned = self.question.num_placeholders
-        if not self.asks:
-            return unpruned
-        num_tokens: int = unpruned - self.update.content.num_newlines
-        return min(num_tokens, options.floor(num_tokens), options.max_tokens or num_tokens)
-
-    def take(self, answer: DecisionResponse) -> None:
-        """Note the answer, and let go of what the question was about: of that, only what vLLM leaves on the CPU goes
-        on to the engine. (The question stays whole for another request that may be asking it.)"""
-        self.answer = answer
-        left = {name: of for name, of in self.question.item.items() if of.field.keep_on_cpu}
-        self.question = msgspec.structs.replace(self.question, item=MultiModalKwargsItem(left))
-
-    def decided(self) -> DecisionResult:
-        """The answer.
-
-        Raises:
-            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
-        """
-        assert self.answer
-        if not isinstance(self.answer, DecisionError):
-            return self.answer
-        if self.own:
-            raise VLLMValidationError(self.answer.error, parameter="messages")
-        raise VLLMServerError(self.answer.error)
-
-    def result(self) -> tuple[MultiModalKwargsItem, ResolvedPromptUpdate]:
-        """What the engine is sent, and the prompt's update.
-
-        Raises:
-            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
-        """
-        item, modality = self.question.item, self.question.modality
-        if not self.asks:
-            return item, self.update
-        answer, fields = self.decided(), dict(item)
-        rows, kept = answer.rows, answer.kept
-        for name, value, keep_on_cpu in ((MM_EMBEDS, rows, False), (KEPT, kept.placeholders, True)):
-            config = MultiModalFieldConfig.batched(modality, keep_on_cpu=keep_on_cpu)
-            (fields[modality + name],) = config.build_elems(modality + name, [value])
-        return MultiModalKwargsItem(fields), replace(self.update, content=self.update.content.pruned(kept))
-
-
-@dataclass
 class Items:
     """The images and videos of one request.
 
     Attributes:
-        of: each, by vLLM's modality.
-        new: what is made of those that are not cached, by ``mm_hash``.
+        by_modality: each, by vLLM's modality.
+        pending: those that are not cached, by ``mm_hash``.
         choices: of their options.
         weights: ``FrontEnd.weights``, with which they were encoded or will be.
         reports: of each, by modality, once vLLM has processed them.
         identifiers: by ``mm_hash``, by which the engine tells what it encodes of each from others: the image or video,
             and the kept tokens, whatever options they come from.
-        skipped: by how much positions may run ahead of tokens because of all of them.
+        position_slack: by how much positions may run ahead of tokens because of all of them.
     """
 
-    of: Mapping[str, list[Item]]
-    new: dict[str, PendingItem] = field(default_factory=dict)
+    by_modality: Mapping[str, list[Item]]
+    pending: dict[str, PendingItem] = field(default_factory=dict)
     choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     weights: float = 0.0
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     identifiers: dict[str, str] = field(default_factory=dict)
-    skipped: int = 0
+    position_slack: int = 0
 
     @property
     def any_prunable(self) -> bool:
         """Whether any may lose tokens. If none may, all is left to vLLM."""
-        return any(may_prune(item.options) for of_each in self.of.values() for item in of_each)
+        return any(may_prune(item.options) for items in self.by_modality.values() for item in items)
 
     def undecided(self) -> list[PendingItem]:
-        """Those to be asked about.
+        """Those that the engine is to decide about.
 
         Raises:
             VLLMServerError, VLLMValidationError: if nothing could be decided about one; the latter if that is the
                 client's fault.
         """
-        return [new for new in self.new.values() if new.asks and not (new.answer and new.decided())]
+        return [
+            each for each in self.pending.values() if each.needs_decision and not (each.response and each.decided())
+        ]
 
-    def done(self, item: Item, content: PrunedDetails) -> None:
+    def add_report(self, item: Item, content: PrunedDetails) -> None:
         """Note what became of an item, from now on the next of its modality."""
         if item.modality in MODALITIES:
             self.reports[item.modality].append(content.report(item))
         # Of what vLLM sends whole it is vLLM's.
         own = "" if content.kept is None else digest(content.kept.placeholders, self.weights)
         self.identifiers[item.mm_hash] = item.image_hash + own
-        self.skipped += content.kept.skipped if content.kept else 0
+        self.position_slack += content.kept.position_slack if content.kept else 0
 
     def pruning(self, kv_bytes_per_token: int) -> Pruning:
-        timings = [new.timing for new in self.new.values() if new.timing]
+        timings = [each.timing for each in self.pending.values() if each.timing]
         seconds = sum(sum(timing.stages.values()) for timing in timings)
         return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers)
 
@@ -221,8 +154,8 @@ class Items:
 def to_client(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
     """What each item of each of vLLM's modalities is to a client: a chunk is an image, or a part of a video."""
     return {
-        modality: [data["type"].removesuffix("_chunk") if modality == CHUNK else modality for data in of_each]
-        for modality, of_each in items.items()
+        modality: [data["type"].removesuffix("_chunk") if modality == CHUNK else modality for data in of_modality]
+        for modality, of_modality in items.items()
     }
 
 

@@ -14,7 +14,8 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from eadaprune_vllm.core import draw
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.report import ItemPreview, Pruning
-from eadaprune_vllm.frontend.items import Item, PendingItem, to_client
+from eadaprune_vllm.frontend.items import Item, to_client
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.frontend.request import Choices
 from eadaprune_vllm.messages import Explanation
@@ -37,7 +38,7 @@ class PreviewItem:
     modality: str
     view: Callable[[int, int], Image.Image]
     options: PruneOptions
-    new: PendingItem
+    pending: PendingItem
     fewest: int
 
     @property
@@ -47,18 +48,18 @@ class PreviewItem:
         Raises:
             VLLMServerError, VLLMValidationError: if nothing could be decided.
         """
-        explanation = self.new.decided().explanation
+        explanation = self.pending.decided().explanation
         assert explanation, "they were asked for"
         return explanation
 
     def overlay(self) -> Image.Image:
         """The image or video, with its pruned patches dark and grey."""
-        grids, kept = self.explanation.grids, self.new.decided().kept
+        grids, kept = self.explanation.grids, self.pending.decided().kept
         return draw.dim_pruned(functools.partial(self.view, len(grids)), kept.indices.tolist(), grids)
 
     def preview(self, overlay: bool, spectrum: bool) -> ItemPreview:
         """What the endpoint says of it, with or without a drawing and the whole spectrum."""
-        content = self.new.update.content.pruned(self.new.decided().kept)
+        content = self.pending.update.content.pruned(self.pending.decided().kept)
         report = content.report(Item(self.modality, "", "", self.options, self.options.threshold)).model_dump()
         return ItemPreview(
             **report,
@@ -108,8 +109,8 @@ def iter_preview_items(
             if key not in known:
                 new = processor.read(inputs, modality, index, options)
                 view = functools.partial(processor.view, inputs.mm_data_items[modality].get(index))
-                known[key] = PreviewItem(name, view, options, new, new.fewest(options))
-                new.asks = new.question.explain = True
+                known[key] = PreviewItem(name, view, options, new, new.min_placeholders(options))
+                new.needs_decision = new.request.explain = True
             fewest += known[key].fewest
             processor.check_length(fewest)
             yield known[key]
@@ -130,5 +131,5 @@ def previews(processor: PruningProcessor, items: Sequence[PreviewItem], overlay:
     of: dict[str, list[ItemPreview]] = defaultdict(list)
     for item in items:
         of[item.modality].append(found[item])
-    seconds = sum(sum(item.new.decided().seconds.values()) for item in found)
+    seconds = sum(sum(item.pending.decided().seconds.values()) for item in found)
     return Pruning(of, seconds, processor.front_end.kv_bytes_per_token)

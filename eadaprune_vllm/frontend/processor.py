@@ -26,13 +26,13 @@ from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.items import (
     Item,
     Items,
-    PendingItem,
     PrunedDetails,
     check_finite,
     may_prune,
     split,
     to_client,
 )
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.request import Choices, RequestContext, count_refusals, option_sources
 from eadaprune_vllm.messages import DecisionRequest
 
@@ -97,7 +97,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             yield undecided
         kwargs_with_items = {**inputs.hf_processor_mm_kwargs, KEY: items}
         result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs_with_items), *args, **kwargs)
-        self._check_positions(items.skipped)
+        self._check_positions(items.position_slack)
         result[KEY] = items.pruning(self.front_end.kv_bytes_per_token)
         return result
 
@@ -143,39 +143,39 @@ class PruningProcessor(BaseMultiModalProcessor):
             VLLMValidationError: if data is missing, or the prompt can never fit.
         """
         assert self.front_end
-        fewest, room = len(inputs.prompt), self.front_end.decision_client.max_encoder_tokens
+        min_length, remaining = len(inputs.prompt), self.front_end.decision_client.max_encoder_tokens
         all_read = True
-        for modality, of_each in items.of.items():
+        for modality, of_each in items.by_modality.items():
             for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):
                 if is_cached:
                     continue
-                if item.mm_hash not in items.new:
-                    if room <= 0:
+                if item.mm_hash not in items.pending:
+                    if remaining <= 0:
                         all_read = False
                         continue
-                    new = self.front_end.new.get(item.mm_hash) or self.read(inputs, modality, index, item.options)
-                    items.new[item.mm_hash] = self.front_end.new[item.mm_hash] = new
-                    room -= new.question.num_placeholders
-                new = items.new[item.mm_hash]
-                fewest += new.fewest(item.options) - self.eadaprune_replaced_tokens(new)
-                self.check_length(fewest)
+                    new = self.front_end.pending.get(item.mm_hash) or self.read(inputs, modality, index, item.options)
+                    items.pending[item.mm_hash] = self.front_end.pending[item.mm_hash] = new
+                    remaining -= new.request.num_placeholders
+                new = items.pending[item.mm_hash]
+                min_length += new.min_placeholders(item.options) - self.eadaprune_replaced_tokens(new)
+                self.check_length(min_length)
         return all_read
 
     def eadaprune_replaced_tokens(self, new: PendingItem) -> int:
         """How many tokens of a prompt the placeholders of an item replace."""
         return 1
 
-    def check_length(self, fewest: int) -> None:
+    def check_length(self, min_length: int) -> None:
         """Raises:
         VLLMValidationError: if a prompt of at least so many tokens can never fit.
         """
         longest = self.info.ctx.model_config.max_model_len
-        if fewest > longest:
+        if min_length > longest:
             raise VLLMValidationError(
-                f"This model's maximum context length is {longest} tokens, and this request has at least {fewest}, "
+                f"This model's maximum context length is {longest} tokens, and this request has at least {min_length}, "
                 "however much its images and videos are pruned. Please send fewer.",
                 parameter="messages",
-                value=fewest,
+                value=min_length,
             )
 
     def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> PendingItem:
@@ -195,7 +195,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         question = DecisionRequest(modality, read[modality][number], options.key, int(update.content.embeds.sum()))
         return PendingItem(question, update, may_prune(options), own)
 
-    def _check_positions(self, skipped: int) -> None:
+    def _check_positions(self, position_slack: int) -> None:
         """Raises:
         VLLMValidationError: if positions could run off the model's table of rotary embeddings, which would stop the
             engine. vLLM makes tables for four times the model's length, and checks tokens only.
@@ -206,10 +206,10 @@ class PruningProcessor(BaseMultiModalProcessor):
         longest, rope = text.max_position_embeddings, getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "yarn":
             longest = int(rope["original_max_position_embeddings"] * rope["factor"])
-        if model.max_model_len + skipped > 4 * longest:
+        if model.max_model_len + position_slack > 4 * longest:
             raise VLLMValidationError(
-                f"the images and videos of this request span up to {skipped} positions more than it has tokens, and "
-                f"this model has {4 * longest} positions in all; send fewer, smaller or less pruned ones",
+                f"the images and videos of this request span up to {position_slack} positions more than it has tokens, "
+                f"and this model has {4 * longest} positions in all; send fewer, smaller or less pruned ones",
                 parameter="messages",
             )
 
@@ -219,7 +219,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         inputs = replace(inputs, hf_processor_mm_kwargs=others)
         if items is None:
             return super()._cached_apply_hf_processor(inputs, *args, **kwargs)
-        for modality, of_each in items.of.items():
+        for modality, of_each in items.by_modality.items():
             for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):
                 item.cached = is_cached
                 if not is_cached:
@@ -229,18 +229,18 @@ class PruningProcessor(BaseMultiModalProcessor):
         else:
             result = super()._cached_apply_hf_processor(inputs, *args, **kwargs)
         for modality, updates in result.prompt_updates.items():
-            for (update,), item in zip(updates, items.of.get(modality, ()), strict=True):
-                items.done(item, update.content)
+            for (update,), item in zip(updates, items.by_modality.get(modality, ()), strict=True):
+                items.add_report(item, update.content)
         return result
 
     def _merged(self, inputs: ProcessorInputs, items: Items) -> MultiModalProcessingResult:
         """What was decided about a request's images and videos, together with what vLLM's cache has."""
-        hashes = {modality: [item.mm_hash for item in of_each] for modality, of_each in items.of.items()}
-        are_cached = {modality: [item.cached for item in of_each] for modality, of_each in items.of.items()}
+        hashes = {modality: [item.mm_hash for item in of_each] for modality, of_each in items.by_modality.items()}
+        are_cached = {modality: [item.cached for item in of_each] for modality, of_each in items.by_modality.items()}
         data: dict[str, list[Any]] = {}
         updates: dict[str, list[Any]] = {}
-        for modality, of_each in items.of.items():
-            new = [items.new[item.mm_hash].result() for item in of_each if not item.cached]
+        for modality, of_each in items.by_modality.items():
+            new = [items.pending[item.mm_hash].pruned() for item in of_each if not item.cached]
             data[modality] = [item for item, _ in new]
             updates[modality] = [
                 [self._recompute_cached_prompt_update(update, index)] for index, (_, update) in enumerate(new)

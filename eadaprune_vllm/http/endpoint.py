@@ -163,17 +163,19 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
     fetched = await _fetch(state.eadaprune_renderer.model_config, messages)
     found, items = iter_preview_items(processor, fetched, choices), list[PreviewItem]()
     loop = asyncio.get_running_loop()
-    unasked, room = dict[PreviewItem, None](), processor.front_end.decision_client.max_encoder_tokens
+    unasked, remaining = dict[PreviewItem, None](), processor.front_end.decision_client.max_encoder_tokens
     while item := await loop.run_in_executor(state.eadaprune_renderer._mm_executor, next, found, None):
         items.append(item)
-        if item.new.answer or item in unasked:
+        if item.pending.response or item in unasked:
             continue
         unasked[item] = None
-        room -= item.new.question.num_placeholders
-        if room <= 0:
-            await processor.front_end.decide([each.new for each in unasked], "preview")  # which lets go of their pixels
-            unasked, room = {}, processor.front_end.decision_client.max_encoder_tokens
-    await processor.front_end.decide([each.new for each in unasked], "preview")
+        remaining -= item.pending.request.num_placeholders
+        if remaining <= 0:
+            await processor.front_end.decide(
+                [each.pending for each in unasked], "preview"
+            )  # which lets go of their pixels
+            unasked, remaining = {}, processor.front_end.decision_client.max_encoder_tokens
+    await processor.front_end.decide([each.pending for each in unasked], "preview")
     answer = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
     return Response(answer, media_type="application/json")
 

@@ -13,7 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eadaprune_vllm.core.prune import Layout
 from eadaprune_vllm.engine.model import Pruned, of_squares
-from eadaprune_vllm.frontend.items import PendingItem
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
@@ -68,7 +68,7 @@ class PrunedPixtralProcessor(PruningProcessor, pixtral.PixtralMultiModalProcesso
 
     @override
     def eadaprune_replaced_tokens(self, new: PendingItem) -> int:
-        return new.question.num_placeholders
+        return new.request.num_placeholders
 
     @override
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:

@@ -11,7 +11,7 @@ from eadaprune_vllm.compat import drain_invalidations
 from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend import request as requests
-from eadaprune_vllm.frontend.items import PendingItem
+from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import Steps
 from eadaprune_vllm.patching import wrap
 

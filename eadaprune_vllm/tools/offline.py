@@ -57,7 +57,7 @@ class OfflineModel:
         chosen = processor.server_options.choose(OptionSource("options", given))
         items = still(picture, processor.info.allowed_mm_limits)
         (item,) = iter_preview_items(processor, items, Choices(image=(chosen,), video=(chosen,)))
-        processor.front_end.decide_sync([item.new], "preview")
+        processor.front_end.decide_sync([item.pending], "preview")
         try:
             return item.preview(overlay, spectrum)
         except VLLMServerError as error:

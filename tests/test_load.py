@@ -17,7 +17,7 @@ from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.load import FRESH_SECONDS, STEPS, Load
 from eadaprune_vllm.frontend.metrics import Metrics
-from eadaprune_vllm.frontend.request import choose
+from eadaprune_vllm.frontend.request_options import choose
 
 POLICY = LoadPolicy(energy_floor=0.9, kv_usage_low=0.5, kv_usage_high=0.9, waiting_low=2, waiting_high=10)
 
@@ -154,7 +154,7 @@ def test_images_of_earlier_turns_are_told_from_new_ones() -> None:
     met = {"image": 0, "video": 0}
 
     def answered(*messages: Any) -> list[bool]:
-        return [choice.answered for choice in choose(ServerOptions(), [], list(messages), met)["image"]]
+        return [choice.from_previous_turn for choice in choose(ServerOptions(), [], list(messages), met)["image"]]
 
     assert answered(user) == [False, False]
     assert answered(user, answer, user) == [True, True, False, False]

@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from eadaprune_vllm.core.server_options import ServerOptions
-from eadaprune_vllm.http.endpoint import EndpointPlugin
 from eadaprune_vllm.http.page import PAGE, PATH
+from eadaprune_vllm.http.plugin import EndpointPlugin
 
 
 def client(root_path: str = "", *, page: bool = True) -> TestClient:

@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from eadaprune_vllm.architectures import adapter
-from eadaprune_vllm.frontend.processor import PruningProcessor
+from eadaprune_vllm.frontend.limits import check_positions
 
 CANVAS = "minicpmv4_7"
 NAMES = [name for name in UNPRUNED if not name.startswith(CANVAS)]
@@ -224,9 +224,8 @@ def test_positions_reach_as_far_as_the_models_table() -> None:
     def refused(position_slack: int, **rope: Any) -> bool:
         text = SimpleNamespace(max_position_embeddings=1000, rope_parameters=rope)
         model = SimpleNamespace(hf_text_config=text, uses_mrope=True, max_model_len=1000)
-        processor: Any = SimpleNamespace(info=SimpleNamespace(ctx=SimpleNamespace(model_config=model)))
         try:
-            PruningProcessor._check_positions(processor, position_slack)
+            check_positions(model, position_slack)
         except VLLMValidationError:
             return True
         return False

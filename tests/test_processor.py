@@ -25,7 +25,7 @@ from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.metrics import Metrics
 from eadaprune_vllm.frontend.processor import PruningProcessor
-from eadaprune_vllm.frontend.request import Choices
+from eadaprune_vllm.frontend.request_options import Choices
 
 Images = dict[str, Image.Image]
 Family = Callable[[str], Path]

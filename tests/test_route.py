@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.core.report import ItemReport, Pruning
-from eadaprune_vllm.frontend.request import RequestContext, current, in_context
+from eadaprune_vllm.frontend.context import RequestContext, current, in_context
 from eadaprune_vllm.http.route import PruningRoute, documented
 
 DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"

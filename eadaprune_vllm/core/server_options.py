@@ -19,7 +19,7 @@ class OptionSource:
 
     Attributes:
         where: its name in error messages.
-        given: what it says: None, or a mapping of option names to values.
+        given: None, or a mapping of option names to values.
         trusted: whether it is the operator's own: brought within the bounds, never refused.
     """
 
@@ -27,8 +27,8 @@ class OptionSource:
     given: object
     trusted: bool = False
 
-    def says(self, *names: str) -> bool:
-        """Whether it says something of any of these options."""
+    def sets(self, *names: str) -> bool:
+        """Whether it sets any of these options."""
         return isinstance(self.given, dict) and any(self.given.get(name) is not None for name in names)
 
 
@@ -39,12 +39,12 @@ class Choice:
     Attributes:
         options: resolved.
         energy_floor: how far load may lower its threshold; None if it may not.
-        answered: whether it is of an earlier turn of the conversation.
+        from_previous_turn: whether it is of an earlier turn of the conversation.
     """
 
     options: PruneOptions
     energy_floor: float | None = None
-    answered: bool = False
+    from_previous_turn: bool = False
 
     def at(self, level: float) -> PruneOptions:
         """The options in force where the threshold has gone this share of its way to the floor."""
@@ -115,8 +115,8 @@ class ServerOptions(PruneOptions):
     def _consistent(self) -> "ServerOptions":
         if self.energy_floor and self.energy_ceiling and self.energy_floor > self.energy_ceiling:
             raise ValueError(f"energy_floor={self.energy_floor} is above energy_ceiling={self.energy_ceiling}")
-        for layer in (OptionSource("the default", None), *map(self.preset, ("low", "high"))):
-            self.resolve(layer)
+        for source in (OptionSource("the default", None), *map(self.preset, ("low", "high"))):
+            self.resolve(source)
         self._check_load()
         return self
 
@@ -152,7 +152,7 @@ class ServerOptions(PruneOptions):
         return self._solved(options, OptionSource(KEY, None, trusted=True))
 
     def preset(self, detail: object, where: str = "detail") -> OptionSource:
-        """The layer that OpenAI's ``detail`` of an image stands for.
+        """The source of options that OpenAI's ``detail`` of an image stands for.
 
         Raises:
             InvalidOptionsError: if there is no such detail.
@@ -164,33 +164,33 @@ class ServerOptions(PruneOptions):
             )
         return OptionSource(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
 
-    def resolve(self, *layers: OptionSource) -> PruneOptions:
-        """The one place where options are resolved: the defaults, with each layer on top of those before it.
+    def resolve(self, *sources: OptionSource) -> PruneOptions:
+        """The one place where options are resolved: the defaults, with each on top of those before it.
 
         Raises:
-            InvalidOptionsError: naming field, value and allowed range, or the bounds that a layer leaves.
+            InvalidOptionsError: naming field, value and allowed range, or the bounds that a source leaves.
         """
         # An energy that a target stands for is brought within the bounds.
         options = self._bounded(
             self.defaults, OptionSource(KEY, None, trusted=self.target is not None and self.enabled)
         )
-        for layer in layers:
-            options = overlay(options, layer.given, layer.where)
-            if layer.says("target"):
-                options = self._solved(options, layer)
-            options = self._bounded(options, layer)
+        for source in sources:
+            options = overlay(options, source.given, source.where)
+            if source.sets("target"):
+                options = self._solved(options, source)
+            options = self._bounded(options, source)
         # As many as an image has is as many as it may.
         return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
 
-    def _solved(self, options: PruneOptions, layer: OptionSource) -> PruneOptions:
+    def _solved(self, options: PruneOptions, source: OptionSource) -> PruneOptions:
         """With the energy that their target stands for."""
         targets, target = self._targets, options.target
         if targets is None or target is None:
             return options
-        if layer.trusted:
+        if source.trusted:
             target = min(max(target, targets.least), targets.max_default_target)
         elif not targets.least <= target <= targets.most:
-            field = f"{layer.where}.target"
+            field = f"{source.where}.target"
             raise InvalidOptionsError(
                 f"{field}={target} is not allowed; with this model it must be at least {targets.least:.3f} and at most "
                 f"{targets.most:.3f}",
@@ -198,12 +198,12 @@ class ServerOptions(PruneOptions):
             )
         return options.model_copy(update={"target": target, "energy": targets.energy(target)})
 
-    def choose(self, *layers: OptionSource, answered: bool = False) -> Choice:
+    def choose(self, *sources: OptionSource, from_previous_turn: bool = False) -> Choice:
         """``resolve``, and how far load may lower the threshold that comes of it."""
-        options, policy = self.resolve(*layers), self.load_aware
-        explicit = any(layer.says("energy", "target", "enabled") for layer in layers)
+        options, policy = self.resolve(*sources), self.load_aware
+        explicit = any(source.sets("energy", "target", "enabled") for source in sources)
         lowers = policy and (policy.explicit == "lower" or not explicit)
-        return Choice(options, self._load_floor() if lowers else None, answered)
+        return Choice(options, self._load_floor() if lowers else None, from_previous_turn)
 
     def _load_floor(self) -> float | None:
         """The threshold at full load; None if it is not known yet."""
@@ -223,7 +223,7 @@ class ServerOptions(PruneOptions):
                 f"load_aware.{name}={getattr(policy, name):g} is not below the default, which is energy={energy:g}"
             )
 
-    def _bounded(self, options: PruneOptions, layer: OptionSource) -> PruneOptions:
+    def _bounded(self, options: PruneOptions, source: OptionSource) -> PruneOptions:
         energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
         most = self.max_tokens_ceiling
         within: dict[str, Any] = {}
@@ -235,9 +235,9 @@ class ServerOptions(PruneOptions):
                 "max_tokens": options.max_tokens and min(options.max_tokens, most),
             }
         outside = [name for name, value in within.items() if getattr(options, name) != value]
-        if outside and self.out_of_bounds == "reject" and not layer.trusted:
-            name = "target" if outside[0] == "energy" and layer.says("target") else outside[0]
-            field, value = f"{layer.where}.{name}", repr(getattr(options, name))
+        if outside and self.out_of_bounds == "reject" and not source.trusted:
+            name = "target" if outside[0] == "energy" and source.sets("target") else outside[0]
+            field, value = f"{source.where}.{name}", repr(getattr(options, name))
             if name == "target":
                 value += f" (energy {options.energy:g})"
             limits = ("energy_floor", "energy_ceiling", "max_tokens_ceiling")

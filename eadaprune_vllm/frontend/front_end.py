@@ -1,17 +1,20 @@
 """What a front-end process holds: whom it asks, the thresholds that follow the load, and the metrics."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
+from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.report import Pruning, Reference, Timing
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
+from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.load import Load
 from eadaprune_vllm.frontend.metrics import Metrics, Source
@@ -133,3 +136,12 @@ class FrontEnd:
     def reject(self, reason: str, source: Source = "request") -> None:
         """Count a request that is refused."""
         self.metrics.count_rejected(self.model_name, reason, source)
+
+    @contextmanager
+    def refusals(self, source: Source = "request") -> Iterator[None]:
+        """While open, invalid options are counted and become vLLM's 400."""
+        try:
+            yield
+        except InvalidOptionsError as error:
+            self.reject("options", source)
+            raise VLLMValidationError(str(error), parameter=error.field) from None

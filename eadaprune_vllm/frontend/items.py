@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from eadaprune_vllm.core.options import CHUNK, KEY, MODALITIES, PruneOptions
-from eadaprune_vllm.core.prune import PruneDecision, finite
+from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.report import ItemReport, Pruning
 from eadaprune_vllm.core.server_options import Choice
 from eadaprune_vllm.frontend.pending import PendingItem
@@ -157,22 +155,6 @@ def to_client(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
         modality: [data["type"].removesuffix("_chunk") if modality == CHUNK else modality for data in of_modality]
         for modality, of_modality in items.items()
     }
-
-
-def check_finite(modality: str, items: Any, dtype: torch.dtype) -> None:
-    """Raises:
-    VLLMValidationError: if embeddings of a client are not finite in the model's dtype. In the KV cache they would
-        outlive their request and spoil others.
-    """
-    if not isinstance(items, EmbeddingItems | DictEmbeddingItems):
-        return
-    for index, item in enumerate(items):
-        tensors = item.values() if isinstance(item, Mapping) else [item]
-        if not all(finite(of.to(dtype)) for of in tensors if of is not None and of.is_floating_point()):
-            raise VLLMValidationError(
-                f"embeddings of {modality} {index} hold NaN, infinity or values too large for {dtype}",
-                parameter="messages",
-            )
 
 
 def may_prune(options: PruneOptions) -> bool:

@@ -15,9 +15,10 @@ from eadaprune_vllm.core import draw
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.report import ItemPreview, Pruning
 from eadaprune_vllm.frontend.items import Item, to_client
+from eadaprune_vllm.frontend.limits import check_length
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import PruningProcessor
-from eadaprune_vllm.frontend.request import Choices
+from eadaprune_vllm.frontend.request_options import Choices
 from eadaprune_vllm.messages import Explanation
 
 # Of one request, with an overlay or the whole spectrum of each. An item takes a few bytes of a request if its URL was
@@ -112,7 +113,7 @@ def iter_preview_items(
                 known[key] = PreviewItem(name, view, options, new, new.min_placeholders(options))
                 new.needs_decision = new.request.explain = True
             fewest += known[key].fewest
-            processor.check_length(fewest)
+            check_length(processor.info.ctx.model_config, fewest)
             yield known[key]
 
 

@@ -22,18 +22,12 @@ from vllm.multimodal.processing.processor import MultiModalProcessingResult
 from eadaprune_vllm.architectures import adapter
 from eadaprune_vllm.core.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.core.server_options import ServerOptions
+from eadaprune_vllm.frontend.context import RequestContext
 from eadaprune_vllm.frontend.front_end import FrontEnd
-from eadaprune_vllm.frontend.items import (
-    Item,
-    Items,
-    PrunedDetails,
-    check_finite,
-    may_prune,
-    split,
-    to_client,
-)
+from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, may_prune, split, to_client
+from eadaprune_vllm.frontend.limits import check_finite, check_length, check_positions
 from eadaprune_vllm.frontend.pending import PendingItem
-from eadaprune_vllm.frontend.request import Choices, RequestContext, count_refusals, option_sources
+from eadaprune_vllm.frontend.request_options import Choices, option_sources
 from eadaprune_vllm.messages import DecisionRequest
 
 Steps = Generator[list[PendingItem], None, Any]
@@ -97,7 +91,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             yield undecided
         kwargs_with_items = {**inputs.hf_processor_mm_kwargs, KEY: items}
         result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs_with_items), *args, **kwargs)
-        self._check_positions(items.position_slack)
+        check_positions(self.info.ctx.model_config, items.position_slack)
         result[KEY] = items.pruning(self.front_end.kv_bytes_per_token)
         return result
 
@@ -108,9 +102,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         of_all = [*chain(*names.values())]
         counts = {modality: of_all.count(modality) for modality in MODALITIES}
         if not isinstance(given, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
-            with count_refusals(self.front_end):
-                layers = option_sources(RequestContext(), {KEY: given})
-                chosen = self.server_options.choose(*layers)
+            with self.front_end.refusals():
+                sources = option_sources(RequestContext(), {KEY: given})
+                chosen = self.server_options.choose(*sources)
             given = Choices({modality: (chosen,) * count for modality, count in counts.items()})
         if counts != {modality: len(of_each) for modality, of_each in given.items()}:
             raise VLLMServerError(f"options for {given} where there are {counts}")
@@ -124,7 +118,9 @@ class PruningProcessor(BaseMultiModalProcessor):
             of[modality] = []
             choices = given.along(names[modality])
             for name, choice, image_hash, data in zip(names[modality], choices, hashes[modality], of_each, strict=True):
-                options = self.front_end.effective_options(choice, image_hash, choice.answered or data is None)
+                options = self.front_end.effective_options(
+                    choice, image_hash, choice.from_previous_turn or data is None
+                )
                 mm_hash = image_hash
                 if may_prune(options):
                     mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key}, **rule)
@@ -158,25 +154,12 @@ class PruningProcessor(BaseMultiModalProcessor):
                     remaining -= new.request.num_placeholders
                 new = items.pending[item.mm_hash]
                 min_length += new.min_placeholders(item.options) - self.eadaprune_replaced_tokens(new)
-                self.check_length(min_length)
+                check_length(self.info.ctx.model_config, min_length)
         return all_read
 
     def eadaprune_replaced_tokens(self, new: PendingItem) -> int:
         """How many tokens of a prompt the placeholders of an item replace."""
         return 1
-
-    def check_length(self, min_length: int) -> None:
-        """Raises:
-        VLLMValidationError: if a prompt of at least so many tokens can never fit.
-        """
-        longest = self.info.ctx.model_config.max_model_len
-        if min_length > longest:
-            raise VLLMValidationError(
-                f"This model's maximum context length is {longest} tokens, and this request has at least {min_length}, "
-                "however much its images and videos are pruned. Please send fewer.",
-                parameter="messages",
-                value=min_length,
-            )
 
     def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> PendingItem:
         """One item as vLLM would process it by itself, and the question about it."""
@@ -194,24 +177,6 @@ class PruningProcessor(BaseMultiModalProcessor):
         (update,) = super()._get_mm_prompt_updates(alone, kwargs, read)[modality][number]
         question = DecisionRequest(modality, read[modality][number], options.key, int(update.content.embeds.sum()))
         return PendingItem(question, update, may_prune(options), own)
-
-    def _check_positions(self, position_slack: int) -> None:
-        """Raises:
-        VLLMValidationError: if positions could run off the model's table of rotary embeddings, which would stop the
-            engine. vLLM makes tables for four times the model's length, and checks tokens only.
-        """
-        model, text = self.info.ctx.model_config, self.info.ctx.model_config.hf_text_config
-        if not model.uses_mrope:
-            return
-        longest, rope = text.max_position_embeddings, getattr(text, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "yarn":
-            longest = int(rope["original_max_position_embeddings"] * rope["factor"])
-        if model.max_model_len + position_slack > 4 * longest:
-            raise VLLMValidationError(
-                f"the images and videos of this request span up to {position_slack} positions more than it has tokens, "
-                f"and this model has {4 * longest} positions in all; send fewer, smaller or less pruned ones",
-                parameter="messages",
-            )
 
     @override
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:

@@ -18,16 +18,9 @@ from starlette.requests import ClientDisconnect
 from eadaprune_vllm.core.options import KEY, request_schema
 from eadaprune_vllm.core.report import Report
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.frontend.request import (
-    ENDPOINTS,
-    HEADER,
-    RequestContext,
-    count_refusals,
-    in_context,
-    option_fields,
-    reject_misplaced,
-    request_context,
-)
+from eadaprune_vllm.frontend.context import RequestContext, in_context, request_context
+from eadaprune_vllm.frontend.request_options import HEADER, option_fields, reject_misplaced
+from eadaprune_vllm.http.endpoints import ENDPOINTS
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
@@ -52,7 +45,7 @@ class PruningRoute(APIRoute):
         async def handle(request: Request) -> Response:
             body = await _json(request)
             if body is not None and _WORD.search(await request.body()):
-                with count_refusals(request.app.state.eadaprune.front_end):
+                with request.app.state.eadaprune.front_end.refusals():
                     self._check(body)
             if not takes_options(self):
                 return await handler(request)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from eadaprune_vllm.core.options import KEY
-from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.frontend.context import RequestContext, request_context
 from eadaprune_vllm.patching import wrap
 
 _SERVING = "vllm.entrypoints.anthropic.serving"
@@ -51,5 +51,5 @@ def install() -> None:
         optional="options of a /v1/messages request that switches thinking off may change what that means",
     )
     async def render_probe_prompt(original: Any, resolver: Any, effort: Any) -> Any:
-        with requests.request_context(requests.RequestContext()):
+        with request_context(RequestContext()):
             return await original(resolver, effort)

@@ -6,7 +6,8 @@ from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
-from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.frontend.context import current
+from eadaprune_vllm.frontend.rendering import note
 from eadaprune_vllm.patching import wrap
 
 
@@ -45,8 +46,8 @@ def install() -> None:
     @wrap("vllm.entrypoints.pooling.base.serving:PoolingBaseServing._preprocessing")
     async def preprocessing(original: Any, serving: Any, io_processor: Any, ctx: Any) -> None:
         await original(serving, io_processor, ctx)
-        requests.current().prunings.clear()
-        requests.note(serving.renderer, [each["prompts"] for each in ctx.engine_inputs])
+        current().prunings.clear()
+        note(serving.renderer, [each["prompts"] for each in ctx.engine_inputs])
 
 
 def _composed(processor: Any, params: Any) -> Any:

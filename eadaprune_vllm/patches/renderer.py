@@ -10,9 +10,9 @@ from vllm.utils.torch_utils import set_default_torch_num_threads
 from eadaprune_vllm.compat import drain_invalidations
 from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.frontend import request as requests
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import Steps
+from eadaprune_vllm.frontend.rendering import chat_extras, refuse_options, rendered
 from eadaprune_vllm.patching import wrap
 
 
@@ -22,7 +22,7 @@ def install() -> None:
         original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
     ) -> list[Any]:
         """One call per conversation: the options are those of its own images."""
-        extras = [requests.chat_extras(renderer, conversation, prompt_extras) for conversation in conversations]
+        extras = [chat_extras(renderer, conversation, prompt_extras) for conversation in conversations]
         return [
             original(renderer, [conversation], *args, prompt_extras=own, **kwargs)
             for conversation, own in zip(conversations, extras, strict=True)
@@ -33,14 +33,14 @@ def install() -> None:
         original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
     ) -> Any:
         each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
-        return requests.rendered(renderer, await asyncio.gather(*each))
+        return rendered(renderer, await asyncio.gather(*each))
 
     @wrap("vllm.renderers.base:BaseRenderer.render_chat")
     def render_chat(
         original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
     ) -> Any:
         each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
-        return requests.rendered(renderer, each)
+        return rendered(renderer, each)
 
     # And the rest by these, which take no images or videos over HTTP.
     for name in ("render_cmpl", "render_cmpl_async"):
@@ -49,7 +49,7 @@ def install() -> None:
         def render_cmpl(
             original: Any, renderer: Any, prompts: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
         ) -> Any:
-            requests.refuse_options(renderer, prompts, prompt_extras)
+            refuse_options(renderer, prompts, prompt_extras)
             return original(renderer, prompts, *args, prompt_extras=prompt_extras, **kwargs)
 
     # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they

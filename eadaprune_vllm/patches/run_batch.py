@@ -3,7 +3,9 @@
 from typing import Any
 
 from eadaprune_vllm.core.options import KEY
-from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.frontend.context import RequestContext, request_context
+from eadaprune_vllm.frontend.request_options import option_fields
+from eadaprune_vllm.http.endpoints import ENDPOINTS
 from eadaprune_vllm.patching import wrap
 
 
@@ -16,10 +18,10 @@ def install() -> None:
         async def refuse(_: Any) -> None:
             raise VLLMValidationError(f"{KEY} does nothing at {request.url}", parameter=KEY)
 
-        if request.url not in requests.ENDPOINTS and any(requests.option_fields(request.body.model_dump())):
+        if request.url not in ENDPOINTS and any(option_fields(request.body.model_dump())):
             serving_engine_func = refuse
-        context = requests.RequestContext(options=(request.body.model_extra or {}).get(KEY))
-        with requests.request_context(context):
+        context = RequestContext(options=(request.body.model_extra or {}).get(KEY))
+        with request_context(context):
             output = await original(serving_engine_func, request, *args)
         if (report := context.report()) and output.response.body:
             setattr(output.response.body, KEY, report)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eadaprune_vllm.frontend import request as requests
+from eadaprune_vllm.frontend.rendering import chat_extras
 from eadaprune_vllm.patching import wrap
 
 _PROCESSORS = "vllm.entrypoints.pooling.scoring.io_processor"
@@ -38,5 +38,5 @@ def _resolved(processor: Any, prompts: Any, data: Any) -> list[Any]:
 def _resolve(processor: Any, prompt: Any, *contents: Any) -> Any:
     """What is to be rendered, with the options of the images and videos in ``contents``."""
     messages = [{"content": content} for content in contents]
-    extras = requests.chat_extras(processor.renderer, messages, prompt["prompt_extras"])
+    extras = chat_extras(processor.renderer, messages, prompt["prompt_extras"])
     return prompt | {"prompt_extras": extras}

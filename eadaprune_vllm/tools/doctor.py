@@ -134,7 +134,7 @@ def patches() -> Iterator[Finding]:
     with _warnings() as warned:
         plugin.activate()
         command_line.install()
-        import_module("eadaprune_vllm.http.endpoint")
+        import_module("eadaprune_vllm.http.plugin")
     yield from [Finding("patches", text, "warning") for text in warned] or [Finding("patches", "all there", "ok")]
 
 

@@ -13,7 +13,7 @@ from eadaprune_vllm.core.report import ItemPreview
 from eadaprune_vllm.core.server_options import OptionSource, ServerOptions
 from eadaprune_vllm.frontend.preview import iter_preview_items
 from eadaprune_vllm.frontend.processor import PruningProcessor
-from eadaprune_vllm.frontend.request import Choices
+from eadaprune_vllm.frontend.request_options import Choices
 from eadaprune_vllm.reference import still
 from eadaprune_vllm.startup.naming import NAME, name_plugins
 

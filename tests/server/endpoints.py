@@ -8,7 +8,7 @@ from harness import Server, content
 from PIL import Image
 from shared import Reference
 
-from eadaprune_vllm.frontend.request import ENDPOINTS
+from eadaprune_vllm.http.endpoints import ENDPOINTS
 
 Images = dict[str, Image.Image]
 Body = dict[str, Any]

@@ -25,7 +25,7 @@ from endpoints import (
 from harness import DTYPE, VLLM, Server, content, environment
 from shared import Reference
 
-from eadaprune_vllm.frontend.request import ENDPOINTS
+from eadaprune_vllm.http.endpoints import ENDPOINTS
 
 
 @pytest.mark.parametrize("path", GENERATING)

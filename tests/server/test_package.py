@@ -16,7 +16,7 @@ SERVER = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
 import eadaprune_vllm
-import eadaprune_vllm.http.endpoint
+import eadaprune_vllm.http.plugin
 EngineArgs(sys.argv[1]).create_engine_config()
 print(eadaprune_vllm.__file__)
 print(*sorted(sys.modules))

@@ -8,7 +8,8 @@ import pytest
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError
-from eadaprune_vllm.frontend.request import Choices, RequestContext, choose, option_sources
+from eadaprune_vllm.frontend.context import RequestContext
+from eadaprune_vllm.frontend.request_options import Choices, choose, option_sources
 
 SERVER = ServerOptions(energy=0.9, detail_low={"energy": 0.5})
 
@@ -27,7 +28,7 @@ def user(*parts: Any) -> dict[str, Any]:
 
 def energies(*messages: Any, header: str | None = None, options: object = None, kwargs: object = None) -> list[float]:
     context = RequestContext(header, options)
-    chosen = choose(SERVER, option_sources(context, kwargs), list(messages), context.met)
+    chosen = choose(SERVER, option_sources(context, kwargs), list(messages), context.item_counts)
     return [choice.options.energy for choice in chosen["image"]]
 
 
@@ -69,12 +70,12 @@ def test_videos_are_numbered_by_themselves() -> None:
     video = {"type": "video_url", "video_url": {"url": "data:,"}}
     message = user(image(), video, video | {"eadaprune": {"energy": 0.3}}, image(eadaprune={"energy": 0.2}))
     context = RequestContext()
-    chosen = choose(SERVER, [], [message], context.met)
+    chosen = choose(SERVER, [], [message], context.item_counts)
     assert [choice.options.energy for choice in chosen["image"]] == [0.9, 0.2]
     assert [choice.options.energy for choice in chosen["video"]] == [0.9, 0.3]
-    assert context.met == {"image": 2, "video": 2}
+    assert context.item_counts == {"image": 2, "video": 2}
     with pytest.raises(InvalidOptionsError, match=re.escape("videos[3].eadaprune.energy=2 is not allowed")):
-        choose(SERVER, [], [user(video, video | {"eadaprune": {"energy": 2}})], context.met)
+        choose(SERVER, [], [user(video, video | {"eadaprune": {"energy": 2}})], context.item_counts)
 
 
 def test_content_that_can_be_read_once_is_still_there_afterwards() -> None:

@@ -1,42 +1,27 @@
-"""Entry point ``vllm.endpoint_plugins``: what the plugin adds to vLLM's HTTP API."""
+"""``POST /v1/eadaprune/preview``: what pruning would make of the images of a chat request."""
 
 import asyncio
-from argparse import Namespace
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from typing import Annotated, Any
 
 import aiohttp
-import vllm
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from PIL.Image import DecompressionBombError
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from starlette.datastructures import State
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
-from eadaprune_vllm import __version__
-from eadaprune_vllm.core.options import KEY, SELECTOR_NAMES, request_schema
-from eadaprune_vllm.core.report import Config, Preview, Reference
-from eadaprune_vllm.frontend.load import watch_load
+from eadaprune_vllm.core.options import KEY, request_schema
+from eadaprune_vllm.core.report import Preview
+from eadaprune_vllm.frontend.context import RequestContext
 from eadaprune_vllm.frontend.preview import MAX_DETAILED, PreviewItem, check_detailed, iter_preview_items, previews
 from eadaprune_vllm.frontend.processor import PruningProcessor
-from eadaprune_vllm.frontend.request import (
-    HEADER,
-    RequestContext,
-    choose,
-    count_refusals,
-    item_parts,
-    option_sources,
-    redacted,
-)
-from eadaprune_vllm.http import page
-from eadaprune_vllm.http.route import PruningRoute, documented, takes_options
-from eadaprune_vllm.startup.naming import NAME
+from eadaprune_vllm.frontend.rendering import redacted
+from eadaprune_vllm.frontend.request_options import HEADER, choose, item_parts, option_sources
 
 
 class OwnRoute(APIRoute):
@@ -59,32 +44,6 @@ class OwnRoute(APIRoute):
 router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"], route_class=OwnRoute)
 # One at a time: previews take no more than a core from requests, and none of the threads that carry questions.
 _drawing = ThreadPoolExecutor(1, "eadaprune-preview")
-
-
-class EndpointPlugin:
-    """vLLM's contract of that name: what an active server adds to its application."""
-
-    name = NAME
-    required_tasks = None
-
-    def attach_router(self, app: FastAPI) -> None:
-        """Make a ``PruningRoute`` of every route that takes a JSON body, and add our own."""
-        twins = APIRouter()
-        for route in app.routes:
-            if isinstance(route, APIRoute) and (route.body_field or takes_options(route)):
-                twin = copy(route)
-                twin.__class__ = PruningRoute  # FastAPI builds the included route of its class
-                twin.openapi_extra = documented(route)
-                twins.routes.append(twin)
-        app.include_router(twins)
-        app.include_router(router)
-        app.include_router(page.router)
-
-    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        state.eadaprune_renderer = engine_client.renderer
-        state.eadaprune = engine_client.renderer.mm_processor
-        if state.eadaprune.server_options.load_aware:
-            watch_load(engine_client, state.eadaprune.front_end.observe_load, state.eadaprune.front_end.show_load)
 
 
 class Message(BaseModel):
@@ -111,28 +70,6 @@ class PreviewRequest(BaseModel):
     )
 
 
-@router.get("/config")
-async def config(request: Request) -> Config:
-    """The server's pruning options and what it supports."""
-    state = request.app.state
-    model = state.eadaprune_renderer.model_config
-    return Config(
-        version=__version__,
-        vllm_version=vllm.__version__,
-        models=[path.name for path in state.openai_serving_models.base_model_paths],
-        architecture=model.architecture,
-        dtype=str(model.dtype).removeprefix("torch."),
-        options=state.eadaprune.server_options,
-        reference=Reference.of(state.eadaprune.server_options),
-        selectors=list(SELECTOR_NAMES),
-        endpoints=[
-            route.path
-            for route in request.app.routes
-            if isinstance(route, PruningRoute) and takes_options(route) and route.include_in_schema
-        ],
-    )
-
-
 @router.post("/preview", response_model=Preview, responses={code: {"model": ErrorResponse} for code in (400, 404, 500)})
 async def preview(body: PreviewRequest, request: Request) -> Any:
     """What pruning would make of the images and videos of a chat request, without generating anything."""
@@ -149,10 +86,10 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
     processor = state.eadaprune
     messages = [message.model_dump() for message in body.messages]
     extra = body.model_extra or {}
-    with count_refusals(processor.front_end, "preview"):
+    with processor.front_end.refusals("preview"):
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
         layers = option_sources(context, extra.get("mm_processor_kwargs"))
-        choices = choose(processor.server_options, layers, messages, context.met)
+        choices = choose(processor.server_options, layers, messages, context.item_counts)
     for name in ("mm_processor_kwargs", "media_io_kwargs"):
         given = extra.get(name)
         if given and not (isinstance(given, dict) and given.keys() == {KEY}):

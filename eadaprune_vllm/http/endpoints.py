@@ -1,0 +1,43 @@
+"""The endpoints of vLLM's that take images and videos."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One of vLLM's routes that take images and videos, and with them the field. All others refuse it.
+
+    Attributes:
+        fields: of its bodies, that hold images and videos.
+        reports: whether its answers carry the report. What is rendered is sent on as another request, so that its body
+            stays as it is.
+    """
+
+    fields: tuple[str, ...] = ("messages",)
+    reports: bool = True
+
+
+_CHATS, _RERANK = ("messages", "input"), ("query", "documents")
+_SCORE = ("queries", "documents", "items", "data_1", "data_2", "text_1", "text_2")
+ENDPOINTS = {
+    "/v1/chat/completions": Endpoint(),
+    "/v1/chat/completions/batch": Endpoint(),
+    "/v1/chat/completions/render": Endpoint(reports=False),
+    "/v1/responses": Endpoint(("input",)),
+    "/v1/responses/render": Endpoint(("input",), reports=False),
+    "/v1/messages": Endpoint(("messages", "system")),
+    "/v1/messages/count_tokens": Endpoint(("messages", "system")),
+    "/v1/messages/render": Endpoint(("messages", "system"), reports=False),
+    "/v1/embeddings": Endpoint(_CHATS),
+    "/v2/embed": Endpoint(("inputs", "images")),
+    "/pooling": Endpoint(),
+    "/classify": Endpoint(),
+    "/score": Endpoint(_SCORE),
+    "/v1/score": Endpoint(_SCORE),
+    "/rerank": Endpoint(_RERANK),
+    "/v1/rerank": Endpoint(_RERANK),
+    "/v2/rerank": Endpoint(_RERANK),
+    "/v1/systemone": Endpoint(("images", "videos")),
+    "/tokenize": Endpoint(),
+    "/invocations": Endpoint((*_CHATS, *_RERANK, *_SCORE)),
+}

@@ -1,5 +1,5 @@
-"""What front ends and engine say to each other about images and videos. Bytes each way, by vLLM's own encoding of
-tensors and items: what its utility calls carry is not typed."""
+"""The payloads between front ends and engine cores: requests for decisions, and responses. Bytes, by vLLM's own
+encoding of tensors and items, as what its utility calls carry is not typed."""
 
 import struct
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from eadaprune_vllm.core.prune import PruneDecision
 
-ASK = "eadaprune_ask"  # the engine core's utility
-REFUSED = b""  # its answer while it refuses requests
+UTILITY = "eadaprune_decide"  # the engine core's utility
+REJECTED = b""  # the response while it rejects requests
 _SIZE = struct.Struct("<Q")
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class DecisionResult(msgspec.Struct, tag=True):
         kept: the decision.
         rows: ``[p, W]``, the model's dtype, what its language model is fed with at the placeholders that stay.
         seconds: how long each stage took.
-        explanation: if they were asked for.
+        explanation: if it was requested.
     """
 
     kept: PruneDecision
@@ -93,16 +93,16 @@ def unpack_requests(data: bytes) -> list[DecisionRequest]:
 
 
 def unpack_responses(data: bytes) -> list[DecisionResponse]:
-    """What was packed; each answer has memory of its own, for it may be kept when others are not."""
+    """What was packed; each has memory of its own, for it may be kept when others are not."""
     return [
-        _apart(answer) if isinstance(answer, DecisionResult) else answer
-        for answer in _unpack(list[DecisionResponse], data)
+        _apart(response) if isinstance(response, DecisionResult) else response
+        for response in _unpack(list[DecisionResponse], data)
     ]
 
 
-def _apart(answer: DecisionResult) -> DecisionResult:
-    kept = replace(answer.kept, indices=answer.kept.indices.clone(), placeholders=answer.kept.placeholders.clone())
-    return msgspec.structs.replace(answer, kept=kept, rows=answer.rows.clone())
+def _apart(result: DecisionResult) -> DecisionResult:
+    kept = replace(result.kept, indices=result.kept.indices.clone(), placeholders=result.kept.placeholders.clone())
+    return msgspec.structs.replace(result, kept=kept, rows=result.rows.clone())
 
 
 def _unpack(kind: type[T], data: bytes) -> T:

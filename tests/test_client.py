@@ -16,7 +16,7 @@ from eadaprune_vllm.frontend import engine_client
 from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.engine_client import AsyncEngines
 from eadaprune_vllm.messages import (
-    REFUSED,
+    REJECTED,
     DecisionError,
     DecisionResponse,
     DecisionResult,
@@ -43,7 +43,7 @@ class Engine:
         self.refuses: set[int] = set()
 
     async def _call_utility_async(self, method: str, payload: bytes, engine: bytes) -> bytes:
-        assert method == "eadaprune_ask"
+        assert method == "eadaprune_decide"
         asked = [name_of(each) for each in unpack_requests(payload)]
         self.calls.append(asked)
         self.at_once += 1
@@ -293,10 +293,10 @@ def test_a_client_that_blocks_is_asked_in_batches(in_process: bool) -> None:
         return pack([named(name) for name in calls[-1]])
 
     def call_utility(method: str, payload: bytes) -> bytes:
-        assert method == "eadaprune_ask"
+        assert method == "eadaprune_decide"
         return answer(payload)
 
-    core = SimpleNamespace(eadaprune_ask=answer)
+    core = SimpleNamespace(eadaprune_decide=answer)
     decision_client = DecisionClient(16)
     decision_client.connect(
         SimpleNamespace(engine_core=core) if in_process else SimpleNamespace(call_utility=call_utility)
@@ -370,7 +370,7 @@ def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> No
     def answer(payload: bytes) -> bytes:
         return payload
 
-    client.engine_core = SimpleNamespace(step_fn=step, post_step=lambda model_executed: None, eadaprune_ask=answer)
+    client.engine_core = SimpleNamespace(step_fn=step, post_step=lambda model_executed: None, eadaprune_decide=answer)
     ask = engine_client.blocking(client)
     assert ask
     with ThreadPoolExecutor(2) as pool:
@@ -504,7 +504,7 @@ def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:
     from vllm.exceptions import RetryableRequestError
 
     async def refuse(*_: Any, **__: Any) -> bytes:
-        return REFUSED
+        return REJECTED
 
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine._call_utility_async = refuse  # type: ignore[method-assign]

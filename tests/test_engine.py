@@ -14,7 +14,7 @@ from eadaprune_vllm.engine import worker
 from eadaprune_vllm.engine.extension import OURS, extended
 from eadaprune_vllm.engine.worker import DecidingWorker
 from eadaprune_vllm.messages import (
-    REFUSED,
+    REJECTED,
     DecisionError,
     DecisionRequest,
     DecisionResponse,
@@ -162,51 +162,51 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_questions_are_answered_one_after_each_step(core: Any) -> None:
-    promises: list[Future[bytes]] = [engine_core.ask(core, payload) for payload in (b"1", b"2", b"3")]
+    promises: list[Future[bytes]] = [engine_core.decide(core, payload) for payload in (b"1", b"2", b"3")]
     assert not any(promise.done() for promise in promises)
     for number in range(3):
-        assert engine_core.answer_next(core)
+        assert engine_core.run_next(core)
         assert [promise.done() for promise in promises] == [other <= number for other in range(3)]
-    assert not engine_core.answer_next(core)
+    assert not engine_core.run_next(core)
     assert [promise.result() for promise in promises] == [b"answer to 1", b"answer to 2", b"answer to 3"]
 
 
 def test_without_a_question_nothing_happens(core: Any) -> None:
-    assert not engine_core.answer_next(core)
+    assert not engine_core.run_next(core)
 
 
 @pytest.mark.parametrize("state", ["paused", "asleep"])
 def test_while_it_is_paused_or_asleep_questions_wait(core: Any, state: str) -> None:
-    promise = engine_core.ask(core, b"1")
+    promise = engine_core.decide(core, b"1")
 
     def rest(rests: bool) -> None:
         core.paused = rests and state == "paused"
         core.model_executor.is_sleeping = rests and state == "asleep"
 
     rest(True)
-    assert not engine_core.answer_next(core)
+    assert not engine_core.run_next(core)
     assert not promise.done()
     rest(False)
-    assert engine_core.answer_next(core)
+    assert engine_core.run_next(core)
     assert promise.result() == b"answer to 1"
 
 
 def test_an_engine_that_refuses_requests_refuses_questions(core: Any) -> None:
-    waiting = engine_core.ask(core, b"1")
+    waiting = engine_core.decide(core, b"1")
     core.reject_new_requests = core.paused = True
-    assert engine_core.ask(core, b"2") == REFUSED
-    assert engine_core.answer_next(core)
-    assert waiting.result() == REFUSED
+    assert engine_core.decide(core, b"2") == REJECTED
+    assert engine_core.run_next(core)
+    assert waiting.result() == REJECTED
     core.reject_new_requests = core.paused = False
-    later = engine_core.ask(core, b"3")
-    assert engine_core.answer_next(core)
+    later = engine_core.decide(core, b"3")
+    assert engine_core.run_next(core)
     assert later.result() == b"answer to 3"
 
 
 def test_an_error_goes_to_who_asked(core: Any) -> None:
-    bad, good = engine_core.ask(core, b"bad"), engine_core.ask(core, b"good")
-    assert engine_core.answer_next(core)
-    assert engine_core.answer_next(core)
+    bad, good = engine_core.decide(core, b"bad"), engine_core.decide(core, b"good")
+    assert engine_core.run_next(core)
+    assert engine_core.run_next(core)
     with pytest.raises(RuntimeError, match="a worker died"):
         bad.result()
     assert good.result() == b"answer to good"
@@ -214,9 +214,9 @@ def test_an_error_goes_to_who_asked(core: Any) -> None:
 
 def test_an_engine_dies_of_ranks_that_do_not_answer_in_time(core: Any) -> None:
     """As of a step that takes too long. Its clients then tell those who wait."""
-    slow = engine_core.ask(core, b"slow")
+    slow = engine_core.decide(core, b"slow")
     with pytest.raises(TimeoutError):
-        engine_core.answer_next(core)
+        engine_core.run_next(core)
     assert not slow.done()
 
 
@@ -225,8 +225,8 @@ def test_without_a_loop_an_engine_that_sleeps_says_so() -> None:
     core = Core()
     core.model_executor.is_sleeping = True
     with pytest.raises(RuntimeError, match="the engine is asleep"):
-        engine_core.ask(core, b"1")
+        engine_core.decide(core, b"1")
 
 
 def test_without_a_loop_the_answer_is_there_at_once() -> None:
-    assert engine_core.ask(Core(), b"1") == b"answer to 1"
+    assert engine_core.decide(Core(), b"1") == b"answer to 1"

@@ -1,4 +1,4 @@
-"""How a front end asks engines, by each kind of vLLM's clients."""
+"""How a front end calls engines, by each kind of vLLM's clients."""
 
 import asyncio
 import itertools
@@ -8,19 +8,19 @@ from concurrent.futures import Future, wait
 from threading import RLock, Thread
 from typing import Any
 
-from eadaprune_vllm.messages import ASK, REFUSED
+from eadaprune_vllm.messages import REJECTED, UTILITY
 
 _LOCK = "_eadaprune_lock"
 _WATCH_SECONDS = 1.0
 
 
 def blocking(client: Any) -> Callable[[bytes], bytes] | None:
-    """How to ask by an engine client of vLLM's that blocks; None if it does not."""
+    """The call by an engine client of vLLM's that blocks; None if it does not."""
     if core := getattr(client, "engine_core", None):  # in this process
 
         def ask(payload: bytes) -> Any:
             with lock(client):
-                return getattr(core, ASK)(payload)
+                return getattr(core, UTILITY)(payload)
 
         return ask
     if call := getattr(client, "call_utility", None):
@@ -28,7 +28,7 @@ def blocking(client: Any) -> Callable[[bytes], bytes] | None:
         def ask_process(payload: bytes) -> bytes:
             """On a thread of its own: vLLM tells whoever waits for a utility nothing of an engine that dies."""
             result: Future[bytes] = Future()
-            Thread(target=_resolve, args=(result, call, ASK, payload), daemon=True).start()
+            Thread(target=_resolve, args=(result, call, UTILITY, payload), daemon=True).start()
             while not wait({result}, _WATCH_SECONDS).done:
                 client.ensure_alive()
             return result.result()
@@ -52,7 +52,7 @@ def lock(client: Any) -> RLock:
 
 
 class AsyncEngines:
-    """Asks by an engine client that does not block; of several engines the one that answers fewest of its questions.
+    """The call by an engine client that does not block; of several engines, to the one with the fewest of its calls.
 
     Args:
         client: of vLLM's.
@@ -65,14 +65,14 @@ class AsyncEngines:
 
     @property
     def at_once(self) -> int:
-        """How many questions may be asked at a time."""
+        """How many calls may be under way."""
         return len(self._client.core_engines)
 
     async def __call__(self, payload: bytes) -> bytes:
         """Raises:
         EngineDeadError: if the engine dies meanwhile, which vLLM would not tell who waits for a utility.
-        RetryableRequestError: if the engine is paused, and refuses requests meanwhile; or if it is no more one of the
-            client's (elastic EP), and its answer may never come.
+        RetryableRequestError: if the engine is paused, and rejects requests meanwhile; or if it is no more one of the
+            client's (elastic EP), and its response may never come.
         """
         from vllm.exceptions import RetryableRequestError
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -81,7 +81,7 @@ class AsyncEngines:
         in_turn = (engines[(first + number) % len(engines)] for number in range(len(engines)))
         engine = min(in_turn, key=self._busy.__getitem__)
         self._busy[engine] += 1
-        call = asyncio.ensure_future(self._client._call_utility_async(ASK, payload, engine=engine))
+        call = asyncio.ensure_future(self._client._call_utility_async(UTILITY, payload, engine=engine))
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=_WATCH_SECONDS)
@@ -89,10 +89,10 @@ class AsyncEngines:
                     raise EngineDeadError
                 if engine not in self._client.core_engines and not call.done():
                     raise RetryableRequestError("The server was scaled down. Please retry.")
-            answer: bytes = call.result()
-            if answer == REFUSED:
+            responses: bytes = call.result()
+            if responses == REJECTED:
                 raise RetryableRequestError("Generation is paused. Please retry after it resumes.")
-            return answer
+            return responses
         finally:
             self._busy[engine] -= 1
             call.cancel()

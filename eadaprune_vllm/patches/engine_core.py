@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from eadaprune_vllm.core.server_options import ServerOptions
-from eadaprune_vllm.engine.core import answer_next, ask, ask_workers
+from eadaprune_vllm.engine.core import call_workers, decide, run_next
 from eadaprune_vllm.engine.reference import measured
-from eadaprune_vllm.messages import ASK
+from eadaprune_vllm.messages import UTILITY
 from eadaprune_vllm.patching import wrap
 from eadaprune_vllm.startup import configuration
 
@@ -18,7 +18,7 @@ def install() -> None:
     from vllm.v1.engine import EngineCoreReadyResponse
     from vllm.v1.engine.core import EngineCore
 
-    setattr(EngineCore, ASK, ask)
+    setattr(EngineCore, UTILITY, decide)
 
     @dataclass
     class Ready(EngineCoreReadyResponse):
@@ -30,7 +30,7 @@ def install() -> None:
     @wrap(f"{_CORE}:EngineCore._initialize_kv_caches")
     def initialize_kv_caches(original: Any, core: Any, vllm_config: Any) -> Any:
         initialized = original(core, vllm_config)
-        curves = measured(vllm_config, partial(ask_workers, core))
+        curves = measured(vllm_config, partial(call_workers, core))
         configuration.say(configuration.set_curves(vllm_config, curves))
         return initialized
 
@@ -44,10 +44,10 @@ def install() -> None:
     @wrap(f"{_CORE}:EngineCore.post_step")
     def post_step(original: Any, core: Any, model_executed: bool) -> None:
         original(core, model_executed)
-        answer_next(core)
+        run_next(core)
 
     @wrap(f"{_CORE}:EngineCoreProc._notify_idle_state_callbacks")
     def notify_idle_state_callbacks(original: Any, core: Any) -> None:
         original(core)
-        while answer_next(core):
+        while run_next(core):
             pass

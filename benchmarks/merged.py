@@ -103,7 +103,7 @@ if WAY.isdigit():
     prune.WINDOW["tile"] = int(WAY)
 else:
     _models: list[Any] = []
-    _encoding, _answer = decide._encoding, decide._answer
-    decide._encoding, decide._answer = encoding, answer
+    _encoding, _answer = decide._encoding, decide._response
+    decide._encoding, decide._response = encoding, answer
     if WAY not in ("mean", "half"):
         SELECTORS["uniform"] = middles

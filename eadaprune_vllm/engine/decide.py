@@ -44,10 +44,10 @@ class Encoded:
 
 
 @torch.inference_mode()
-def decide(runner: Any, questions: Sequence[DecisionRequest], answers: bool = True) -> list[DecisionResponse]:
+def decide(runner: Any, requests: Sequence[DecisionRequest], answers: bool = True) -> list[DecisionResponse]:
     """Args:
         runner: vLLM's model runner, whose model is one of ours.
-        questions: what to encode; together no more than the encoder's memory was measured with.
+        requests: what to encode; together no more than the encoder's memory was measured with.
         answers: whether this rank answers. The others encode only, as all do together.
 
     Returns:
@@ -57,20 +57,20 @@ def decide(runner: Any, questions: Sequence[DecisionRequest], answers: bool = Tr
         Exception: what encoding a batch raises where there are several ranks, which must do the same in the same order.
     """
     model = runner.get_model()
-    options = [PruneOptions.model_validate_json(question.options) for question in questions]
+    options = [PruneOptions.model_validate_json(request.options) for request in requests]
     # Where ranks share items out, not all of them see one.
     multimodal = runner.vllm_config.model_config.multimodal_config
     seen = model.eadaprune_observes and multimodal.mm_encoder_tp_mode != "data"
     budget = ServerOptions.of(multimodal).budget
     observed = [seen and each.selector in BY_ATTENTION for each in options]
     found: dict[int, DecisionResponse] = {}
-    for batch in _encoded(runner, questions, observed, found):
+    for batch in _encoded(runner, requests, observed, found):
         if not answers:
             continue
         encodings: dict[int, Encoding] = {}
         for index, encoded in batch.items():
             with isolate_errors(found, index):
-                encodings[index] = _encoding(model, questions[index], encoded, budget)
+                encodings[index] = _encoding(model, requests[index], encoded, budget)
         try:
             compute_spectra([*encodings.values()], [options[index] for index in encodings])
         except Exception as error:  # what it fails over will fail by itself
@@ -78,13 +78,13 @@ def decide(runner: Any, questions: Sequence[DecisionRequest], answers: bool = Tr
         for index, encoding in encodings.items():
             # Selectors do a little work at a time, which NumPy's threads would mostly wait for one another with.
             with isolate_errors(found, index), _threads().limit(limits=1, user_api="blas"):
-                found[index] = _answer(questions[index], options[index], encoding, batch[index])
-    return [found[index] for index in range(len(questions))] if answers else []
+                found[index] = _response(requests[index], options[index], encoding, batch[index])
+    return [found[index] for index in range(len(requests))] if answers else []
 
 
 @contextmanager
 def isolate_errors(found: dict[int, DecisionResponse], index: int) -> Iterator[None]:
-    """What fails meanwhile fails for one question, of that index."""
+    """What fails meanwhile fails for one request, of that index."""
     try:
         yield
     except NonFiniteFeaturesError as error:
@@ -103,33 +103,33 @@ def _threads() -> ThreadpoolController:
 
 
 def _encoded(
-    runner: Any, questions: Sequence[DecisionRequest], observed: Sequence[bool], found: dict[int, DecisionResponse]
+    runner: Any, requests: Sequence[DecisionRequest], observed: Sequence[bool], found: dict[int, DecisionResponse]
 ) -> Iterator[dict[int, Encoded]]:
     """What the model makes of each, by its index. What vLLM would batch is a batch; where attention is observed, each
     is one by itself. What fails alone is in ``found``."""
-    order = sorted(range(len(questions)), key=lambda index: (observed[index], questions[index].modality))
+    order = sorted(range(len(requests)), key=lambda index: (observed[index], requests[index].modality))
     together = [index for index in order if not observed[index]]
-    yield from _in_batches(runner, questions, together, False, found)
+    yield from _in_batches(runner, requests, together, False, found)
     for index in order[len(together) :]:
-        yield from _in_batches(runner, questions, [index], True, found)
+        yield from _in_batches(runner, requests, [index], True, found)
 
 
 def _in_batches(
     runner: Any,
-    questions: Sequence[DecisionRequest],
+    requests: Sequence[DecisionRequest],
     indices: Sequence[int],
     observed: bool,
     found: dict[int, DecisionResponse],
 ) -> Iterator[dict[int, Encoded]]:
     # Other ranks would go on, or wait in a collective for one that begins anew.
     may_retry = runner.vllm_config.parallel_config.tensor_parallel_size == 1
-    items = [(questions[index].modality, questions[index].item) for index in indices]
+    items = [(requests[index].modality, requests[index].item) for index in indices]
     left = iter(indices)
     for modality, count, kwargs in group_and_batch_mm_kwargs(items, device=runner.device, pin_memory=PIN_MEMORY):
         batch = [*islice(left, count)]
         encoded: list[Encoded] = []
         try:
-            encoded = _encode(runner, modality, kwargs, [questions[index] for index in batch], observed)
+            encoded = _encode(runner, modality, kwargs, [requests[index] for index in batch], observed)
         except Exception as error:
             if not may_retry:
                 raise
@@ -142,46 +142,46 @@ def _in_batches(
             yield dict(zip(batch, encoded, strict=True))
         elif count > 1:  # outside of the handler, which holds what was allocated
             for index in batch:
-                yield from _in_batches(runner, questions, [index], observed, found)
+                yield from _in_batches(runner, requests, [index], observed, found)
 
 
 def _encode(
-    runner: Any, modality: str, kwargs: Mapping[str, Any], questions: Sequence[DecisionRequest], observed: bool
+    runner: Any, modality: str, kwargs: Mapping[str, Any], requests: Sequence[DecisionRequest], observed: bool
 ) -> list[Encoded]:
     """A batch, whose arguments of the model these are."""
     model, device = runner.get_model(), runner.device
     start = time.perf_counter()
     with capturing(model, observed) as attention:
         rows, features = encode(runner, modality, kwargs, eager=observed)
-    drawn = attention()
+    received = attention()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = (time.perf_counter() - start) / len(questions)
+    seconds = (time.perf_counter() - start) / len(requests)
     return [
         Encoded(
             rows[number],
             None if features is None else features[number],
-            None if drawn is None else model.eadaprune_token_scores(modality, _data(question), drawn.cpu()),
+            None if received is None else model.eadaprune_token_scores(modality, _data(request), received.cpu()),
             seconds,
         )
-        for number, question in enumerate(questions)
+        for number, request in enumerate(requests)
     ]
 
 
-def _encoding(model: Any, question: DecisionRequest, encoded: Encoded, budget: Budget) -> Encoding:
-    layout = model.eadaprune_layout(model.config, question.modality, _data(question), question.num_placeholders)
+def _encoding(model: Any, request: DecisionRequest, encoded: Encoded, budget: Budget) -> Encoding:
+    layout = model.eadaprune_layout(model.config, request.modality, _data(request), request.num_placeholders)
     rows, features = encoded.rows, encoded.features
-    if len(rows) != question.num_placeholders:
-        raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {question.num_placeholders} placeholders")
+    if len(rows) != request.num_placeholders:
+        raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {request.num_placeholders} placeholders")
     if features is None:
         features = model.eadaprune_features(rows[~layout.is_newline] if layout.newlines else rows)
     return Encoding(VisualTokens(features, encoded.attention), layout, budget)
 
 
-def _answer(question: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: Encoded) -> DecisionResult:
+def _response(request: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: Encoded) -> DecisionResult:
     kept, rows = prune(encoding, options), encoded.rows
     seconds = {"encode": encoded.seconds, "spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
-    if question.explain:
+    if request.explain:
         spectrum = encoding.spectrum(options.scope)
         explanation = Explanation(spectrum.curve(), spectrum.thresholds, list(encoding.layout.grids))
         return DecisionResult(kept, rows[:0].cpu(), seconds, explanation)
@@ -191,6 +191,6 @@ def _answer(question: DecisionRequest, options: PruneOptions, encoding: Encoding
     return DecisionResult(kept, rows, seconds)
 
 
-def _data(question: DecisionRequest) -> Mapping[str, Any]:
-    data: Mapping[str, Any] = question.item.get_data()
+def _data(request: DecisionRequest) -> Mapping[str, Any]:
+    data: Mapping[str, Any] = request.item.get_data()
     return data

@@ -16,7 +16,7 @@ def measured(vllm_config: Any, ask: Callable[[bytes], bytes]) -> list[Curve]:
 
     Args:
         vllm_config: of an engine.
-        ask: its workers packed questions.
+        ask: its workers packed requests for decisions.
 
     Raises:
         StartupError: if one cannot be processed, or has another number of rows than of placeholders; or if the features

@@ -1,4 +1,4 @@
-"""The worker extension: vLLM's worker answers questions about images and videos."""
+"""The worker extension: vLLM's worker decides about images and videos."""
 
 import logging
 
@@ -20,7 +20,7 @@ class DecidingWorker:
         would read as theirs.
 
         Args:
-            payload: packed questions.
+            payload: packed requests for decisions.
 
         Returns:
             Packed answers, from rank 0; nothing from others.

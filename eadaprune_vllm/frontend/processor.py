@@ -129,7 +129,7 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
         """Process, one by one, items that neither the cache has nor were read before, for this request or another: no
-        more at a time than one question to the engine may hold, so that other requests have their turn on this thread
+        more at a time than one batch for the engine may hold, so that other requests have their turn on this thread
         meanwhile.
 
         Returns:
@@ -162,10 +162,10 @@ class PruningProcessor(BaseMultiModalProcessor):
         return 1
 
     def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> PendingItem:
-        """One item as vLLM would process it by itself, and the question about it."""
+        """One item as vLLM would process it by itself, and the request for a decision about it."""
         of_each = inputs.mm_data_items[modality]
-        own = isinstance(of_each, EmbeddingItems | DictEmbeddingItems)
-        if own:  # nothing is computed of them, and one cannot be taken out before
+        is_client_embedding = isinstance(of_each, EmbeddingItems | DictEmbeddingItems)
+        if is_client_embedding:  # nothing is computed of them, and one cannot be taken out before
             alone, kwargs, number = inputs.mm_data_items.select({modality}), inputs.hf_processor_mm_kwargs, index
         else:
             _check_data(modality, of_each, index)
@@ -175,8 +175,8 @@ class PruningProcessor(BaseMultiModalProcessor):
         data = super()._apply_hf_processor_main(alone, kwargs)
         read = MultiModalKwargsItems.from_hf_inputs(data, super()._get_mm_fields_config(data, kwargs))
         (update,) = super()._get_mm_prompt_updates(alone, kwargs, read)[modality][number]
-        question = DecisionRequest(modality, read[modality][number], options.key, int(update.content.embeds.sum()))
-        return PendingItem(question, update, may_prune(options), own)
+        request = DecisionRequest(modality, read[modality][number], options.key, int(update.content.embeds.sum()))
+        return PendingItem(request, update, may_prune(options), is_client_embedding)
 
     @override
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:

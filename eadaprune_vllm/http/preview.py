@@ -42,7 +42,7 @@ class OwnRoute(APIRoute):
 
 
 router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"], route_class=OwnRoute)
-# One at a time: previews take no more than a core from requests, and none of the threads that carry questions.
+# One at a time: previews take no more than a core from requests, and none of those that send decisions.
 _drawing = ThreadPoolExecutor(1, "eadaprune-preview")
 
 

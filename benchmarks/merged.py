@@ -92,9 +92,9 @@ def encoding(model: Any, *args: Any, **kwargs: Any) -> prune.Encoding:
     return _encoding(model, *args, **kwargs)
 
 
-def answer(question: Any, options: Any, encoding: Any, encoded: Any) -> DecisionResult:
-    """What the engine answers, of a LLaVA-1.5."""
-    decided = _answer(question, options, encoding, encoded)
+def response(request: Any, options: Any, encoding: Any, encoded: Any) -> DecisionResult:
+    """What the engine responds, of a LLaVA-1.5."""
+    decided = _response(request, options, encoding, encoded)
     decided.rows = WAYS[WAY](_models[-1], encoded, decided.kept.indices)
     return decided
 
@@ -103,7 +103,7 @@ if WAY.isdigit():
     prune.WINDOW["tile"] = int(WAY)
 else:
     _models: list[Any] = []
-    _encoding, _answer = decide._encoding, decide._response
-    decide._encoding, decide._response = encoding, answer
+    _encoding, _response = decide._encoding, decide._response
+    decide._encoding, decide._response = encoding, response
     if WAY not in ("mean", "half"):
         SELECTORS["uniform"] = middles

@@ -19,7 +19,7 @@ from eadaprune_vllm.tools import doctor
 from eadaprune_vllm.tools.doctor import Finding
 
 GONE = """
-import eadaprune_vllm.compat as window
+import eadaprune_vllm.compat as compat
 
 def find(path, find=compat.find):
     if path == "{}":
@@ -31,7 +31,7 @@ compat.find = find
 # Stand in for other machines, in ``sitecustomize``.
 MACHINES = {
     "another release": """
-import eadaprune_vllm.compat as window
+import eadaprune_vllm.compat as compat
 from packaging.specifiers import SpecifierSet
 compat.SUPPORTED = SpecifierSet(">=0.99")
 """,

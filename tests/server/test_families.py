@@ -262,7 +262,7 @@ def test_language_models_with_linear_attention(answered: tuple[dict[str, Any], d
         assert other["prompt"] == one["prompt"] >= pruned["prompt"] == same["prompt"] > 11 * (len(items) - 1)
         assert difference(other, one) < 0.05
         assert difference(same, pruned) < 0.05
-    assert sum(one["tokens"] != pruned["tokens"] for one, pruned in zip(stock, fixed, strict=True)) > len(stock) / 2
+    assert sum(one["tokens"] != pruned["tokens"] for one, pruned in zip(stock, fixed, strict=True)) > len(stock) / 3
 
 
 @pytest.mark.skipif(not FOUR_BIT, reason="vLLM has no product of 4-bit weights for a CPU without AVX-512")

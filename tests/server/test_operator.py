@@ -120,7 +120,7 @@ def test_config(guarded: Server) -> None:
     assert found["architecture"] == "LlavaForConditionalGeneration"
     assert found["selectors"] == list(SELECTORS)
     endpoints = ["/invocations", "/tokenize", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/messages"]
-    assert sorted(found["endpoints"]) == [*endpoints, "/v1/messages/count_tokens", "/v1/responses"]
+    assert sorted(found["endpoints"]) == [*endpoints, "/v1/messages/count_tokens", "/v1/responses", "/v1/systemone"]
 
 
 def test_preview_says_what_a_request_would_get(

@@ -54,7 +54,7 @@ def test_all_that_is_data_is_in_it_and_nothing_else_is(site: Path) -> None:
     tracked = subprocess.check_output(["git", "ls-files"], cwd=package, text=True).split()
     installed = {str(path.relative_to(site / "eadaprune_vllm")) for path in (site / "eadaprune_vllm").rglob("*.*")}
     assert {path for path in installed if "__pycache__" not in path} == {*tracked}
-    assert {"py.typed", "page.html", "demo/trained/model.safetensors"} <= {*tracked}
+    assert {"py.typed", "http/page.html", "demo/trained/model.safetensors"} <= {*tracked}
 
 
 def test_a_server_imports_neither_demo_nor_tools(site: Path, model: Path) -> None:

@@ -30,7 +30,7 @@ def other_version(model: Path, folder: Path) -> None:
     """``sitecustomize`` stands in for another release of vLLM."""
     shutil.copytree(model, folder)
     (folder / "sitecustomize.py").write_text(
-        "import eadaprune_vllm.compat as window\n"
+        "import eadaprune_vllm.compat as compat\n"
         "from packaging.specifiers import SpecifierSet\n"
         "compat.SUPPORTED = SpecifierSet('>=0.99')\n"
     )

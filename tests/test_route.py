@@ -11,14 +11,18 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.core.report import ItemReport, Pruning
+from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.context import RequestContext, current, in_context
+from eadaprune_vllm.frontend.front_end import FrontEnd
+from eadaprune_vllm.frontend.metrics import Metrics
 from eadaprune_vllm.http.route import PruningRoute, documented
 
-DOOR, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
+CHAT, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
 IMAGE = ItemReport(
     visual_tokens=576,
     kept_tokens=76,
@@ -45,7 +49,8 @@ class Body(BaseModel):
 @pytest.fixture
 def app() -> FastAPI:
     app = FastAPI()
-    app.state.eadaprune = SimpleNamespace(front_end=SimpleNamespace(reject=lambda *_: None))
+    front_end = FrontEnd(DecisionClient(1), Metrics(CollectorRegistry()), "m", 1)
+    app.state.eadaprune = SimpleNamespace(front_end=front_end)
 
     async def handler(body: Body) -> Any:
         context = current()
@@ -67,7 +72,7 @@ def app() -> FastAPI:
             yield f'event: x\ndata: {{"number": {number}}}\n\n'
         yield "data: [DONE]\n\n"
 
-    for path in (DOOR, OTHER, RENDER, "/v1/messages", "/v1/responses"):
+    for path in (CHAT, OTHER, RENDER, "/v1/messages", "/v1/responses"):
         app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
     return app
 
@@ -89,7 +94,7 @@ def post(app: FastAPI, path: str, *bodies: Any, **settings: Any) -> list[httpx.R
 
 def test_field_and_header_go_in_and_the_report_comes_out(app: FastAPI) -> None:
     body = {"messages": [], "eadaprune": {"energy": 0.5}, "images": 2}
-    (response,) = post(app, DOOR, body, headers={"x-eadaprune-energy": "0.7"})
+    (response,) = post(app, CHAT, body, headers={"x-eadaprune-energy": "0.7"})
     found = response.json()
     assert list(found) == ["options", "header", "eadaprune"]
     assert (found["options"], found["header"]) == ({"energy": 0.5}, "0.7")
@@ -103,7 +108,7 @@ def test_field_and_header_go_in_and_the_report_comes_out(app: FastAPI) -> None:
 
 
 def test_the_report_is_in_the_first_event_and_only_there(app: FastAPI) -> None:
-    (response,) = post(app, DOOR, {"stream": True})
+    (response,) = post(app, CHAT, {"stream": True})
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
     first, *others = [json.loads(line) for line in lines[:-1]]
     assert first.pop("eadaprune")["kept_tokens"] == 76
@@ -165,7 +170,7 @@ def test_the_context_of_a_stream_ends_with_it() -> None:
 
 
 def test_the_report_may_be_all_there_is(app: FastAPI) -> None:
-    whole, streamed = post(app, DOOR, {"empty": True}, {"empty": True, "stream": True})
+    whole, streamed = post(app, CHAT, {"empty": True}, {"empty": True, "stream": True})
     assert whole.json().keys() == {"eadaprune"}
     assert int(whole.headers["content-length"]) == len(whole.content)
     events = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: ")]
@@ -176,7 +181,7 @@ def test_the_report_may_be_all_there_is(app: FastAPI) -> None:
 
 def test_the_type_of_a_body_may_be_written_in_capitals(app: FastAPI) -> None:
     (response,) = post(
-        app, DOOR, {"messages": [], "eadaprune": {"energy": 0.5}}, headers={"Content-Type": "Application/JSON"}
+        app, CHAT, {"messages": [], "eadaprune": {"energy": 0.5}}, headers={"Content-Type": "Application/JSON"}
     )
     assert response.json()["options"] == {"energy": 0.5}
 
@@ -184,8 +189,8 @@ def test_the_type_of_a_body_may_be_written_in_capitals(app: FastAPI) -> None:
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (DOOR, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "eadaprune": {}}]}]}),
-        (DOOR, {"messages": [{"role": "user", "eadaprune": {}}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "eadaprune": {}}]}]}),
+        (CHAT, {"messages": [{"role": "user", "eadaprune": {}}]}),
         ("/v1/responses", {"input": [{"type": "function_call_output", "output": [], "eadaprune": {}}]}),
         ("/v1/messages", {"messages": [], "system": [{"type": "text", "text": "a", "eadaprune": {}}]}),
         ("/v1/messages", {"messages": [{"content": [{"type": "image", "source": {"eadaprune": {}}}]}]}),
@@ -199,9 +204,9 @@ def test_options_in_the_wrong_place_are_refused(app: FastAPI, path: str, body: A
 
 
 def test_a_body_without_mm_processor_kwargs_refuses_options_there(app: FastAPI) -> None:
-    with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing in mm_processor_kwargs at {DOOR}"):
-        post(app, DOOR, {"messages": [], "mm_processor_kwargs": {"eadaprune": {"energy": 0.5}}})
-    assert post(app, DOOR, {"messages": [], "mm_processor_kwargs": {"other": 1}})[0].status_code == 200
+    with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing in mm_processor_kwargs at {CHAT}"):
+        post(app, CHAT, {"messages": [], "mm_processor_kwargs": {"eadaprune": {"energy": 0.5}}})
+    assert post(app, CHAT, {"messages": [], "mm_processor_kwargs": {"other": 1}})[0].status_code == 200
 
 
 def test_what_is_rendered_stays_as_it_is(app: FastAPI) -> None:
@@ -211,14 +216,14 @@ def test_what_is_rendered_stays_as_it_is(app: FastAPI) -> None:
 
 
 def test_no_images_no_report(app: FastAPI) -> None:
-    (response,) = post(app, DOOR, {"images": 0})
+    (response,) = post(app, CHAT, {"images": 0})
     assert response.json().keys() == {"options", "header"}
     assert not [name for name in response.headers if "eadaprune" in name]
 
 
 @pytest.mark.parametrize("body", [{"eadaprune": {}}, {"parts": [{"type": "image_url", "eadaprune": {"energy": 1}}]}])
 def test_requests_without_images_refuse_the_field(app: FastAPI, body: Any) -> None:
-    for path in (OTHER, DOOR):
+    for path in (OTHER, CHAT):
         with pytest.raises(
             VLLMValidationError, match=f"eadaprune does nothing at {path}: this request takes no images"
         ):
@@ -248,7 +253,7 @@ def test_the_field_is_refused_however_it_is_written(app: FastAPI, body: bytes) -
         asyncio.run(send())
 
 
-def test_a_door_that_takes_text_only_is_none(app: FastAPI) -> None:
+def test_an_endpoint_for_text_only_refuses_the_field(app: FastAPI) -> None:
     path = "/v1/embeddings"
 
     async def handler(body: Text | None) -> str:
@@ -266,7 +271,7 @@ def test_other_bodies_are_left_to_fastapi(app: FastAPI) -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             return await client.post(path, content=content, headers={"content-type": kind})
 
-    for path in (DOOR, OTHER):
+    for path in (CHAT, OTHER):
         for content in (b"{", b"\xff", b"[]", b"3", b"", b"[" * 100_000):
             assert asyncio.run(send(path, content, "application/json")).status_code in (400, 422)
         assert asyncio.run(send(path, b"eadaprune=1", "application/x-www-form-urlencoded")).status_code == 422
@@ -277,7 +282,7 @@ def test_nothing_is_left_of_thousands_of_aborted_requests(app: FastAPI) -> None:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             for _ in range(20):
-                tasks = [asyncio.create_task(client.post(DOOR, json={"wait": True})) for _ in range(100)]
+                tasks = [asyncio.create_task(client.post(CHAT, json={"wait": True})) for _ in range(100)]
                 await asyncio.sleep(0.1)
                 assert any(type(thing) is RequestContext for thing in gc.get_objects())
                 for task in tasks:

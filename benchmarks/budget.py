@@ -2,11 +2,10 @@
 
 Each contender decides on the budget of the same feature matrices, in turns; the randomized ones find budgets of up to
 ``K_MAX`` tokens. What the plugin runs is timed with the selection of tokens, the others without; once of a third of the
-tokens, as at the default target, whatever the budget; once by span, whose budget is another; and once for an energy above
-0.999, for which the spectrum is in float64. It decides on windows
-of large images, which have budgets of their own. The matrices have a dominant direction, a steep head and a flat tail,
-as those of vision towers do. Times are also shares of what the tower of such an image would take, if it ran as fast as
-one product of large matrices does here.
+tokens, as at the default target, whatever the budget; once by span, whose budget is another; and once for an energy
+above 0.999, for which the spectrum is in float64. It decides on windows of large images, which have budgets of their
+own. The matrices have a dominant direction, a steep head and a flat tail, as those of vision towers do. Times are also
+shares of what the tower of such an image would take, if it ran as fast as one product of large matrices does here.
 Writes ``budget.json``, ``budget.png``.
 """
 

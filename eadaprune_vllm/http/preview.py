@@ -88,8 +88,8 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
     extra = body.model_extra or {}
     with processor.front_end.refusals("preview"):
         context = RequestContext(request.headers.get(HEADER), body.eadaprune)
-        layers = option_sources(context, extra.get("mm_processor_kwargs"))
-        choices = choose(processor.server_options, layers, messages, context.item_counts)
+        sources = option_sources(context, extra.get("mm_processor_kwargs"))
+        choices = choose(processor.server_options, sources, messages, context.item_counts)
     for name in ("mm_processor_kwargs", "media_io_kwargs"):
         given = extra.get(name)
         if given and not (isinstance(given, dict) and given.keys() == {KEY}):

@@ -20,7 +20,7 @@ from eadaprune_vllm.core.report import Report
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.context import RequestContext, in_context, request_context
 from eadaprune_vllm.frontend.request_options import HEADER, option_fields, reject_misplaced
-from eadaprune_vllm.http.endpoints import ENDPOINTS
+from eadaprune_vllm.http.endpoints import ENDPOINTS, Endpoint
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
@@ -41,28 +41,29 @@ class PruningRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
+        endpoint = ENDPOINTS[self.path] if takes_options(self) else None
 
         async def handle(request: Request) -> Response:
             body = await _json(request)
             if body is not None and _WORD.search(await request.body()):
                 with request.app.state.eadaprune.front_end.refusals():
-                    self._check(body)
-            if not takes_options(self):
+                    self._check(body, endpoint)
+            if not endpoint:
                 return await handler(request)
             options = body.pop(KEY, None) if isinstance(body, dict) else None  # vLLM's models may forbid it
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
                 response = await handler(request)
             if isinstance(response, StreamingResponse):  # which may render more turns, after calls of built-in tools
                 response.body_iterator = in_context(aiter(response.body_iterator), context)
-            return _reported(response, context.report(), in_body=ENDPOINTS[self.path].reports)
+            return _reported(response, context.report(), in_body=endpoint.reports)
 
         return handle
 
-    def _check(self, body: Any) -> None:
+    def _check(self, body: Any, endpoint: Endpoint | None) -> None:
         """Raises:
         InvalidOptionsError: if the field is somewhere in the body where it would be ignored.
         """
-        fields = ENDPOINTS[self.path].fields if takes_options(self) else ()
+        fields = endpoint.fields if endpoint else ()
         if isinstance(body, dict) and not body.keys().isdisjoint(fields):
             reject_misplaced([body.get(field) for field in fields])
             if any(option_fields(body.get(_KWARGS))) and not _has_fields(self, (_KWARGS,)):
@@ -99,11 +100,11 @@ def documented(route: APIRoute) -> dict[str, Any]:
     """The ``openapi_extra`` of one of vLLM's routes: what vLLM says there, and what is ours if it takes options."""
     extra = deepcopy(route.openapi_extra or {})
     if takes_options(route):
-        deep_dict_update(extra, _door(ENDPOINTS[route.path].reports))
+        deep_dict_update(extra, _openapi_extra(ENDPOINTS[route.path].reports))
     return extra
 
 
-def _door(reports: bool) -> dict[str, Any]:
+def _openapi_extra(reports: bool) -> dict[str, Any]:
     integer = {"schema": {"type": "integer"}}
     response: dict[str, Any] = {"headers": {VISUAL_TOKENS: integer, KEPT_TOKENS: integer}}
     if reports:

@@ -38,8 +38,8 @@ def install() -> None:
     def make_ready_response(original: Any, core: Any) -> Any:
         targets = ServerOptions.of(core.vllm_config.model_config.multimodal_config).targets
         assert targets, "it was informed before"
-        redacted = [(curve.name, curve.thresholds.tobytes()) for curve in targets.curves]
-        return Ready(**vars(original(core)), eadaprune=redacted)
+        curves = [(curve.name, curve.thresholds.tobytes()) for curve in targets.curves]
+        return Ready(**vars(original(core)), eadaprune=curves)
 
     @wrap(f"{_CORE}:EngineCore.post_step")
     def post_step(original: Any, core: Any, model_executed: bool) -> None:

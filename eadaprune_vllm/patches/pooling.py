@@ -24,9 +24,9 @@ def install() -> None:
             def of(*names: str) -> dict[str, Any]:
                 return {name: params[name] for name in names}
 
-            common = of("tok_params", "prompt_extras", "skip_mm_cache")
             if "late_chunking" in params:  # of texts only
                 return await on_thread(func)(params)
+            common = of("tok_params", "prompt_extras", "skip_mm_cache")
             if "data_1" in params:  # the two texts and all images of a pair become one prompt
                 result = await on_thread(_composed)(processor, params)
                 prompt = await processor.renderer.process_for_engine_async(*result["prompts"])

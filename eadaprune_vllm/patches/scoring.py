@@ -1,5 +1,6 @@
 """``/score`` and ``/rerank``, and ``LLM.score``: the options of images and videos in queries and documents."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from eadaprune_vllm.frontend.rendering import chat_extras
@@ -13,26 +14,30 @@ def install() -> None:
     @wrap(f"{_PROCESSORS}:BiEncoderIOProcessor.get_request_factory_online")
     def each_online(original: Any, processor: Any, ctx: Any) -> list[Any]:
         data = processor.valid_inputs_online(ctx.request)
-        return _resolved(processor, original(processor, ctx), data)
+        return list(_each(processor, original(processor, ctx), data))
 
     @wrap(f"{_PROCESSORS}:BiEncoderIOProcessor.get_request_factory_offline")
     def each_offline(original: Any, processor: Any, ctx: Any) -> tuple[Any, int]:
         factory, count = original(processor, ctx)
-        return lambda: iter(_resolved(processor, factory(), ctx.scoring_data)), count
+        return lambda: _each(processor, factory(), ctx.scoring_data), count
 
     # A query and a document are one prompt.
     @wrap(f"{_PROCESSORS}:CrossEncoderIOProcessor.get_request_factory_online")
     def pairs_online(original: Any, processor: Any, ctx: Any) -> list[Any]:
-        return [_resolve(processor, pair, pair["data_1"], pair["data_2"]) for pair in original(processor, ctx)]
+        return list(_pairs(processor, original(processor, ctx)))
 
     @wrap(f"{_PROCESSORS}:CrossEncoderIOProcessor.get_request_factory_offline")
     def pairs_offline(original: Any, processor: Any, ctx: Any) -> tuple[Any, int]:
         factory, count = original(processor, ctx)
-        return lambda: (_resolve(processor, pair, pair["data_1"], pair["data_2"]) for pair in factory()), count
+        return lambda: _pairs(processor, factory()), count
 
 
-def _resolved(processor: Any, prompts: Any, data: Any) -> list[Any]:
-    return [_resolve(processor, *each) for each in zip(prompts, data.data_1 + data.data_2, strict=True)]
+def _each(processor: Any, prompts: Any, data: Any) -> Iterator[Any]:
+    return (_resolve(processor, *each) for each in zip(prompts, data.data_1 + data.data_2, strict=True))
+
+
+def _pairs(processor: Any, pairs: Any) -> Iterator[Any]:
+    return (_resolve(processor, pair, pair["data_1"], pair["data_2"]) for pair in pairs)
 
 
 def _resolve(processor: Any, prompt: Any, *contents: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The supported architectures: what vLLM calls them -> our class in their place."""
+"""The supported architectures: vLLM's name -> our class, which replaces vLLM's."""
 
 import os
 from importlib import import_module
 from typing import Any
 
 _GENERIC = "eadaprune_vllm.models.generic"
-_ANY = "EADAPRUNE_ANY_MODEL"  # in the environment: children of a process know by it
+_ANY = "EADAPRUNE_ANY_MODEL"  # an environment variable, so that child processes inherit it
 ARCHITECTURES = {
     "DeepseekOCRForCausalLM": "eadaprune_vllm.models.deepseek_ocr:PrunedDeepseekOCRForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_GENERIC}:Gemma3ForConditionalGeneration",
@@ -66,6 +66,6 @@ def register_any() -> None:
 
 
 def adapter(architecture: str) -> Any:
-    """Our class that takes the place of vLLM's."""
+    """Our class for an architecture."""
     module, _, name = ARCHITECTURES[architecture].partition(":")
     return getattr(import_module(module), name)

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Per-image visual token budgets on stock vLLM.")
 
 Url = Annotated[
-    str | None, typer.Option(help="Of a server that runs with --plugin eadaprune; its key is in OPENAI_API_KEY.")
+    str | None, typer.Option(help="URL of a server that runs with --plugin eadaprune. OPENAI_API_KEY has its API key.")
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Instead of --url: folder or hub id of a model to start an engine with, here.")
+    str | None, typer.Option(help="Instead of --url: folder or hub id of a model; an engine is started with it.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="vLLM's --dtype, with --model: budgets may depend on it.")]
-Revision = Annotated[str | None, typer.Option(help="Of the hub's model, with --model.")]
-MinTokens = Annotated[int | None, typer.Option(help="Fewest tokens an image is cut down to.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Most tokens an image may keep.")]
-Scope = Annotated[str | None, typer.Option(help="What reaches the threshold: tile or image.")]
+Dtype = Annotated[str | None, typer.Option(help="vLLM's --dtype for --model. Budgets may depend on it.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of --model on the hub.")]
+MinTokens = Annotated[int | None, typer.Option(help="Minimum number of tokens of an image.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens of an image.")]
+Scope = Annotated[str | None, typer.Option(help="What has to reach the threshold: tile or image.")]
 
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """While open, what the user got wrong ends the command with one sentence."""
+    """Context manager: errors of the user end the command with one sentence."""
     try:
         yield
     except (ValueError, OSError, EAdaPruneError) as error:
@@ -44,11 +44,11 @@ def _refused() -> Iterator[None]:
 
 @contextmanager
 def _examiner(url: str | None, model: str | None, dtype: str | None, revision: str | None) -> "Iterator[Examiner]":
-    """Whom to ask about images; while it is open, what the user got wrong ends the command."""
+    """Context manager: the source of decisions; errors of the user end the command with one sentence."""
     if (url is None) == (model is None):
-        raise typer.BadParameter("give either --url, of a server, or --model, to start an engine here")
+        raise typer.BadParameter("give either --url of a server, or --model to start an engine")
     if url is not None and (dtype or revision):
-        raise typer.BadParameter("--dtype and --revision go with --model: a server has chosen its own")
+        raise typer.BadParameter("--dtype and --revision need --model: a server has its own")
     with _refused(), closing(_served(url) if url is not None else _offline(str(model), dtype, revision)) as examiner:
         yield examiner
 
@@ -60,7 +60,7 @@ def _served(url: str) -> "Examiner":
 
 
 def _offline(model: str, dtype: str | None, revision: str | None) -> "Examiner":
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what vLLM says of itself is for servers
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM's log is of no use in a command
     from eadaprune_vllm.tools.offline import OfflineModel
 
     return OfflineModel(model, dtype or "auto", revision)
@@ -80,7 +80,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _flags(**values: Any) -> str:
-    """As they are typed; those without a value are left out."""
+    """The values as flags of a command line; None is left out."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
 
 
@@ -96,7 +96,7 @@ def demo_model() -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the server's log.")] = Path("demo-output"),
 ) -> None:
-    """Serve the embedded model with the plugin, ask it about pictures at several thresholds, show what was saved."""
+    """Serve the embedded model with the plugin, send questions at several thresholds, and show what was saved."""
     from eadaprune_vllm.demo import MODEL
     from eadaprune_vllm.demo.run import run_demo
 
@@ -106,9 +106,9 @@ def demo(
 @app.command("demo-questions")
 def demo_questions(
     output: Annotated[Path, typer.Argument(help="Folder for images and questions.jsonl.")],
-    scenes: Annotated[int, typer.Option(help="How many; about nine questions are asked of each.")] = 300,
+    scenes: Annotated[int, typer.Option(help="Number of scenes, with about nine questions each.")] = 300,
 ) -> None:
-    """Write generated scenes that the embedded model has not seen, with questions for `eadaprune evaluate`."""
+    """Write generated scenes that the embedded model was not trained on, with questions for `eadaprune evaluate`."""
     from eadaprune_vllm.demo.questions import write_questions
 
     print(write_questions(output, scenes))
@@ -116,7 +116,7 @@ def demo_questions(
 
 @app.command()
 def calibrate(
-    images: Annotated[list[str], typer.Argument(help="Images, folders, globs, URLs, or JSONL files of these.")],
+    images: Annotated[list[str], typer.Argument(help="Images, folders, glob patterns, URLs, or JSONL files of these.")],
     target: Annotated[float, typer.Option(help="Share of their tokens that images should keep on average.")] = 0.33,
     url: Url = None,
     model: Model = None,
@@ -125,14 +125,15 @@ def calibrate(
     scope: Scope = None,
     dtype: Dtype = None,
     revision: Revision = None,
-    store: Annotated[Path, typer.Option(help="File that keeps each image's spectrum.")] = Path("spectra.jsonl"),
-    histogram: Annotated[Path, typer.Option(help="Picture of the budgets.")] = Path("budgets.png"),
+    store: Annotated[Path, typer.Option(help="File with the spectrum of each image.")] = Path("spectra.jsonl"),
+    histogram: Annotated[Path, typer.Option(help="Output file: histogram of the budgets.")] = Path("budgets.png"),
     table: Annotated[bool, typer.Option("--table", help="Also print mean budgets over thresholds.")] = False,
 ) -> None:
     """Find the threshold at which your images keep a given share of their tokens on average.
 
-    Every image is encoded once, by a server (--url) or an engine of this command's own (--model); go on after an
-    interruption, or ask for another target, with the same --store. Options that are not given are the server's.
+    Every image is encoded once, by a server (--url) or by an engine that this command starts (--model). With the same
+    --store, an interrupted run is continued, and another --target needs no encoding. Options that are not given are the
+    server's.
     """
     from eadaprune_vllm.core.budget import Curve
     from eadaprune_vllm.core.options import overlay
@@ -179,21 +180,21 @@ def explain(
     image: Annotated[str, typer.Argument(help="Path or URL.")],
     url: Url = None,
     model: Model = None,
-    energy: Annotated[list[float], typer.Option(help="Threshold; may be given several times.")] = [],  # noqa: B006
-    target: Annotated[list[float], typer.Option(help="Mean share of tokens; may be given several times.")] = [],  # noqa: B006
-    selector: Annotated[str | None, typer.Option(help="Which tokens stay.")] = None,
+    energy: Annotated[list[float], typer.Option(help="Threshold; may be repeated.")] = [],  # noqa: B006
+    target: Annotated[list[float], typer.Option(help="Mean share of tokens; may be repeated.")] = [],  # noqa: B006
+    selector: Annotated[str | None, typer.Option(help="Which tokens are kept: span, diversity, ...")] = None,
     min_tokens: MinTokens = None,
     max_tokens: MaxTokens = None,
     scope: Scope = None,
     dtype: Dtype = None,
     revision: Revision = None,
-    output: Annotated[Path, typer.Option(help="Picture that takes the explanation.")] = Path("explanation.png"),
+    output: Annotated[Path, typer.Option(help="Output file: the picture.")] = Path("explanation.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the decisions as JSON.")] = False,
 ) -> None:
-    """Draw which patches of an image stay at which threshold, and the curve that decides.
+    """Draw which patches of an image are kept at which threshold, and the curve of its energy.
 
-    Asks a server (--url), or an engine of this command's own (--model). Options that are not given are the server's,
-    and so is the threshold if there is none.
+    Decisions come from a server (--url), or from an engine that this command starts (--model). Options that are not
+    given are the server's, and so is the threshold.
     """
     from eadaprune_vllm.core.draw import picture
     from eadaprune_vllm.tools import images
@@ -218,20 +219,22 @@ def explain(
 @app.command()
 def evaluate(
     questions: Annotated[Path, typer.Argument(help="JSONL: image, question, answer (or answers), category, group.")],
-    url: Annotated[str, typer.Option(help="Of a server that runs with --plugin eadaprune.")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="Name of the served model; by default its first.")] = None,
-    energy: Annotated[list[float], typer.Option(help="Threshold; may be given several times.")] = [],  # noqa: B006
-    target: Annotated[list[float], typer.Option(help="Target; may be given several times.")] = [],  # noqa: B006
-    tokens: Annotated[list[int], typer.Option(help="Fixed budget; may be given several times.")] = [],  # noqa: B006
-    selector: Annotated[list[str], typer.Option(help="May be given several times; by default the server's.")] = [],  # noqa: B006
-    matched: Annotated[bool, typer.Option(help="Add a fixed budget of the same mean for each threshold.")] = True,
-    suffix: Annotated[str, typer.Option(help="Put after each question, such as how to answer.")] = "",
-    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
-    output: Annotated[Path, typer.Option(help="Takes the results as JSON, and a plot beside it.")] = Path(
+    url: Annotated[
+        str, typer.Option(help="URL of a server that runs with --plugin eadaprune.")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Name of the served model; by default the server's first.")] = None,
+    energy: Annotated[list[float], typer.Option(help="Threshold; may be repeated.")] = [],  # noqa: B006
+    target: Annotated[list[float], typer.Option(help="Mean share of tokens; may be repeated.")] = [],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(help="Fixed budget; may be repeated.")] = [],  # noqa: B006
+    selector: Annotated[list[str], typer.Option(help="May be repeated; by default the server's.")] = [],  # noqa: B006
+    matched: Annotated[bool, typer.Option(help="Add a fixed budget with the same mean for each threshold.")] = True,
+    suffix: Annotated[str, typer.Option(help="Text after each question, such as how to answer.")] = "",
+    concurrency: Annotated[int, typer.Option(help="Concurrent requests.")] = 16,
+    output: Annotated[Path, typer.Option(help="Output file: results as JSON; a plot is written beside it.")] = Path(
         "quality.json"
     ),
 ) -> None:
-    """Measure how often a server answers right, without pruning, by default, and under other options."""
+    """Measure the accuracy of a server's answers: without pruning, by default, and with other options."""
     from eadaprune_vllm.tools import evaluate as tool
     from eadaprune_vllm.tools.plots import accuracy
     from eadaprune_vllm.tools.questions import read_questions
@@ -264,19 +267,19 @@ def evaluate(
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a model that you want to serve.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a model to check.")] = None,
     dtype: Dtype = None,
     revision: Revision = None,
     url: Url = None,
 ) -> None:
-    """Say what is installed here and whether the plugin fits it: for a bug report.
+    """Print what is installed here, and whether the plugin works with it: for a bug report.
 
-    With --model also whether that can be served, and what an image costs; with --url what a running server does. Starts
-    no engine and loads no weights. The exit status is 1 if anything fails.
+    With --model also whether this model can be served, and what an image costs; with --url the configuration of a
+    running server. It starts no engine and loads no weights. The exit status is 1 if a check fails.
     """
     if model is None and (dtype or revision):
-        raise typer.BadParameter("--dtype and --revision go with --model")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # what is wrong is said here
+        raise typer.BadParameter("--dtype and --revision need --model")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # errors are findings
     from eadaprune_vllm.tools.doctor import examine
 
     colours, failed = {"failed": "red", "warning": "yellow"}, False

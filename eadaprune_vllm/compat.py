@@ -1,6 +1,6 @@
 """The releases of vLLM that are supported, and what differs between them.
 
-CONTRIBUTING.md says how the window is moved.
+CONTRIBUTING.md says how to support a new release, and how to drop an old one.
 """
 
 import os
@@ -22,9 +22,9 @@ class RenamedSymbol:
     """A name of vLLM that older releases have elsewhere.
 
     Attributes:
-        path: the newer one, ``module:name``.
-        before: the older one.
-        until: the first release that has the newer one. Once the window begins there, this entry goes.
+        path: the new name, ``module:name``.
+        before: the old name.
+        until: the first release with the new name. Once it is the oldest supported one, this entry goes.
     """
 
     path: str
@@ -42,7 +42,7 @@ RENAMED = (
 
 
 def drain_invalidations(renderer: Any) -> None:
-    """Have the processor cache let go of what an engine misses, as releases from 0.33 do before they process."""
+    """Drop from the processor cache what an engine reported as missing. vLLM does so before it processes, from 0.33."""
     if drain := getattr(renderer, "_drain_mm_cache_invalidations", None):
         drain()
 
@@ -55,32 +55,31 @@ def version() -> str:
 
 
 def is_supported() -> bool:
-    """Whether the vLLM in use is of a supported version."""
+    """Whether the vLLM in use is supported."""
     return SUPPORTED.contains(version(), prereleases=True)
 
 
 def check_version() -> None:
     """Raises:
-    StartupError: if vLLM is of no supported version and the check was not switched off.
+    StartupError: if this vLLM is not supported and the check is not switched off.
     """
     if not is_supported() and not os.environ.get(SKIP_VERSION_CHECK):
         raise StartupError(
-            f"vLLM {version()} is not supported; supported is {SUPPORTED} "
-            f"(set {SKIP_VERSION_CHECK}=1 to try it all the same)"
+            f"vLLM {version()} is not supported; supported is {SUPPORTED} (set {SKIP_VERSION_CHECK}=1 to try it anyway)"
         )
 
 
 def find(path: str) -> tuple[Any, str]:
-    """Where something of vLLM is in the release in use.
+    """Find a function or class of vLLM in the release in use.
 
     Args:
-        path: ``module:name`` or ``module:Class.name``, as the newest release has it.
+        path: ``module:name`` or ``module:Class.name``, as in the newest release.
 
     Returns:
         The module or class that has it, and its name there.
 
     Raises:
-        ImportError, AttributeError: if it is nowhere.
+        ImportError, AttributeError: if this release has no such name.
     """
     try:
         return _owner(path)

@@ -4,7 +4,7 @@ EAdaPruneError(Exception)
 ├── StartupError            the server must not start: unsupported model, flag, version or option
 ├── InvalidOptionsError     a client asked for pruning options that do not exist or are out of range
 ├── NonFiniteFeaturesError  the vision tower produced NaN or infinity for an image
-└── ServerError             a server that a command asks cannot be reached, does not let it in, or does not prune
+└── ServerError             a server that a command calls cannot be reached, denies access, or does not prune
 """
 
 
@@ -36,4 +36,4 @@ class NonFiniteFeaturesError(EAdaPruneError):
 
 
 class ServerError(EAdaPruneError):
-    """A server that a command asks cannot be reached, does not let it in, or does not prune: no image is to blame."""
+    """A server that a command calls cannot be reached, denies access, or does not prune: no image is to blame."""

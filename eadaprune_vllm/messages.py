@@ -1,5 +1,7 @@
-"""The payloads between front ends and engine cores: requests for decisions, and responses. Bytes, by vLLM's own
-encoding of tensors and items, as what its utility calls carry is not typed."""
+"""The IPC payloads between front ends and engine cores: decision requests and responses.
+
+They are bytes, because arguments of vLLM's utility calls are not typed; the encoding is vLLM's own.
+"""
 
 import struct
 from collections.abc import Sequence
@@ -13,21 +15,21 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from eadaprune_vllm.core.prune import PruneDecision
 
-UTILITY = "eadaprune_decide"  # the engine core's utility
-REJECTED = b""  # the response while it rejects requests
+UTILITY = "eadaprune_decide"  # name of the utility call
+REJECTED = b""  # the response of an engine core that rejects requests
 _SIZE = struct.Struct("<Q")
 T = TypeVar("T")
 
 
 class DecisionRequest(msgspec.Struct):
-    """One image or video that the engine is to encode and decide about.
+    """One image or video to encode and decide about.
 
     Attributes:
         modality: vLLM's, mostly ``image`` or ``video``.
-        item: as vLLM would send it unpruned.
-        options: resolved ``PruneOptions`` as JSON.
-        num_placeholders: how many it has unpruned.
-        explain: whether to say what the decision rests on, instead of rows.
+        item: as vLLM would send it without pruning.
+        options: effective ``PruneOptions`` as JSON.
+        num_placeholders: without pruning.
+        explain: whether to respond with an explanation instead of embeddings.
     """
 
     modality: str
@@ -38,10 +40,10 @@ class DecisionRequest(msgspec.Struct):
 
 
 class Explanation(msgspec.Struct):
-    """What a decision rests on.
+    """Why a decision is as it is.
 
     Attributes:
-        curve: pairs of tokens kept and the share of the energy they hold.
+        curve: pairs of kept tokens and the share of the energy they hold.
         thresholds: ``[N]`` float64, as in ``Spectrum``.
         grids: as in ``Layout``.
     """
@@ -52,27 +54,27 @@ class Explanation(msgspec.Struct):
 
 
 class DecisionResult(msgspec.Struct, tag=True):
-    """What was decided about one image or video.
+    """The decision about one image or video.
 
     Attributes:
-        kept: the decision.
-        rows: ``[p, W]``, the model's dtype, what its language model is fed with at the placeholders that stay.
-        seconds: how long each stage took.
+        decision: what is kept.
+        embeds: ``[p, W]``, the model's dtype, the multimodal embeddings of the kept placeholders.
+        seconds: time of each stage.
         explanation: if it was requested.
     """
 
-    kept: PruneDecision
-    rows: torch.Tensor
+    decision: PruneDecision
+    embeds: torch.Tensor
     seconds: dict[str, float]
     explanation: Explanation | None = None
 
 
 class DecisionError(msgspec.Struct, tag=True):
-    """Why nothing could be decided about one image or video.
+    """Why an image or video could not be decided about.
 
     Attributes:
-        error: a sentence.
-        reason: whether its features are to blame, or the engine is.
+        error: a sentence for the client.
+        reason: ``features`` if they are not finite, ``engine`` for every other error.
     """
 
     error: str
@@ -83,26 +85,28 @@ DecisionResponse = DecisionResult | DecisionError
 
 
 def pack(message: Sequence[DecisionRequest] | Sequence[DecisionResponse]) -> bytes:
+    """Encode a batch."""
     frames = [memoryview(frame).cast("B") for frame in MsgpackEncoder().encode(message)]
     return b"".join(part for frame in frames for part in (_SIZE.pack(len(frame)), frame))
 
 
 def unpack_requests(data: bytes) -> list[DecisionRequest]:
-    """What was packed."""
+    """Decode a batch of requests."""
     return _unpack(list[DecisionRequest], data)
 
 
 def unpack_responses(data: bytes) -> list[DecisionResponse]:
-    """What was packed; each has memory of its own, for it may be kept when others are not."""
+    """Decode a batch of responses. Each gets memory of its own, because caches keep some longer than others."""
     return [
-        _apart(response) if isinstance(response, DecisionResult) else response
+        _copied(response) if isinstance(response, DecisionResult) else response
         for response in _unpack(list[DecisionResponse], data)
     ]
 
 
-def _apart(result: DecisionResult) -> DecisionResult:
-    kept = replace(result.kept, indices=result.kept.indices.clone(), placeholders=result.kept.placeholders.clone())
-    return msgspec.structs.replace(result, kept=kept, rows=result.rows.clone())
+def _copied(result: DecisionResult) -> DecisionResult:
+    decision = result.decision
+    decision = replace(decision, indices=decision.indices.clone(), placeholders=decision.placeholders.clone())
+    return msgspec.structs.replace(result, decision=decision, embeds=result.embeds.clone())
 
 
 def _unpack(kind: type[T], data: bytes) -> T:

@@ -1,4 +1,4 @@
-"""Putting functions of ours in front of vLLM's, or in their place, where they fit."""
+"""How functions of vLLM are wrapped, and how overridden methods are checked against vLLM's signatures."""
 
 import functools
 import inspect
@@ -16,33 +16,33 @@ logger = logging.getLogger("vllm." + __name__)
 _MARK = "_eadaprune_wrapped"
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-wrapped_paths: list[str] = []  # of vLLM's functions, in this process
+wrapped_paths: list[str] = []  # functions of vLLM that are wrapped in this process
 
 
 def wrap(path: str, optional: str | None = None) -> Callable[[Callable[..., Any]], bool]:
-    """Decorator: replace a function of vLLM by one that is called with the original before its own arguments.
+    """Decorator: replace a function of vLLM by the decorated one, which gets the original as its first argument.
 
-    Does nothing if it was wrapped before. What it makes of the function says whether it is wrapped now.
+    A function is wrapped once only. The decorated name becomes a bool: whether the function is wrapped now.
 
     Args:
-        path: of the function, as ``window.find`` takes it.
-        optional: what is lost without it, if the server can do without. A warning then takes the place of the error.
+        path: of vLLM's function, as for ``compat.find``.
+        optional: for a wrapper that the server can do without: what is lost. A warning then replaces the error.
 
     Raises:
-        StartupError: if this vLLM has no such function, or one that is called otherwise.
+        StartupError: if this vLLM has no such function, or one with another signature.
     """
 
     def decorate(wrapper: Callable[..., Any]) -> bool:
         try:
             owner, name = find(path)
         except (ImportError, AttributeError):
-            return _unknown(path, optional)
+            return _does_not_fit(path, optional)
         static = inspect.getattr_static(owner, name)
         original = getattr(static, "__func__", static)
         if hasattr(original, _MARK):
             return True
         if not fits(functools.partial(wrapper, original), original):
-            return _unknown(path, optional)
+            return _does_not_fit(path, optional)
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -58,10 +58,10 @@ def wrap(path: str, optional: str | None = None) -> Callable[[Callable[..., Any]
 
 
 def check_overrides(module: ModuleType) -> None:
-    """Check the classes that a module defines: what says ``@override`` must override something of vLLM's.
+    """Check the classes that a module defines: every ``@override`` must override a method of vLLM's.
 
     Raises:
-        StartupError: if this vLLM has no such method, or one that is called otherwise.
+        StartupError: if this vLLM has no such method, or one with another signature.
     """
     classes = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
     for cls in classes:
@@ -71,14 +71,14 @@ def check_overrides(module: ModuleType) -> None:
                 if getattr(method, "__override__", False) and not name.startswith(KEY):
                     original = next((vars(other)[name] for other in vllms if name in vars(other)), None)
                     if not (original and fits(method, original)):
-                        _unknown(f"{vllms[0].__module__}:{vllms[0].__name__}.{name}", None)
+                        _does_not_fit(f"{vllms[0].__module__}:{vllms[0].__name__}.{name}", None)
 
 
 def fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:
-    """Whether a function takes what another is called with, and takes each argument for the same thing.
+    """Whether a function can be called as another one is, with the same meaning of each argument.
 
-    Positional parameters must have the same names in the same order (but for the one that is ``self``), keyword-only
-    ones must be such in the original, and what the function does not name it must take by ``*args`` or ``**kwargs``.
+    Positional parameters must have the same names in the same order (``self`` aside). Keyword-only parameters must be
+    keyword-only in the original. All others must be covered by ``*args`` or ``**kwargs``.
     """
     ours, theirs = ([*inspect.signature(f).parameters.values()] for f in (function, original))
     named, all_named = ([p.name for p in ps if p.kind in _POSITIONAL] for ps in (ours, theirs))
@@ -90,9 +90,9 @@ def fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:
     return named == all_named[: len(named)] and only <= all_only and (variadic or not rest)
 
 
-def _unknown(path: str, optional: str | None) -> bool:
-    what = f"vLLM {version()} has no {path} of the kind known from {SUPPORTED}"
+def _does_not_fit(path: str, optional: str | None) -> bool:
+    what = f"vLLM {version()} has no {path} with the signature it has in {SUPPORTED}"
     if optional is None:
-        raise StartupError(f"{what}, which pruning depends on")
+        raise StartupError(f"{what}, and pruning depends on it")
     logger.warning("eadaprune: %s; %s", what, optional)
     return False

@@ -1,14 +1,14 @@
 """Entry point ``vllm.general_plugins``: vLLM calls ``register`` in every process, possibly more than once.
 
-Installed is not active: until the plugin is named, by ``--plugin eadaprune`` or in ``VLLM_PLUGINS``, all it does is
-to add its flags to vLLM's command line.
+An installed plugin is not active yet. Until it is named, by ``--plugin eadaprune`` or in ``VLLM_PLUGINS``, it only adds
+its flags to vLLM's command line.
 """
 
 from importlib import import_module
 
 from eadaprune_vllm.startup.naming import NAME, named_plugins
 
-# Of the start, of the engine, of rendering requests, and of sending them to it; ``command_line`` comes without them.
+# In the order of a request: start-up, engine, rendering, sending. ``command_line`` is installed by itself.
 _PATCHES = (
     *("config", "engine_core", "engine_client"),
     *("cudagraph", "weights"),
@@ -30,11 +30,11 @@ def activate() -> None:
     """Register our models over vLLM's and apply the patches.
 
     Raises:
-        StartupError: if vLLM is of no supported version, or lacks what pruning depends on.
+        StartupError: if this vLLM is not supported, or lacks what pruning depends on.
     """
     from eadaprune_vllm.compat import check_version
 
-    check_version()  # before anything that may fail to import from another one
+    check_version()  # before any import that may fail with another version
     from eadaprune_vllm import architectures
 
     architectures.register()

@@ -34,7 +34,9 @@ def kept(k: int = 2, newlines: bool = False) -> PruneDecision:
     """So many of four tokens; with newlines, of two lines."""
     mask = torch.tensor([False, False, True, False, False, True])
     ends = Newlines(mask, torch.tensor([0, 0, 1, 1])) if newlines else None
-    encoding = Encoding(VisualTokens(torch.eye(4, 6), None), Layout(torch.zeros(4).long(), ((2, 2),), ends, extent=3))
+    encoding = Encoding(
+        VisualTokens(torch.eye(4, 6), None), Layout(torch.zeros(4).long(), ((2, 2),), ends, mrope_span=3)
+    )
     return prune(encoding, PruneOptions(energy=0.5, min_tokens=k, max_tokens=k))
 
 

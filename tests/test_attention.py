@@ -8,7 +8,7 @@ import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from eadaprune_vllm.engine import attention
-from eadaprune_vllm.engine.attention import capturing, drawn
+from eadaprune_vllm.engine.attention import capturing, received_attention
 
 HEADS, SIZE = 3, 5
 
@@ -50,15 +50,15 @@ def heads(flat: torch.Tensor) -> torch.Tensor:
 def test_it_is_the_mean_over_heads_and_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(3, 7, 5), torch.randn(3, 9, 5)
     expected = weights(query, key).mean((0, 1))
-    torch.testing.assert_close(drawn(query, key, 0.4), expected)
+    torch.testing.assert_close(received_attention(query, key, 0.4), expected)
     for held in (1, 60):  # one and two queries at a time
         monkeypatch.setattr(attention, "_WEIGHTS", held)
-        torch.testing.assert_close(drawn(query, key, 0.4), expected)
+        torch.testing.assert_close(received_attention(query, key, 0.4), expected)
 
 
 def test_it_is_computed_in_float32() -> None:
     query, key = torch.randn(3, 7, 5).bfloat16(), torch.randn(3, 9, 5).bfloat16()
-    found = drawn(query, key, 0.4)
+    found = received_attention(query, key, 0.4)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, weights(query.float(), key.float()).mean((0, 1)))
 

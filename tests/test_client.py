@@ -24,7 +24,7 @@ from eadaprune_vllm.messages import (
     unpack_requests,
     unpack_responses,
 )
-from eadaprune_vllm.patches.engine_client import _alone
+from eadaprune_vllm.patches.engine_client import _locked
 
 
 class Engine:
@@ -60,7 +60,7 @@ def named(name: int) -> DecisionResponse:
 
 
 def names(answers: list[DecisionResponse]) -> list[int]:
-    return [int(answer.rows[0]) for answer in answers if isinstance(answer, DecisionResult)]
+    return [int(answer.embeds[0]) for answer in answers if isinstance(answer, DecisionResult)]
 
 
 def asked(
@@ -371,10 +371,10 @@ def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> No
         return payload
 
     client.engine_core = SimpleNamespace(step_fn=step, post_step=lambda model_executed: None, eadaprune_decide=answer)
-    ask = engine_client.blocking(client)
+    ask = engine_client.blocking_call(client)
     assert ask
     with ThreadPoolExecutor(2) as pool:
-        stepping = pool.submit(_alone, InprocClient.get_output, client)
+        stepping = pool.submit(_locked, InprocClient.get_output, client)
         assert began.wait(10)
         asking = pool.submit(ask, b"1")
         with pytest.raises(TimeoutError):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from samples import item
 
-from eadaprune_vllm.core.budget import needed
+from eadaprune_vllm.core.budget import tokens_needed
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.prune import Encoding, Layout, Newlines, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
@@ -22,7 +22,7 @@ class Model(torch.nn.Module):
     """Rows are the item's own. ``batches`` notes what was encoded together, ``arranged`` what attention was given."""
 
     config = "of the model"
-    eadaprune_observes = True
+    eadaprune_captures_attention = True
     apart = False  # whether features are others than rows
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ def test_the_decision_is_that_of_prune(model: Model) -> None:
     given = rows(30)
     (found,) = map(as_decided, answered(model, asked(given)))
     expected = alone(given[:, :4])
-    assert found.kept.indices.tolist() == expected.indices.tolist()
-    assert 1 < len(found.kept) < 4
-    assert torch.equal(found.rows, given[found.kept.placeholders])
+    assert found.decision.indices.tolist() == expected.indices.tolist()
+    assert 1 < len(found.decision) < 4
+    assert torch.equal(found.embeds, given[found.decision.placeholders])
     assert found.seconds.keys() == {"encode", "spectrum", "select"}
     assert found.explanation is None
 
@@ -113,21 +113,21 @@ def test_by_span_no_spectrum_is_computed(model: Model, selector: str, monkeypatc
     (found,) = map(as_decided, answered(model, question, budget="span"))
     encoding = Encoding(VisualTokens(given[:, :4], None), Layout.whole(1, 30), "span")
     expected = prune(encoding, PruneOptions.model_validate_json(question.options))
-    assert found.kept.indices.tolist() == expected.indices.tolist()
-    assert len(found.kept) >= len(spectral.kept)
+    assert found.decision.indices.tolist() == expected.indices.tolist()
+    assert len(found.decision) >= len(spectral.decision)
     (explained,) = map(as_decided, answered(model, asked(given, explain=True), budget="span"))
     assert explained.explanation
-    assert needed(explained.explanation.thresholds.numpy(), 0.8) == len(found.kept)
+    assert tokens_needed(explained.explanation.thresholds.numpy(), 0.8) == len(found.decision)
 
 
 def test_newlines_are_no_features_but_go_along(model: Model) -> None:
     given = rows(31)
     given[-1] = 1e6
     (found,) = map(as_decided, answered(model, asked(given, "video")))
-    assert found.kept.newlines == 1
-    assert torch.equal(found.rows, given[found.kept.placeholders])
-    assert torch.equal(found.rows[-1], given[-1])
-    assert found.kept.indices.max() < 30
+    assert found.decision.newlines == 1
+    assert torch.equal(found.embeds, given[found.decision.placeholders])
+    assert torch.equal(found.embeds[-1], given[-1])
+    assert found.decision.indices.max() < 30
 
 
 def test_features_that_are_others_than_rows_decide(model: Model) -> None:
@@ -135,8 +135,8 @@ def test_features_that_are_others_than_rows_decide(model: Model) -> None:
     given = rows(30)
     (found,) = map(as_decided, answered(model, asked(given)))
     expected = alone(given * 2)
-    assert found.kept.indices.tolist() == expected.indices.tolist()
-    assert torch.equal(found.rows, given[found.kept.placeholders])
+    assert found.decision.indices.tolist() == expected.indices.tolist()
+    assert torch.equal(found.embeds, given[found.decision.placeholders])
 
 
 def test_what_vllm_would_batch_is_a_batch_and_answers_keep_their_order(model: Model) -> None:
@@ -145,7 +145,7 @@ def test_what_vllm_would_batch_is_a_batch_and_answers_keep_their_order(model: Mo
     questions = [asked(rows(length), modality) for length, modality in zip(lengths, modalities, strict=True)]
     found = list(map(as_decided, answered(model, *questions)))
     assert model.batches == [("image", [20, 22, 24]), ("video", [21, 23])]
-    assert [answer.kept.unpruned for answer in found] == lengths
+    assert [answer.decision.unpruned for answer in found] == lengths
 
 
 def test_attention_is_observed_of_one_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,14 +165,14 @@ def test_attention_is_observed_of_one_at_a_time(model: Model, monkeypatch: pytes
     questions = [asked(rows(20), selector=name, min_tokens=4, max_tokens=4) for name in selectors]
     found = list(map(as_decided, answered(model, *questions)))
     assert model.batches == [("image", [20, 20]), ("image", [20]), ("image", [20]), ("image", [20])]
-    assert [answer.kept.selector for answer in found] == selectors
+    assert [answer.decision.selector for answer in found] == selectors
     # Arranged, the first draw most.
-    assert found[0].kept.indices.tolist() == found[3].kept.indices.tolist() == [0, 1, 2, 3]
+    assert found[0].decision.indices.tolist() == found[3].decision.indices.tolist() == [0, 1, 2, 3]
     # Where ranks share images out, nobody sees all of it.
     model.batches.clear()
     shared = list(map(as_decided, answered(model, *questions, tp_mode="data")))
     assert model.batches == [("image", [20] * 5)]
-    assert [answer.kept.selector for answer in shared] == ["span", "span", "span", "span", "uniform"]
+    assert [answer.decision.selector for answer in shared] == ["span", "span", "span", "span", "uniform"]
 
 
 @pytest.mark.parametrize("energy", [0.9, 1.0])
@@ -219,7 +219,7 @@ def test_what_fails_in_the_encoder_fails_alone(error: Exception) -> None:
     assert failed.reason == "engine"
     assert ("too little memory" in failed.error) == isinstance(error, torch.OutOfMemoryError)
     for answer, of in ((good, given[0]), (last, given[2])):
-        assert as_decided(answer).kept.indices.tolist() == alone(of[:, :4]).indices.tolist()
+        assert as_decided(answer).decision.indices.tolist() == alone(of[:, :4]).indices.tolist()
 
 
 def test_several_ranks_do_not_encode_anew_what_failed() -> None:
@@ -259,7 +259,7 @@ def test_spectra_of_a_batch_are_computed_together(model: Model, monkeypatch: pyt
     assert sizes == [[2, 4, 4], [1, 3, 3]]
     assert isinstance(failed, DecisionError)
     for index in (0, 1, 3):
-        decided, expected = as_decided(found[index]).kept, alone(given[index][:, :4])
+        decided, expected = as_decided(found[index]).decision, alone(given[index][:, :4])
         assert decided.indices.tolist() == expected.indices.tolist()
         assert decided.spectral_energy == expected.spectral_energy
         assert decided.spectrum_seconds > 0
@@ -278,7 +278,7 @@ def test_what_cannot_be_computed_together_is_computed_alone(
     monkeypatch.setattr(torch.linalg, "eigvalsh", small)
     given = [rows(20), rows(20)]
     for decided, each in zip(answered(model, *map(asked, given)), given, strict=True):
-        assert as_decided(decided).kept.indices.tolist() == alone(each[:, :4]).indices.tolist()
+        assert as_decided(decided).decision.indices.tolist() == alone(each[:, :4]).indices.tolist()
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert warning == "Spectra of 2 images were not computed together (OutOfMemoryError())"
 
@@ -310,15 +310,15 @@ def test_what_a_decision_rests_on_comes_in_the_place_of_rows(model: Model) -> No
     given = rows(30)
     (found,) = map(as_decided, answered(model, asked(given, explain=True)))
     (decision,) = map(as_decided, answered(model, asked(given)))
-    assert found.kept.indices.tolist() == decision.kept.indices.tolist()
-    assert found.rows.shape == (0, 8)
+    assert found.decision.indices.tolist() == decision.decision.indices.tolist()
+    assert found.embeds.shape == (0, 8)
     assert found.explanation
     assert found.explanation.grids == [(1, 30)]
     assert found.explanation.curve[-1] == (30, 1.0)
     needed = found.explanation.thresholds
     assert needed.shape == (30,)
     # The first that the threshold is not above.
-    assert len(found.kept) == int((needed <= 0.9).sum())
+    assert len(found.decision) == int((needed <= 0.9).sum())
 
 
 def test_nothing_is_answered_to_nothing(model: Model) -> None:

@@ -191,11 +191,11 @@ def test_a_server_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_whether_the_plugin_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other,eadaprune")
-    assert doctor.named() == Finding("plugin", "installed, and named in VLLM_PLUGINS", "ok")
+    assert doctor.check_plugin() == Finding("plugin", "installed, and activated by VLLM_PLUGINS", "ok")
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    assert str(doctor.named()).startswith("plugin         failed: VLLM_PLUGINS does not list eadaprune")
+    assert str(doctor.check_plugin()).startswith("plugin         failed: VLLM_PLUGINS does not list eadaprune")
     monkeypatch.setattr(doctor, "GROUPS", (*doctor.GROUPS, "vllm.others"))
-    assert "vLLM does not find eadaprune among vllm.others" in doctor.named().says
+    assert "not installed: there is no entry point eadaprune in vllm.others" in doctor.check_plugin().text
 
 
 @pytest.mark.parametrize("flag", ["--dtype", "--revision"])

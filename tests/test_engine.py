@@ -96,7 +96,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> list[list[i
 
 def test_a_worker_answers(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
     found = unpack_responses(Worker().eadaprune_decide(pack([question(name=2), question(name=3)])))
-    assert [len(answer.kept) for answer in found if isinstance(answer, DecisionResult)] == [3, 4]
+    assert [len(answer.decision) for answer in found if isinstance(answer, DecisionResult)] == [3, 4]
 
 
 @pytest.mark.parametrize("error", [ValueError("thirteen"), RuntimeError("CUDA"), KeyError("x"), AssertionError()])

@@ -60,7 +60,7 @@ def test_stages_are_timed_and_failures_counted(waits: bool, source: Source, othe
         asyncio.run(front_end.decide(asked, source))
     assert [bool(each.response) for each in asked] == [True] * 4
     assert [each.timing.stages if each.timing else None for each in asked] == [{"encode": 0.25}, None] * 2
-    assert len(asked[2].decided().kept) == 3
+    assert len(asked[2].decided().decision) == 3
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, {"model_name": "m", **labels})
@@ -78,7 +78,7 @@ def test_what_two_requests_wait_for_is_timed_once() -> None:
     question = shared.request
     front_end.decide_sync([shared])
     front_end.decide_sync([shared])
-    assert len(shared.decided().kept) == 1
+    assert len(shared.decided().decision) == 1
     labels = {"model_name": "m", "stage": "encode", "source": "request"}
     assert registry.get_sample_value("eadaprune_stage_seconds_count", labels) == 1
     assert "name" in question.item  # which another may be sending

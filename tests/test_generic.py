@@ -18,7 +18,7 @@ from eadaprune_vllm.startup import checks
 
 
 def layout(num_placeholders: int, modality: str = "image", **data: Any) -> Layout:
-    return generic.RowPerPlaceholder.eadaprune_layout(None, modality, data, num_placeholders)
+    return generic.EmbedPerPlaceholder.eadaprune_layout(None, modality, data, num_placeholders)
 
 
 def test_our_classes_are_in_front_of_vllms() -> None:
@@ -26,7 +26,7 @@ def test_our_classes_are_in_front_of_vllms() -> None:
     from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration, Gemma3MultiModalProcessor
 
     assert ours is adapter("Gemma3ForConditionalGeneration")
-    assert issubclass(ours, generic.RowPerPlaceholder)
+    assert issubclass(ours, generic.EmbedPerPlaceholder)
     assert issubclass(ours, Gemma3ForConditionalGeneration)
     made, stock = ours._processor_factory, Gemma3ForConditionalGeneration._processor_factory
     assert issubclass(made.processor, PruningProcessor)

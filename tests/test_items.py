@@ -14,11 +14,11 @@ from vllm.multimodal.processing.processor import ResolvedPromptUpdate, UpdateMod
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.report import Timing
-from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, digest, may_prune, split, to_client
+from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, client_modalities, digest, may_prune, split
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse
 from eadaprune_vllm.patches import input_processor
-from eadaprune_vllm.reference import still
+from eadaprune_vllm.reference import as_mm_data
 
 IMAGE, TIME = 7, 60
 
@@ -91,7 +91,7 @@ def test_newlines_are_counted() -> None:
 
 def test_names_tell_what_is_kept_and_nothing_else() -> None:
     def identifier(decision: PruneDecision | None, weights: float = 0.0) -> str:
-        found = Items({}, weights=weights)
+        found = Items({}, weights_changed_at=weights)
         found.add_report(one(), PrunedDetails([IMAGE], kept=decision))
         (name,) = found.identifiers.values()
         return name
@@ -129,13 +129,13 @@ def test_rows_go_to_the_engine_in_the_place_of_pixels() -> None:
     sent, update = found.pruned()
     assert {name: element.field.keep_on_cpu for name, element in sent.items()} == {
         "image_grid_thw": True,
-        "image_rows": False,
+        "image_mm_embeds": False,
         "image_kept": True,
     }
-    assert torch.equal(sent.get_data()["image_rows"], answer.rows)
-    assert torch.equal(sent.get_data()["image_kept"], answer.kept.placeholders)
+    assert torch.equal(sent.get_data()["image_mm_embeds"], answer.embeds)
+    assert torch.equal(sent.get_data()["image_kept"], answer.decision.placeholders)
     assert update.content.full == [TIME, IMAGE, IMAGE, TIME]
-    assert update.content.embeds.sum() == len(answer.rows)
+    assert update.content.embeds.sum() == len(answer.embeds)
     assert new().update.content.full == found.update.content.full  # another request may share it
 
 
@@ -223,8 +223,8 @@ def test_what_became_of_a_request() -> None:
 def test_chunks_are_what_a_client_sent() -> None:
     chunks = [{"type": "image"}, {"type": "video_chunk"}, {"type": "image"}]
     given: dict[str, list[Any]] = {"vision_chunk": chunks, "audio": [None]}
-    assert to_client(given) == {"vision_chunk": ["image", "video", "image"], "audio": ["audio"]}
-    assert to_client({"image": [None, 1], "video": []}) == {"image": ["image"] * 2, "video": []}
+    assert client_modalities(given) == {"vision_chunk": ["image", "video", "image"], "audio": ["audio"]}
+    assert client_modalities({"image": [None, 1], "video": []}) == {"image": ["image"] * 2, "video": []}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_chunks_are_what_a_client_sent() -> None:
 )
 def test_a_picture_is_what_a_model_takes(limits: dict[str, int], modality: str) -> None:
     picture = Image.new("RGB", (6, 4))
-    ((found, (item,)),) = still(picture, limits).items()
+    ((found, (item,)),) = as_mm_data(picture, limits).items()
     assert found == modality
     if modality == "video":
         item = Image.fromarray(item[0][3])

@@ -165,14 +165,14 @@ def test_what_is_held_keeps_the_threshold_it_last_had() -> None:
     load = Load(POLICY)
     front_end = FrontEnd(DecisionClient(1), Metrics(CollectorRegistry()), "m", 1, load)
     choice = Choice(PruneOptions(energy=0.98), energy_floor=0.9)
-    assert front_end.effective_options(choice, "a", held=False).energy == 0.98
+    assert front_end.effective_options(choice, "a", sticky=False).energy == 0.98
     load.observe(0, 0.9, 0)
-    assert front_end.effective_options(choice, "a", held=True).energy == 0.98
-    assert front_end.effective_options(choice, "b", held=True).energy == 0.9  # never seen
-    assert front_end.effective_options(choice, "a", held=False).energy == 0.9
+    assert front_end.effective_options(choice, "a", sticky=True).energy == 0.98
+    assert front_end.effective_options(choice, "b", sticky=True).energy == 0.9  # never seen
+    assert front_end.effective_options(choice, "a", sticky=False).energy == 0.9
     load.observe(0, 0, 0)
-    assert front_end.effective_options(choice, "a", held=True).energy == 0.9
+    assert front_end.effective_options(choice, "a", sticky=True).energy == 0.9
     assert (
-        front_end.effective_options(Choice(PruneOptions(energy=0.97), 0.9), "a", held=True).energy == 0.97
+        front_end.effective_options(Choice(PruneOptions(energy=0.97), 0.9), "a", sticky=True).energy == 0.97
     )  # asked otherwise
-    assert front_end.effective_options(choice, "a", held=False).energy == 0.98
+    assert front_end.effective_options(choice, "a", sticky=False).energy == 0.98

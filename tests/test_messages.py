@@ -39,8 +39,8 @@ def test_rows_arrive_to_the_bit(dtype: torch.dtype, shape: tuple[int, int]) -> N
     rows = torch.randn(shape).to(dtype)
     (found,) = unpack_responses(pack([decided(rows=rows)]))
     assert isinstance(found, DecisionResult)
-    assert found.rows.dtype == dtype
-    assert torch.equal(found.rows, rows)
+    assert found.embeds.dtype == dtype
+    assert torch.equal(found.embeds, rows)
 
 
 @pytest.mark.parametrize("newlines", [False, True])
@@ -49,8 +49,8 @@ def test_a_decision_arrives_whole(newlines: bool) -> None:
     said = DecisionResult(kept(3, newlines), torch.zeros(0, 2), {"encode": 0.5, "select": 0.25}, explanation)
     (found,) = unpack_responses(pack([said]))
     assert isinstance(found, DecisionResult)
-    assert_same_decision(found.kept, said.kept)
-    assert found.kept.newlines == (2 if newlines else 0)
+    assert_same_decision(found.decision, said.decision)
+    assert found.decision.newlines == (2 if newlines else 0)
     assert found.seconds == said.seconds
     assert found.explanation
     assert (found.explanation.curve, found.explanation.grids) == (explanation.curve, explanation.grids)
@@ -67,7 +67,7 @@ def test_failures_keep_their_place_among_decisions() -> None:
     found = unpack_responses(pack(said))
     assert [type(answer) for answer in found] == [DecisionResult, DecisionError, DecisionResult, DecisionError]
     assert [answer for answer in found if isinstance(answer, DecisionError)] == said[1::2]
-    assert [len(answer.kept) for answer in found if isinstance(answer, DecisionResult)] == [1, 3]
+    assert [len(answer.decision) for answer in found if isinstance(answer, DecisionResult)] == [1, 3]
 
 
 class Buffer(bytearray):
@@ -90,7 +90,7 @@ def test_answers_do_not_hold_each_others_memory(monkeypatch: pytest.MonkeyPatch)
     assert [each() for each in held] == [None]
     for answer in found:
         assert isinstance(answer, DecisionResult)
-        answer.rows += 1  # it is ours to write to
+        answer.embeds += 1  # it is ours to write to
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

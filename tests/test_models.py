@@ -148,10 +148,10 @@ def test_decisions_are_those_of_the_reference(load: Callable[[str], Loaded], nam
     found = load(name)
     for options in OPTIONS:
         for decided, kept in zip(found.decided(found.items, **options), found.expected(**options), strict=True):
-            assert decided.kept.unpruned == kept.unpruned
-            assert decided.kept.placeholders.tolist() == kept.placeholders.tolist()
-            selector = options.get("selector", "span") if found.model.eadaprune_observes else "span"
-            assert decided.kept.selector == kept.selector == selector
+            assert decided.decision.unpruned == kept.unpruned
+            assert decided.decision.placeholders.tolist() == kept.placeholders.tolist()
+            selector = options.get("selector", "span") if found.model.eadaprune_captures_attention else "span"
+            assert decided.decision.selector == kept.selector == selector
 
 
 @pytest.mark.parametrize("name", OF_IMAGES)
@@ -162,7 +162,7 @@ def test_rows_are_what_transformers_feeds_its_language_model_with(load: Callable
         with torch.inference_mode():
             made = found.reference.model.get_image_features(**found.reference.inputs(image))
         levels = [torch.cat(tuple(level)) for level in (made.pooler_output, *(made.get("deepstack_features") or ()))]
-        torch.testing.assert_close(decided.rows, torch.cat(levels, 1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decided.embeds, torch.cat(levels, 1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,8 +173,8 @@ def test_what_is_encoded_beside_an_image_does_not_matter(load: Callable[[str], L
         found.decided({modality: [each]}, **OPTIONS[0])[0] for modality, items in found.items.items() for each in items
     ]
     for one, other in zip(together, alone, strict=True):
-        assert one.kept.placeholders.tolist() == other.kept.placeholders.tolist()
-        torch.testing.assert_close(one.rows, other.rows, atol=1e-5, rtol=1e-5)
+        assert one.decision.placeholders.tolist() == other.decision.placeholders.tolist()
+        torch.testing.assert_close(one.embeds, other.embeds, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in UNPRUNED])
@@ -201,4 +201,4 @@ def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:
     (new,) = found.read({"image": [SCENES["square"]]}, energy=1.0)
     (decided,) = found.decided({"image": [SCENES["square"]]}, energy=1.0)
     pixels = new.request.item.get_data()["pixel_values"][None]
-    torch.testing.assert_close(found.model.embed_multimodal(pixel_values=pixels)[0], decided.rows)
+    torch.testing.assert_close(found.model.embed_multimodal(pixel_values=pixels)[0], decided.embeds)

@@ -174,9 +174,9 @@ def test_an_item_takes_no_more_positions_than_its_layout_says(
     model_class = adapter(config.architectures[0])
     positions, _ = prompt.positions(model_class, pruned=False)
     texts = len(prompt.unpruned) - size  # each takes one
-    extent = model_class.eadaprune_layout(config, modality, prompt.fields(modality, grid), size).extent
+    mrope_span = model_class.eadaprune_layout(config, modality, prompt.fields(modality, grid), size).mrope_span
     taken = int(positions.max()) + 1 - texts
-    assert taken == extent if modality == "image" else taken <= extent
+    assert taken == mrope_span if modality == "image" else taken <= mrope_span
 
 
 @pytest.fixture
@@ -196,13 +196,13 @@ def canvas_class(canvas: CanvasPrompt) -> Any:
 def test_a_canvas_takes_fewer_positions_than_its_layout_says(canvas: CanvasPrompt, canvas_class: Any) -> None:
     """Because of text that has tokens of slices, vLLM numbers all tokens one after the other, and then it takes as
     many."""
-    tokens, extent = 5 * 24 + 4 * 12, 0
+    tokens, mrope_span = 5 * 24 + 4 * 12, 0
     for modality, grid in (("image", (5, 12, 8)), ("video", (4, 6, 8))):
         data, size = canvas.fields(modality, grid), math.prod(grid) // 4
         layout = canvas_class.eadaprune_layout(canvas.config, modality, data, size)
         assert len(layout.part) == size
-        extent += layout.extent
-    assert extent == tokens
+        mrope_span += layout.mrope_span
+    assert mrope_span == tokens
     positions, delta = canvas.positions(canvas_class, pruned=True)
     assert delta + len(canvas.pruned) == int(positions.max()) + 1 < tokens
     canvas._add([canvas.config.slice_start_id, canvas.config.slice_end_id], [True, True])

@@ -149,8 +149,8 @@ def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
 def test_positions_run_ahead_by_what_is_taken_from_the_extent() -> None:
     """Unless there are more tokens than positions."""
     found = tokens(30, 8)
-    for extent, slack in ((10, 5), (3, 0), (0, 0)):
-        encoding = Encoding(found, Layout(torch.zeros(30).long(), ((5, 6),), extent=extent))
+    for mrope_span, slack in ((10, 5), (3, 0), (0, 0)):
+        encoding = Encoding(found, Layout(torch.zeros(30).long(), ((5, 6),), mrope_span=mrope_span))
         assert prune(encoding, PruneOptions(min_tokens=5, max_tokens=5)).position_slack == slack
 
 

@@ -112,6 +112,6 @@ def test_what_cannot_be_honoured_is_refused(
 def test_choices_go_along_with_items() -> None:
     first, second, third = (Choice(PruneOptions(energy=energy)) for energy in (0.1, 0.2, 0.3))
     choices = Choices(image=(first, second), video=(third,))
-    assert list(choices.along(["image", "video", "image"])) == [first, third, second]
-    (none,) = choices.along(["audio"])
+    assert list(choices.for_items(["image", "video", "image"])) == [first, third, second]
+    (none,) = choices.for_items(["audio"])
     assert not none.options.enabled

@@ -20,7 +20,7 @@ from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.context import RequestContext, current, in_context
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.metrics import Metrics
-from eadaprune_vllm.http.route import PruningRoute, documented
+from eadaprune_vllm.http.route import PruningRoute, openapi_extra
 
 CHAT, OTHER, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/render"
 IMAGE = ItemReport(
@@ -260,7 +260,7 @@ def test_an_endpoint_for_text_only_refuses_the_field(app: FastAPI) -> None:
         return "answer"
 
     app.router.add_api_route(path, handler, methods=["POST"], route_class_override=PruningRoute)
-    assert documented(app.routes[-1]) == {}  # type: ignore[arg-type]
+    assert openapi_extra(app.routes[-1]) == {}  # type: ignore[arg-type]
     assert post(app, path, {"input": "a"})[0].status_code == 200
     with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing at {path}: this request takes no images"):
         post(app, path, {"input": "a", "eadaprune": {"energy": 0.5}})

@@ -33,7 +33,7 @@ def cache() -> Cache:
 
 def test_what_was_sent_is_known(cache: Cache) -> None:
     feature = cache.process("a")
-    sender_cache.send([feature])
+    sender_cache.mark_sent([feature])
     assert cache.process("a").data is None
     del feature
     assert cache.process("a").data is None
@@ -44,7 +44,7 @@ def test_what_waits_is_handed_out_as_it_is(cache: Cache) -> None:
     first, second = cache.process("a"), cache.process("a")
     assert second.data is first.data
     del first
-    sender_cache.send([second])
+    sender_cache.mark_sent([second])
     assert cache.process("a").data is None
 
 
@@ -52,7 +52,7 @@ def test_what_was_dropped_unsent_is_processed_again(cache: Cache) -> None:
     cache.process("a")
     cache.process("b")  # after which nothing is held of the first
     assert not cache.is_cached_item("a")
-    sender_cache.send([cache.process("a")])
+    sender_cache.mark_sent([cache.process("a")])
     assert cache.process("a").data is None
 
 
@@ -67,7 +67,7 @@ def test_what_a_request_was_told_is_cached_stays_until_it_has_it(cache: Cache) -
 def test_an_image_goes_once_with_a_request(cache: Cache) -> None:
     features = [cache.process(mm_hash) for mm_hash in "abab"]
     assert None not in [feature.data for feature in features]
-    sender_cache.send(features)
+    sender_cache.mark_sent(features)
     assert [feature.data is None for feature in features] == [False, False, True, True]
 
 
@@ -75,10 +75,10 @@ def test_nothing_is_kept_of_thousands_that_were_dropped(cache: Cache) -> None:
     for number in range(5000):
         cache.process(str(number))
     assert len(cache._cache) <= 100
-    assert len(sender_cache.unsent(cache).data) <= 2 * 100 + 1
+    assert len(sender_cache.unsent_items(cache).data) <= 2 * 100 + 1
 
 
 def test_what_is_larger_than_the_cache_is_not_followed(cache: Cache) -> None:
-    sender_cache.send([cache.process("a", nbytes=20_000)])
+    sender_cache.mark_sent([cache.process("a", nbytes=20_000)])
     assert cache.process("a", nbytes=20_000).data is not None
-    assert not sender_cache.unsent(cache).data
+    assert not sender_cache.unsent_items(cache).data

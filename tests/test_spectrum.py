@@ -10,7 +10,7 @@ from shared import Reference
 from eadaprune_vllm.core.budget import TIE_TOLERANCE
 from eadaprune_vllm.core.prune import Encoding, Layout
 from eadaprune_vllm.core.selectors import VisualTokens, span
-from eadaprune_vllm.core.spectrum import FLOAT32_UP_TO, Spectrum, spanned
+from eadaprune_vllm.core.spectrum import FLOAT32_UP_TO, Spectrum, span_spectrum
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 
 ENERGIES = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -184,7 +184,7 @@ def test_tokens_that_a_budget_by_span_chooses_hold_the_threshold_themselves(kind
     features = matrix(kind, 60, 90)
     tokens = VisualTokens(features, None)
     for energy in ENERGIES:
-        k = spanned([tokens], energy, 1).budget(energy)
+        k = span_spectrum([tokens], energy, 1).budget(energy)
         assert k >= spectrum(features).budget(energy)
         chosen = span(tokens, k)
         for fewer, reached in ((chosen, True), (chosen[:-1], False)):
@@ -201,27 +201,27 @@ def test_tokens_that_a_budget_by_span_chooses_hold_thresholds_near_one(kind: str
     rows = features.double()
     for energy in NEAR_ONE:
         tokens = VisualTokens(features, None)
-        basis, _ = torch.linalg.qr(rows[span(tokens, spanned([tokens], energy, 1).budget(energy))].T)
+        basis, _ = torch.linalg.qr(rows[span(tokens, span_spectrum([tokens], energy, 1).budget(energy))].T)
         assert (rows @ basis).square().sum() / rows.square().sum() >= energy - 1e-5
 
 
 def test_a_budget_by_span_goes_no_further_than_it_must() -> None:
     features = matrix("power law", 100, 120)
     tokens = VisualTokens(features, None)
-    found = spanned([tokens], 0.8, 1)
+    found = span_spectrum([tokens], 0.8, 1)
     assert len(tokens.pivots.chosen) == found.budget(0.8) < 50
-    whole = spanned([VisualTokens(features, None)], 1.0, 1)
+    whole = span_spectrum([VisualTokens(features, None)], 1.0, 1)
     assert whole.budget(0.8) == found.budget(0.8)
     assert whole.budget(1.0) == found.budget(1.0) == 100
-    assert spanned([tokens], 0.8, 70).allocate(70) == [70]
+    assert span_spectrum([tokens], 0.8, 70).allocate(70) == [70]
     assert len(tokens.pivots.chosen) == 70
 
 
 def test_a_budget_by_span_of_more_tokens_than_are_chosen_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     features = matrix("power law", 100, 120)
-    exact = spanned([VisualTokens(features, None)], 1.0, 1)
+    exact = span_spectrum([VisualTokens(features, None)], 1.0, 1)
     monkeypatch.setattr("eadaprune_vllm.core.selectors.GREEDY_STEPS", 10)
-    found = spanned([VisualTokens(features, None)], 1.0, 1)
+    found = span_spectrum([VisualTokens(features, None)], 1.0, 1)
     assert found.budget(0.3) == exact.budget(0.3) < 10
     assert 10 < exact.budget(0.95) <= found.budget(0.95) < 100
 
@@ -229,8 +229,8 @@ def test_a_budget_by_span_of_more_tokens_than_are_chosen_one_by_one(monkeypatch:
 def test_parts_reach_a_threshold_by_span_as_they_would_alone() -> None:
     features = [matrix(kind, 30, 40) for kind in ("gaussian", "low rank", "power law")]
     features.append(torch.zeros(10, 40))
-    together = spanned([VisualTokens(each, None) for each in features], 0.9, 1)
-    alone = [spanned([VisualTokens(each, None)], 0.9, 1).budget(0.9) for each in features]
+    together = span_spectrum([VisualTokens(each, None) for each in features], 0.9, 1)
+    alone = [span_spectrum([VisualTokens(each, None)], 0.9, 1).budget(0.9) for each in features]
     assert together.allocate(together.budget(0.9)) == alone
     assert alone[-1] == 1
     assert sum(together.allocate(60)) == 60
@@ -241,4 +241,4 @@ def test_non_finite_features_have_no_budget_by_span(bad: float) -> None:
     features = torch.randn(10, 12)
     features[3, 4] = bad
     with pytest.raises(NonFiniteFeaturesError, match="NaN or infinite"):
-        spanned([VisualTokens(features, None)], 0.9, 1)
+        span_spectrum([VisualTokens(features, None)], 0.9, 1)

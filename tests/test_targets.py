@@ -12,7 +12,7 @@ from eadaprune_vllm.core.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.core.report import Reference
 from eadaprune_vllm.core.server_options import OptionSource, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
-from eadaprune_vllm.patches.engine_client import take_curves
+from eadaprune_vllm.patches.engine_client import receive_curves
 
 FREE = PruneOptions.model_validate(UNBOUNDED)
 N = 400
@@ -43,18 +43,18 @@ def test_front_ends_have_the_threshold_of_the_first_engine() -> None:
     client, energies = SimpleNamespace(vllm_config=config), list[float]()
     for rank, curves in ((1, CURVES[1:]), (0, CURVES), (2, CURVES[2:])):
         said = [(each.name, each.thresholds.tobytes()) for each in curves]
-        take_curves(client, {"data_parallel_rank": rank, "eadaprune": said})
+        receive_curves(client, {"data_parallel_rank": rank, "eadaprune": said})
         energies.append(ServerOptions.of(multimodal).resolve().energy)
-    assert energies[1] == energies[2] == ServerOptions().informed(CURVES).resolve().energy != energies[0]
+    assert energies[1] == energies[2] == ServerOptions().with_curves(CURVES).resolve().energy != energies[0]
 
 
 def test_an_engine_without_the_plugin_stops_the_start() -> None:
     with pytest.raises(StartupError, match="engine 3 runs without the plugin; every node"):
-        take_curves(SimpleNamespace(), {"data_parallel_rank": 3})
+        receive_curves(SimpleNamespace(), {"data_parallel_rank": 3})
 
 
 def test_the_default_is_what_the_target_comes_to() -> None:
-    server = ServerOptions().informed(CURVES)
+    server = ServerOptions().with_curves(CURVES)
     options = server.resolve()
     assert options.target == 0.33
     assert mean(each.share(options) for each in CURVES) == pytest.approx(0.33, abs=0.01)
@@ -64,16 +64,16 @@ def test_the_default_is_what_the_target_comes_to() -> None:
 
 
 def test_an_energy_takes_the_place_of_the_target() -> None:
-    for server in (ServerOptions(energy=0.9).informed(CURVES), ServerOptions().informed(CURVES)):
+    for server in (ServerOptions(energy=0.9).with_curves(CURVES), ServerOptions().with_curves(CURVES)):
         options = server.resolve(OptionSource("x", {"energy": 0.9}))
         assert (options.energy, options.target) == (0.9, None)
-    assert ServerOptions(energy=0.9).informed(CURVES).resolve().target is None
+    assert ServerOptions(energy=0.9).with_curves(CURVES).resolve().target is None
     with pytest.raises(InvalidOptionsError, match="x: energy and target exclude each other"):
-        ServerOptions().informed(CURVES).resolve(OptionSource("x", {"energy": 0.9, "target": 0.2}))
+        ServerOptions().with_curves(CURVES).resolve(OptionSource("x", {"energy": 0.9, "target": 0.2}))
 
 
 def test_requests_may_name_a_target() -> None:
-    server = ServerOptions(energy=0.9).informed(CURVES)
+    server = ServerOptions(energy=0.9).with_curves(CURVES)
     options = server.resolve(OptionSource("x", {"target": 0.2}))
     assert mean(each.share(options) for each in CURVES) == pytest.approx(0.2, abs=0.01)
     # Where it comes from makes no difference to caches.
@@ -87,7 +87,7 @@ def test_requests_may_name_a_target() -> None:
 
 
 def test_a_target_is_brought_within_what_the_features_allow() -> None:
-    server = ServerOptions().informed(FLAT)
+    server = ServerOptions().with_curves(FLAT)
     options = server.resolve()
     assert options.target == pytest.approx(2 / 3 * 100 / 400, abs=0.001)
     shares = [each.share(options) for each in FLAT]
@@ -99,32 +99,32 @@ def test_a_target_is_brought_within_what_the_features_allow() -> None:
 
 
 def test_no_target_of_features_of_full_rank_is_cut() -> None:
-    assert ServerOptions(target=0.7).informed(CURVES).resolve().target == 0.7
+    assert ServerOptions(target=0.7).with_curves(CURVES).resolve().target == 0.7
 
 
 def test_bounds_of_energy_hold_for_targets() -> None:
-    bounded = ServerOptions(energy_floor=0.9).informed(CURVES)
-    low = ServerOptions().informed(CURVES).resolve(OptionSource("x", {"target": 0.15})).energy
+    bounded = ServerOptions(energy_floor=0.9).with_curves(CURVES)
+    low = ServerOptions().with_curves(CURVES).resolve(OptionSource("x", {"target": 0.15})).energy
     assert low < 0.9
     with pytest.raises(InvalidOptionsError, match=rf"x\.target=0\.15 \(energy {low:g}\) is outside the bounds"):
         bounded.resolve(OptionSource("x", {"target": 0.15}))
     # The operator's own is not refused, and no longer called what it is not.
-    options = ServerOptions(target=0.15, energy_floor=0.9).informed(CURVES).resolve()
+    options = ServerOptions(target=0.15, energy_floor=0.9).with_curves(CURVES).resolve()
     assert (options.energy, options.target) == (0.9, None)
 
 
 def test_load_lowers_the_target() -> None:
-    choice = ServerOptions(load_aware=LoadPolicy(target=0.2)).informed(CURVES).choose()
+    choice = ServerOptions(load_aware=LoadPolicy(target=0.2)).with_curves(CURVES).choose()
     assert choice.at(0) == choice.options
     assert choice.at(1).target is None
     assert mean(each.share(choice.at(1)) for each in CURVES) == pytest.approx(0.2, abs=0.01)
     for policy in (LoadPolicy(target=0.4), LoadPolicy(energy_floor=0.9999)):
         with pytest.raises(ValueError, match=r"load_aware\.(target|energy_floor)=.* is not below the default"):
-            ServerOptions(load_aware=policy).informed(CURVES)
+            ServerOptions(load_aware=policy).with_curves(CURVES)
 
 
 def test_what_the_defaults_keep_is_said_by_kind() -> None:
-    reference = Reference.of(ServerOptions(min_share=0, min_tokens=40).informed(CURVES))
+    reference = Reference.of(ServerOptions(min_share=0, min_tokens=40).with_curves(CURVES))
     assert list(reference.kept_by_kind) == ["page", "photograph", "surface"]
     assert reference.kept_by_kind["surface"] == 0.1
     assert reference.at_bound == 0.5  # the surface and the page

@@ -1,1 +1,1 @@
-"""The method and its options, without vLLM: from features to a decision, and what is said of it."""
+"""The method and its options, without vLLM: from features to a decision and its report."""

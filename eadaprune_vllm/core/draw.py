@@ -1,4 +1,4 @@
-"""Pictures of what pruning keeps."""
+"""Pictures of the kept patches."""
 
 import base64
 import io
@@ -10,35 +10,35 @@ from PIL import Image, ImageDraw, ImageFont
 
 _CAPTION = 26  # pixels
 _GAP = 8
-_MOST_VIEWS = 32
-_LONGEST = 1024  # pixels of the only view; several have as many pixels together
+_MAX_PANELS = 32
+_LONGEST = 1024  # pixels of a single panel's longest side; several panels together have about as many pixels
 
 
-def seen(image_processor: Any, image: Image.Image) -> Image.Image:
-    """The image as the vision tower sees it: resized and cropped by transformers' ``image_processor``."""
+def preprocessed(image_processor: Any, image: Image.Image) -> Image.Image:
+    """The image that the vision tower gets: resized and cropped by transformers' ``image_processor``."""
     pixels = image_processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
     return Image.fromarray(pixels.transpose(1, 2, 0).astype(np.uint8))
 
 
 def dim_pruned(
-    view: Callable[[int], Image.Image], kept: Sequence[int], grids: Sequence[tuple[int, int]]
+    background: Callable[[int], Image.Image], kept: Sequence[int], grids: Sequence[tuple[int, int]]
 ) -> Image.Image:
-    """Views with their pruned patches dark and grey: side by side if there are several, at equal distances if there are
-    too many, and shrunk to about a megapixel together if they are larger.
+    """Draw pruned patches dark and grey, one panel per grid, side by side. Of too many grids every n-th is drawn. Large
+    pictures are shrunk to about a megapixel in all.
 
     Args:
-        view: what the grid of that number lies over.
-        kept: indices of the kept tokens, which fill the grids one after the other.
-        grids: height and width of each grid.
+        background: the picture under a grid, by the grid's number.
+        kept: indices of the kept tokens. Tokens fill the grids one after the other.
+        grids: height and width of each grid, in tokens.
     """
     sizes = [height * width for height, width in grids]
     keep = np.zeros(sum(sizes), dtype=np.uint8)
     keep[list(kept)] = 255
-    shown = min(len(grids), _MOST_VIEWS)
+    shown = min(len(grids), _MAX_PANELS)
     dimmed: list[Image.Image] = []
     whole: Image.Image | None = None
     for number in (len(grids) * place // shown for place in range(shown)):
-        if (behind := view(number)) is not whole:  # a large one may be behind every grid
+        if (behind := background(number)) is not whole:  # all grids may share one large picture
             whole, picture = behind, _shrunk(behind, int(_LONGEST / shown**0.5))
         first = sum(sizes[:number])
         mask = Image.fromarray(keep[first : first + sizes[number]].reshape(grids[number]))
@@ -48,7 +48,7 @@ def dim_pruned(
 
 
 def _shrunk(picture: Image.Image, longest: int) -> Image.Image:
-    """An RGB copy whose sides are at most so long, made without a copy of the whole."""
+    """An RGB copy with sides of at most ``longest`` pixels, made without a full-size copy."""
     scale = min(longest / max(picture.size), 1)
     width, height = (max(round(side * scale), 1) for side in picture.size)
     return picture.resize((width, height), reducing_gap=2).convert("RGB")
@@ -68,7 +68,7 @@ def row(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def data_url(picture: Image.Image, kind: Literal["png", "jpeg"] = "png") -> str:
-    """The picture as a file of that kind in a ``data:`` URL, as OpenAI's API takes them."""
+    """The picture as a ``data:`` URL, as in OpenAI's API."""
     file = png(picture) if kind == "png" else jpeg(picture)
     return f"data:image/{kind};base64," + base64.b64encode(file).decode()
 
@@ -81,7 +81,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def jpeg(picture: Image.Image) -> bytes:
-    """The picture as a JPEG file, a fraction of a PNG's size and time; edges of patches stay sharp in colour."""
+    """The picture as a JPEG file: smaller and faster than PNG, and without subsampling, which would blur patches."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", subsampling=0)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""When and how far the load of an engine lowers thresholds."""
+"""When, and by how much, the load of the engines lowers thresholds."""
 
 from typing import Literal
 
@@ -6,24 +6,26 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class LoadPolicy(BaseModel):
-    """When and how far load lowers thresholds."""
+    """When, and by how much, load lowers thresholds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     target: float = Field(default=0.15, gt=0, le=1, description="Share of tokens that stay on average at full load.")
     energy_floor: float | None = Field(
-        default=None, gt=0, lt=1, description="Threshold at full load, instead of what the target comes to."
+        default=None, gt=0, lt=1, description="Threshold at full load, instead of the target's."
     )
-    kv_usage_low: float = Field(default=0.75, ge=0, lt=1, description="Share of the KV cache in use that is no load.")
+    kv_usage_low: float = Field(
+        default=0.75, ge=0, lt=1, description="KV cache usage up to which there is no load (0 to 1)."
+    )
     kv_usage_high: float = Field(
-        default=0.95, gt=0, le=1, description="Share of the KV cache in use that is full load."
+        default=0.95, gt=0, le=1, description="KV cache usage from which load is full (0 to 1)."
     )
-    waiting_low: int = Field(default=4, ge=0, description="Requests waiting in the engine that are no load.")
-    waiting_high: int = Field(default=32, ge=1, description="Requests waiting in the engine that are full load.")
+    waiting_low: int = Field(default=4, ge=0, description="Waiting requests up to which there is no load.")
+    waiting_high: int = Field(default=32, ge=1, description="Waiting requests from which load is full.")
     explicit: Literal["keep", "lower"] = Field(
         default="keep",
-        description="What becomes of thresholds that requests ask for themselves: 'keep' honors them at any load, "
-        "'lower' treats them like the default.",
+        description="Whether load lowers thresholds that a request sets itself: 'keep' leaves them, 'lower' treats "
+        "them like the default.",
     )
 
     @model_validator(mode="after")
@@ -35,7 +37,7 @@ class LoadPolicy(BaseModel):
         return self
 
     def pressure(self, kv_usage: float, waiting: int) -> float:
-        """The stronger of two signals of one engine, in [0, 1].
+        """The load of one engine, in [0, 1]: the larger of the two signals.
 
         Args:
             kv_usage: share of the KV cache in use.

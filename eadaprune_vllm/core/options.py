@@ -9,14 +9,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from eadaprune_vllm.core.load_policy import LoadPolicy
 from eadaprune_vllm.errors import InvalidOptionsError
 
-# The options' name wherever they travel: request field, attribute of vLLM's multimodal config, cache key.
+# The name of the options everywhere: request field, attribute of vLLM's multimodal config, cache key.
 KEY = "eadaprune"
-MODALITIES = ("image", "video")  # what can be pruned, as vLLM calls it
-CHUNK = "vision_chunk"  # what vLLM calls both in models that take them as one
-# The functions of these names are ``selectors.SELECTORS``; this module is also for those who have no torch.
+MODALITIES = ("image", "video")  # vLLM's modalities that can be pruned
+CHUNK = "vision_chunk"  # vLLM's modality for both in some models
+# The names of ``selectors.SELECTORS``, repeated because this module does not import torch.
 SELECTOR_NAMES = ("span", "attention", "diversity", "hybrid", "uniform", "random")
-Bound = Literal["min_tokens", "min_share", "max_tokens"]  # what may decide on a budget in the threshold's place
-Budget = Literal["spectrum", "span"]  # what must hold the share of energy
+Bound = Literal["min_tokens", "min_share", "max_tokens"]  # options that may replace the threshold's budget
+Budget = Literal["spectrum", "span"]  # how the energy of k tokens is computed
 UNBOUNDED: dict[str, Any] = {"min_tokens": 1, "min_share": 0.0, "max_tokens": None}
 
 
@@ -27,7 +27,7 @@ def _known_selector(name: str) -> str:
 
 
 class PruneOptions(BaseModel):
-    """How one image is pruned. Strict: ``true`` and ``"0.5"`` are no numbers, NaN is refused, unknown keys too."""
+    """How one image is pruned. Strict: ``true`` and ``"0.5"`` are not numbers; NaN and unknown keys are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,39 +35,38 @@ class PruneOptions(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="Share of their tokens that images of many kinds keep on average. It stands for the energy at "
-        "which the model's reference pictures do, with the server's own min_tokens, min_share, max_tokens and scope.",
+        description="Share of their tokens that images keep on average. The server translates it into the energy at "
+        "which the model's reference pictures keep that share, under its own min_tokens, min_share, max_tokens and "
+        "scope.",
     )
     energy: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Share of the spectral energy of an image that as many singular values must hold as tokens stay; "
-        "1.0 keeps every token. It takes the place of a target.",
+        description="Threshold: an image keeps the smallest number of tokens k whose top-k squared singular values "
+        "hold this share of its spectral energy. 1.0 keeps every token. It replaces a target.",
     )
     min_tokens: int = Field(
-        default=16, ge=1, description="Fewest tokens an image is cut down to. Given alone, it switches min_share off."
+        default=16, ge=1, description="Minimum number of tokens of an image. Given alone, it switches min_share off."
     )
-    min_share: float = Field(
-        default=0.0, ge=0, le=1, description="Least share of its tokens that an image is cut down to."
-    )
+    min_share: float = Field(default=0.0, ge=0, le=1, description="Minimum share of its tokens that an image keeps.")
     max_tokens: int | None = Field(
-        default=None, ge=1, description="Most tokens an image may keep; by default as many as it has."
+        default=None, ge=1, description="Maximum number of tokens of an image; by default as many as it has."
     )
     selector: Annotated[str, AfterValidator(_known_selector)] = Field(
         default="span",
-        description="Which tokens stay: 'span', those that span most of the energy; 'attention', those the vision "
-        "tower attends to most; 'diversity', those least like each other; 'hybrid', half by attention and half by "
-        "diversity. 'uniform' and 'random' do not look at the image, for comparison.",
+        description="Which tokens are kept: 'span', those that span most of the energy; 'attention', those the vision "
+        "tower attends to most; 'diversity', those least similar to each other; 'hybrid', half by attention and half "
+        "by diversity. 'uniform' and 'random' ignore the image; they are for comparison.",
         json_schema_extra={"enum": list(SELECTOR_NAMES)},
     )
     scope: Literal["tile", "image"] = Field(
         default="tile",
-        description="What reaches the threshold: 'tile', each tile of an image and each temporal patch of a video by "
-        "itself; 'image', the whole image or video. Of more than 1024 tokens (for 'image' 4096) each window of at most "
-        "so many does. min_tokens and max_tokens are of the whole image or video either way.",
+        description="What has to reach the threshold: 'tile', each tile of an image and each temporal patch of a video "
+        "by itself; 'image', the image or video as a whole. More than 1024 tokens (for 'image' 4096) are split into "
+        "windows, each of which has to reach it. min_tokens and max_tokens always count the whole image or video.",
     )
-    enabled: bool = Field(default=True, description="False keeps every token, as energy 1.0 does.")
+    enabled: bool = Field(default=True, description="false keeps every token, as energy 1.0 does.")
 
     @model_validator(mode="after")
     def _min_not_above_max(self) -> "PruneOptions":
@@ -77,17 +76,17 @@ class PruneOptions(BaseModel):
 
     @property
     def key(self) -> str:
-        """Canonical JSON, part of every image's cache key: equal options give equal strings, wherever their energy
-        comes from. (Others may come to the same tokens; the engine's caches then know them as the same.)"""
+        """Canonical JSON, part of the cache key of an image. Equal options have equal keys, whether their energy comes
+        from a target or not. (Different options may keep the same tokens; the engine's caches then share the item.)"""
         return self.model_dump_json(exclude={"target"})
 
     @property
     def threshold(self) -> float:
-        """The energy in force: 1.0 when pruning is switched off."""
+        """The effective threshold: 1.0 if pruning is switched off."""
         return self.energy if self.enabled else 1.0
 
     def floor(self, num_tokens: int) -> int:
-        """Fewest tokens that an image of so many is cut down to."""
+        """The minimum budget of an image of ``num_tokens`` tokens."""
         return max(self.min_tokens, math.ceil(self.min_share * num_tokens))
 
 
@@ -95,13 +94,14 @@ Options = TypeVar("Options", bound=PruneOptions)
 
 
 def overlay(options: Options, override: object, where: str) -> Options:
-    """``options`` with what ``override`` says in their place.
+    """``options``, overridden.
 
-    A ``max_tokens`` that comes alone lowers ``min_tokens`` with it: who asks for at most 8 need not know of the 16.
-    A ``min_tokens`` that comes alone is the only floor. A ``target`` stands for an energy that is not known here.
+    A ``max_tokens`` given alone also lowers ``min_tokens``: a client that sets at most 8 need not know the default
+    minimum of 16. A ``min_tokens`` given alone switches ``min_share`` off. The energy of a ``target`` is not resolved
+    here.
 
     Args:
-        options: what holds where the override is silent.
+        options: to be overridden.
         override: None, or a mapping of option names to values.
         where: name of the override in error messages.
 
@@ -130,14 +130,14 @@ def overlay(options: Options, override: object, where: str) -> Options:
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> InvalidOptionsError:
     first = error.errors(include_url=False)[0]
     loc: tuple[Any, ...] = first["loc"]
-    if loc[:1] == ("load_aware",) and (loc[1:] or first["type"] == "value_error"):  # it has options of its own
+    if loc[:1] == ("load_aware",) and (loc[1:] or first["type"] == "value_error"):  # a nested model
         model, where, loc = LoadPolicy, f"{where}.load_aware", loc[1:]
-    if not loc:  # a check across fields
+    if not loc:  # a validator of several fields
         return InvalidOptionsError(f"{where}: {first['msg'].removeprefix('Value error, ')}", where)
     name = str(loc[0])
     if name not in model.model_fields:
         known = ", ".join(model.model_fields)
-        # A client's own text, which may be long and of several lines.
+        # A client's text, which may be long and have several lines.
         field = f"{where}.{reprlib.repr(name)[1:-1]}"
         return InvalidOptionsError(f"{field} is not an option; the options are {known}", field)
     field = f"{where}.{name}"
@@ -147,7 +147,7 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> Inva
 
 
 def allowed(name: str, model: type[BaseModel] = PruneOptions) -> str:
-    """The values an option takes, in words: 'a number greater than 0 and at most 1'."""
+    """The allowed values of an option, in words: 'a number greater than 0 and at most 1'."""
     schema: dict[str, Any] = model.model_json_schema()["properties"][name]
     nullable = any(branch.get("type") == "null" for branch in schema.get("anyOf", []))
     schema = schema.get("anyOf", [schema])[0] | {k: v for k, v in schema.items() if k == "enum"}
@@ -166,8 +166,8 @@ def allowed(name: str, model: type[BaseModel] = PruneOptions) -> str:
 
 
 def request_schema() -> dict[str, Any]:
-    """JSON schema of the field ``eadaprune`` of a request: every option may be left to the server."""
+    """JSON schema of the field ``eadaprune`` of a request: every option is optional."""
     schema = PruneOptions.model_json_schema()
     for option in schema["properties"].values():
         option.pop("default", None)
-    return schema | {"description": "How to prune the images; what is left out is the server's default."}
+    return schema | {"description": "How to prune the images. Options that are left out have the server's defaults."}

@@ -1,5 +1,7 @@
-"""What clients are told: requests about their images and videos, whoever asks about the server. Without torch: the
-commands read it where no model runs."""
+"""What clients get to see: the report of a request, the preview of an image, and the server's configuration.
+
+Without torch, because commands use it on machines without a model.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,52 +18,55 @@ _DIGITS = 4  # of shares
 
 
 class ItemReport(BaseModel):
-    """What became of one image or video; kept with its cache entry, so that a hit reports what was done first."""
+    """The decision about one image or video. It is stored with the cache entry, so a cache hit reports it again."""
 
     model_config = ConfigDict(frozen=True)
 
-    visual_tokens: int = Field(description="Tokens unpruned.")
+    visual_tokens: int = Field(description="Tokens without pruning.")
     kept_tokens: int = Field(description="Tokens that enter the engine.")
     newline_tokens: int = Field(
         default=0,
-        description="How many of these end lines of the picture; some models want that, and no budget counts it.",
+        description="How many of the kept tokens are newlines, which some models put between the lines of a picture. "
+        "No budget counts them.",
     )
-    energy_threshold: float = Field(description="The threshold in force.")
-    energy_requested: float = Field(description="The threshold asked for; load may have lowered it.")
+    energy_threshold: float = Field(description="The effective threshold.")
+    energy_requested: float = Field(description="The threshold before load lowered it.")
     spectral_energy: float | None = Field(
-        description="Share of the spectral energy that as many singular values hold as tokens stay; null if budgets go "
-        "by span, which takes no singular values.",
+        description="Share of the energy in the k largest squared singular values, for k kept tokens; null with "
+        "budgets by span, which compute no singular values.",
     )
     span_energy: float | None = Field(
-        description="Share of the energy that lies in the span of the tokens that stay, of each tile or window by "
-        "itself; null where it is not known, as with other selectors than 'span'.",
+        description="Share of the energy in the span of the kept tokens, of each tile or window by itself; null if it "
+        "is not known, as with selectors other than 'span'.",
     )
     target: float | None = Field(
         default=None,
-        description="The mean share of tokens that the threshold stands for; null if it was named itself.",
+        description="The target that the threshold comes from: a mean share of tokens; null if the threshold was set "
+        "directly.",
     )
     bound: Bound | None = Field(
-        default=None, description="The option that decided on the budget in place of the threshold, if one did."
+        default=None, description="The option that determined the budget instead of the threshold, if one did."
     )
-    selector: str = Field(description="The selector in force.")
+    selector: str = Field(description="The selector that was used.")
     cached: bool | None = Field(
-        default=False, description="Whether it came out of vLLM's processor cache; null if the server does not tell."
+        default=False,
+        description="Whether it was found in vLLM's processor cache; null if the server does not report that.",
     )
 
 
 class ItemPreview(ItemReport):
-    """What would become of one image or video, and why."""
+    """What pruning would do to one image or video, and why."""
 
     curve: list[tuple[int, float]] = Field(
-        description="Up to 64 points of its spectrum: tokens kept, share of the energy they would hold."
+        description="Up to 64 points of the curve: kept tokens, and the share of the energy they hold."
     )
     spectrum: list[float] | None = Field(
         default=None,
-        description="Ascending, one entry per token: the threshold above which a budget of so many tokens as there "
-        "are entries before it is too small.",
+        description="One entry per token, ascending: the threshold from which one token more is needed than there are "
+        "entries before it.",
     )
     overlay: str | None = Field(
-        default=None, description="A PNG as data URL: the picture, or pictures, with the pruned patches dark and grey."
+        default=None, description="The picture, or pictures, with pruned patches dark and grey: a JPEG as data URL."
     )
 
 
@@ -82,14 +87,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What became of the images and videos of one prompt; travels with vLLM's engine input.
+    """The decisions about the images and videos of one prompt; part of vLLM's engine input.
 
     Attributes:
         reports: one per image and per video, by modality, in the order of the prompt.
-        seconds: time that encoding and pruning took, if it is told; what was found in the cache takes none.
-        kv_bytes_per_token: KV cache that one token takes, over all layers.
-        timings: of those images and videos that were not found in the cache.
-        identifiers: by which the engine tells what it encodes from others, by vLLM's hashes.
+        seconds: time of encoding and pruning, without cached items; None if the server does not report it.
+        kv_bytes_per_token: KV cache of one token, over all layers, in bytes.
+        timings: of the images and videos that were not cached.
+        identifiers: by vLLM's ``mm_hash``, the identifier of each item in the engine's caches.
     """
 
     reports: Mapping[str, Sequence[ItemReport]]
@@ -99,7 +104,7 @@ class Pruning:
     identifiers: Mapping[str, str] = field(default_factory=dict)
 
     def without_cache(self) -> Self:
-        """The same without what tells whether anyone sent an image or video before."""
+        """A copy that does not reveal whether an image or video was sent before."""
         reports = {
             modality: [report.model_copy(update={"cached": None}) for report in reports]
             for modality, reports in self.reports.items()
@@ -107,7 +112,7 @@ class Pruning:
         return replace(self, reports=reports, seconds=None)
 
     def of(self, *modalities: str) -> list[ItemReport]:
-        """The reports of some modalities, by default of all."""
+        """The reports of these modalities, by default of all."""
         return [report for modality in modalities or self.reports for report in self.reports.get(modality, ())]
 
 
@@ -116,11 +121,13 @@ class Report(BaseModel):
 
     images: Sequence[ItemReport] = Field(description="One entry per image, in the order of the request.")
     videos: Sequence[ItemReport] = Field(description="One entry per video, in the order of the request.")
-    visual_tokens: int = Field(description="Tokens of all of them unpruned.")
-    kept_tokens: int = Field(description="Tokens of all of them that enter the engine.")
-    tokens_saved: int = Field(description="The difference.")
-    kv_cache_bytes_saved: int = Field(description="KV cache those tokens would take; an upper bound.")
-    seconds: float | None = Field(description="Time that encoding and pruning took; null if the server does not tell.")
+    visual_tokens: int = Field(description="Tokens of all images and videos without pruning.")
+    kept_tokens: int = Field(description="Tokens of all images and videos that enter the engine.")
+    tokens_saved: int = Field(description="visual_tokens minus kept_tokens.")
+    kv_cache_bytes_saved: int = Field(description="KV cache that these tokens would take, in bytes; an upper bound.")
+    seconds: float | None = Field(
+        description="Time of encoding and pruning, without cached items; null if the server does not report it."
+    )
 
     @classmethod
     def of(cls, prunings: Sequence[Pruning]) -> Self:
@@ -142,30 +149,35 @@ class Report(BaseModel):
 
 
 class Preview(Report):
-    """What would become of the images and videos of a request."""
+    """What pruning would do to the images and videos of a request."""
 
     images: Sequence[ItemPreview] = Field(description="One entry per image, in the order of the request.")
     videos: Sequence[ItemPreview] = Field(description="One entry per video, in the order of the request.")
 
 
 class Reference(BaseModel):
-    """What the defaults keep of the pictures by which targets become thresholds."""
+    """What the defaults keep of the reference pictures, which translate targets into thresholds."""
 
-    options: PruneOptions = Field(description="The defaults, with the threshold that the target stands for.")
-    kept: float = Field(description="Share of their tokens that the pictures keep on average.")
-    kept_by_kind: dict[str, float] = Field(description="The same for each kind of picture.")
-    at_bound: float = Field(description="Share of the pictures whose budget is that of a bound, not of the threshold.")
-    min_target: float = Field(description="The least share that a request may ask for.")
-    max_target: float = Field(description="The largest; the model's features have no larger rank.")
-    most_default_target: float = Field(description="The largest of the server's own; beyond it budgets hardly differ.")
+    options: PruneOptions = Field(description="The effective defaults, with the threshold of the target.")
+    kept: float = Field(description="Share of their tokens that the reference pictures keep on average.")
+    kept_by_kind: dict[str, float] = Field(description="The same share for each kind of picture.")
+    at_bound: float = Field(
+        description="Share of the reference pictures whose budget is determined by min_share, min_tokens or "
+        "max_tokens instead of the threshold."
+    )
+    min_target: float = Field(description="The smallest target that a request may set.")
+    max_target: float = Field(description="The largest target that a request may set; the features' rank limits it.")
+    max_default_target: float = Field(
+        description="The largest default target; above it the budgets of different images hardly differ."
+    )
 
     @classmethod
     def of(cls, server: ServerOptions) -> Self:
         """Args:
-        server: with targets known.
+        server: with curves.
         """
         targets, options = server.targets, server.resolve()
-        assert targets, "it was informed before"
+        assert targets, "set_curves was called before"
         shares, free = defaultdict[str, list[float]](list), options.model_copy(update=UNBOUNDED)
         for curve in targets.curves:
             shares[curve.name].append(curve.share(options))
@@ -174,9 +186,9 @@ class Reference(BaseModel):
             kept=_share(share for of_kind in shares.values() for share in of_kind),
             kept_by_kind={kind: _share(of_kind) for kind, of_kind in sorted(shares.items())},
             at_bound=_share(float(curve.budget(options) != curve.budget(free)) for curve in targets.curves),
-            min_target=round(targets.least, _DIGITS),
-            max_target=round(targets.most, _DIGITS),
-            most_default_target=round(targets.max_default_target, _DIGITS),
+            min_target=round(targets.min_target, _DIGITS),
+            max_target=round(targets.max_target, _DIGITS),
+            max_default_target=round(targets.max_default_target, _DIGITS),
         )
 
     def __str__(self) -> str:
@@ -189,14 +201,14 @@ def _share(values: Iterable[float]) -> float:
 
 
 class Config(BaseModel):
-    """What this server does by default, and what requests may ask for."""
+    """The server's defaults, and what requests may set."""
 
     version: str
     vllm_version: str
-    models: list[str] = Field(description="Names the model is served under.")
+    models: list[str] = Field(description="Names that the model is served under.")
     architecture: str
-    dtype: str = Field(description="What the model computes in; budgets may depend on it.")
+    dtype: str = Field(description="The model's dtype; budgets may depend on it.")
     options: ServerOptions
     reference: Reference
     selectors: list[str]
-    endpoints: list[str] = Field(description="Routes that take the field eadaprune; all others refuse it.")
+    endpoints: list[str] = Field(description="Endpoints that take the field eadaprune; all others reject it.")

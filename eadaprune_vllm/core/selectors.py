@@ -1,10 +1,9 @@
-"""Which k of an image's N visual tokens stay.
+"""Selectors: which k of the N visual tokens of an image are kept.
 
-A selector is a function ``(tokens, k) -> indices``: it gets what is known about the N tokens and returns k
-distinct int64 indices in any order. To add one, write the function, and add it to ``SELECTORS`` and its name to
-``options.SELECTOR_NAMES``.
-Every selector must be deterministic; at ties the lower index wins. What it costs must be bounded: clients choose k, and
-each step of a greedy selector looks at every token.
+A selector is a function ``(tokens, k) -> indices`` that returns k distinct int64 indices in any order. To add one,
+write the function, and add it to ``SELECTORS`` and its name to ``options.SELECTOR_NAMES``. Selectors must be
+deterministic; of equal tokens the lower index comes first. Their cost must be bounded: clients choose k, and each step
+of a greedy selector looks at every token.
 """
 
 import threading
@@ -16,26 +15,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# Tokens that are chosen one by one. Of more, the rest are chosen at once, by what they are worth after these.
+# Tokens that are chosen one by one. The rest of a larger budget is chosen at once, by its rank after these steps.
 GREEDY_STEPS = 1024
-# What is left of a token below this share of its own energy is rounding error of float32, which stays below half of it.
+# A residual below this share of a token's own energy counts as zero: float32 rounding errors stay below half of it.
 _ROUNDING = 64 * np.finfo(np.float32).eps
 _precision = threading.Lock()
 
 
 class PivotedCholesky:
-    """Greedy column subset selection by pivoted Cholesky: next is the token with most energy outside the span of those
-    already chosen. Goes on from where it stopped.
+    """Greedy column subset selection by pivoted Cholesky: the next token is the one with the most energy outside the
+    span of the chosen ones. It can be continued.
 
     Args:
         gram: ``[N, N]`` float32, ``X X^T``.
 
     Attributes:
-        total: ``||X||_F^2``, which may not be finite.
-        chosen: tokens, in this order.
-        gains: by how much the energy in their span grew with each, so that the first j sum to ``||P X||_F^2``.
-        residual: ``[N]`` float32, for every token the squared norm of its part outside the span, so that it sums to
-            ``||X - P X||_F^2``; minus infinity for those chosen.
+        total: ``||X||_F^2``; may be infinite or NaN.
+        chosen: tokens, in the order in which they were chosen.
+        gains: energy that each chosen token adds to the span; the first j sum to ``||P X||_F^2``.
+        residual: ``[N]`` float32, squared norm of each token's part outside the span; minus infinity for chosen tokens.
+            The others sum to ``||X - P X||_F^2``.
     """
 
     def __init__(self, gram: NDArray[np.float32]) -> None:
@@ -48,15 +47,15 @@ class PivotedCholesky:
         self._factor = np.empty((min(len(gram), GREEDY_STEPS), len(gram)), np.float32)
 
     def choose(self, k: int, energy: float = 0.0) -> None:
-        """Go on until there are ``k``, and these span so much energy, for ``GREEDY_STEPS`` and as long as any is left
-        outside their span."""
-        factor, residual, held = self._factor, self.residual, sum(self.gains)
+        """Continue until ``k`` tokens are chosen and their span holds ``energy``. Stops after ``GREEDY_STEPS`` tokens,
+        or if no token has energy outside the span."""
+        factor, residual, spanned = self._factor, self.residual, sum(self.gains)
         for step in range(len(self.chosen), len(factor)):
-            if step >= k and held >= energy:
+            if step >= k and spanned >= energy:
                 break
             pivot = int(residual.argmax())
             if residual[pivot] <= self._rounding[pivot]:
-                residual[(residual <= self._rounding) & (residual > -np.inf)] = 0  # nothing is left of these
+                residual[(residual <= self._rounding) & (residual > -np.inf)] = 0
                 pivot = int(residual.argmax())
                 if residual[pivot] <= 0:
                     break
@@ -67,23 +66,23 @@ class PivotedCholesky:
             residual[pivot] = -np.inf
             self.chosen.append(pivot)
             self.gains.append(float(squares.sum()))
-            held += self.gains[-1]
+            spanned += self.gains[-1]
 
-    def held(self, k: int) -> float | None:
-        """The energy in the span of the ``k`` tokens that ``span`` chooses; None if some of them were not chosen one by
-        one, and hold more than those that were."""
-        beyond = k > len(self.chosen) and self.residual.max() > 0
-        return None if beyond else min(sum(self.gains[:k]), self.total)
+    def energy(self, k: int) -> float | None:
+        """The energy in the span of the first ``k`` tokens; None if it is not known, because fewer were chosen one by
+        one and there is energy outside their span."""
+        is_unknown = k > len(self.chosen) and self.residual.max() > 0
+        return None if is_unknown else min(sum(self.gains[:k]), self.total)
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What the vision encoder says about the tokens of one image, or of a part of one.
+    """The visual tokens of one image, or of a part of it.
 
     Attributes:
         features: ``[N, D]``, in the order of the prompt.
-        attention: ``[N]`` float32, how much attention each token draws in the last used layer of the tower; None
-            where there is no tower to ask.
+        attention: ``[N]`` float32, the attention that each token receives in the last used layer of the vision tower;
+            None if it was not captured.
     """
 
     features: torch.Tensor
@@ -98,39 +97,39 @@ class VisualTokens:
         """``X X^T``, ``[N, N]`` float32, shared by spectrum and selection."""
         return _gram(self.features.float())
 
-    def gram(self, dtype: torch.dtype) -> torch.Tensor:
-        """The Gram matrix of the smaller side, ``[min(N, D)] * 2``: of the same eigenvalues, zeros aside.
+    def smaller_gram(self, dtype: torch.dtype) -> torch.Tensor:
+        """``X X^T`` or ``X^T X``, whichever is smaller: both have the same nonzero eigenvalues.
 
         Args:
-            dtype: float32 or float64, in which it is computed.
+            dtype: of the product, float32 or float64.
         """
         if self.num_tokens > self.features.shape[1]:
             return _gram(self.features.T.to(dtype))
         return self.token_gram if dtype == torch.float32 else _gram(self.features.to(dtype))
 
     @property
-    def products(self) -> NDArray[np.float32]:
-        """``token_gram`` in NumPy: a step of a selector is a little work on vectors, which takes torch ten times as
+    def token_gram_numpy(self) -> NDArray[np.float32]:
+        """``token_gram`` in NumPy: a selector's step is little work on vectors, for which torch takes ten times as
         long, and a GPU longer."""
-        products: NDArray[np.float32] = self.token_gram.cpu().numpy()
-        return products
+        gram: NDArray[np.float32] = self.token_gram.cpu().numpy()
+        return gram
 
     @cached_property
     def pivots(self) -> PivotedCholesky:
-        """Shared by a budget that goes by them and the selection."""
-        return PivotedCholesky(self.products)
+        """Shared by budgets by span and the selector ``span``."""
+        return PivotedCholesky(self.token_gram_numpy)
 
     def take(self, indices: torch.Tensor) -> "VisualTokens":
-        """Some of the tokens, by their indices ``[n]`` int64."""
+        """The tokens at these indices ``[n]`` int64."""
         attention = self.attention
         return VisualTokens(self.features[indices], None if attention is None else attention[indices])
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """``rows rows^T``, not in TF32 or bfloat16, which ``VLLM_FLOAT32_MATMUL_PRECISION`` allows the model's products.
+    """``rows rows^T`` in full precision. ``VLLM_FLOAT32_MATMUL_PRECISION`` may allow TF32 or bfloat16 for the model.
 
-    That setting is the process's, there is none of a thread. What another thread multiplies meanwhile is more exact
-    than it need be; the lock keeps two of us from restoring each other's setting.
+    Torch has this setting per process, not per thread: products of other threads are meanwhile more exact than needed.
+    The lock keeps two calls from restoring each other's setting.
     """
     with _precision:
         before = torch.get_float32_matmul_precision()
@@ -145,50 +144,49 @@ Selector = Callable[[VisualTokens, int], torch.Tensor]
 
 
 def attention(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """The k tokens that draw the most attention (FasterVLM's score, arXiv 2412.01818)."""
-    assert tokens.attention is not None, "the options said span"
+    """The k tokens that receive the most attention (FasterVLM's score, arXiv 2412.01818)."""
+    assert tokens.attention is not None, "prune falls back to span"
     return torch.sort(tokens.attention, descending=True, stable=True).indices[:k]
 
 
 def span(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """Those that ``PivotedCholesky`` chooses; once nothing is left outside their span, the first in raster order,
-    and after ``GREEDY_STEPS`` those with most left."""
+    """The tokens that ``PivotedCholesky`` chooses. After ``GREEDY_STEPS`` those with the largest residual, and once
+    there is no energy outside the span the first in raster order."""
     pivots = tokens.pivots
     pivots.choose(k)
     return _with_rest(pivots.chosen, -pivots.residual, k)
 
 
 def diversity(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """Greedy max-min distance, as in DivPrune (arXiv 2503.02175): next is the token least like the one most like it
-    among those already chosen, by the cosine of their features. First is the token least like all on average."""
+    """Greedy max-min distance, as in DivPrune (arXiv 2503.02175): the next token is the one whose largest cosine
+    similarity to a chosen token is smallest. The first is the one least similar to all tokens on average."""
     return _diverse(tokens, k, [])
 
 
 def hybrid(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """Half by ``attention``, and then those least like any that are chosen, in the manner of VisPruner
-    (arXiv 2412.01818)."""
+    """Half of the tokens by ``attention``, and from these on by ``diversity``, as in VisPruner (arXiv 2412.01818)."""
     return _diverse(tokens, k, attention(tokens, (k + 1) // 2).tolist())
 
 
 def uniform(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """Every N/k-th token in raster order, whatever the image shows."""
+    """Every N/k-th token in raster order."""
     return (torch.arange(k, dtype=torch.int64) * 2 + 1) * tokens.num_tokens // (2 * max(k, 1))
 
 
 def random(tokens: VisualTokens, k: int) -> torch.Tensor:
-    """The first k of an order drawn once for each N: the same for all images, so that an image has one result."""
+    """The first k of a permutation that depends on N only, so that the result for an image is reproducible."""
     return torch.from_numpy(np.random.default_rng(0).permutation(tokens.num_tokens)[:k]).long()
 
 
 def _diverse(tokens: VisualTokens, k: int, chosen: list[int]) -> torch.Tensor:
-    """``chosen``, and after them those that ``diversity`` would go on with."""
-    gram = tokens.products
+    """``chosen``, continued by greedy max-min distance."""
+    gram = tokens.token_gram_numpy
     energy = gram.diagonal()
     norms = np.sqrt(np.where(energy > 0, energy, 1))
     chosen = list(chosen)
     if not chosen:
         chosen.append(int((gram @ (1 / norms) / norms).argmin()))
-    # The cosine of each token with the chosen one that is most like it.
+    # The largest cosine similarity of each token to a chosen one.
     nearest = np.full(tokens.num_tokens, -np.inf, np.float32)
     nearest[chosen] = np.inf
     for step in range(min(k, GREEDY_STEPS)):
@@ -201,7 +199,7 @@ def _diverse(tokens: VisualTokens, k: int, chosen: list[int]) -> torch.Tensor:
 
 
 def _with_rest(chosen: list[int], rank: NDArray[np.float32], k: int) -> torch.Tensor:
-    """``k`` indices: those that are chosen, and after them others of the lowest rank."""
+    """``k`` indices: the chosen tokens, then others by ascending rank."""
     rest = np.argsort(rank, kind="stable")[: max(k - len(chosen), 0)]
     return torch.tensor([*chosen[:k], *rest.tolist()], dtype=torch.int64)
 
@@ -214,5 +212,5 @@ SELECTORS: dict[str, Selector] = {
     "uniform": uniform,
     "random": random,
 }
-# These cannot do without a tower's attention.
+# Selectors that need the attention of the vision tower.
 BY_ATTENTION = ("attention", "hybrid")

@@ -1,4 +1,4 @@
-"""What the operator sets, and the one place where the options of an image are resolved from all who have a say."""
+"""The operator's options, and the one place where the options of an image are resolved from all sources."""
 
 import reprlib
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from eadaprune_vllm.errors import InvalidOptionsError
 
 @dataclass(frozen=True)
 class OptionSource:
-    """One source of options that goes on top of others.
+    """A source of options that overrides others.
 
     Attributes:
         where: its name in error messages.
         given: None, or a mapping of option names to values.
-        trusted: whether it is the operator's own: brought within the bounds, never refused.
+        trusted: whether it is the operator's: clamped to the bounds, never rejected.
     """
 
     where: str
@@ -34,12 +34,12 @@ class OptionSource:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one image or video.
+    """The options of one image or video.
 
     Attributes:
-        options: resolved.
-        energy_floor: how far load may lower its threshold; None if it may not.
-        from_previous_turn: whether it is of an earlier turn of the conversation.
+        options: resolved, before load lowers the threshold.
+        energy_floor: the threshold at full load; None if load does not lower it.
+        from_previous_turn: whether the image is from an earlier turn of the conversation.
     """
 
     options: PruneOptions
@@ -47,7 +47,7 @@ class Choice:
     from_previous_turn: bool = False
 
     def at(self, level: float) -> PruneOptions:
-        """The options in force where the threshold has gone this share of its way to the floor."""
+        """The options with the threshold lowered by this share of its distance to the floor."""
         threshold, floor = self.options.threshold, self.energy_floor
         if not level or floor is None or threshold <= floor:
             return self.options
@@ -56,7 +56,7 @@ class Choice:
 
 
 class ServerOptions(PruneOptions):
-    """What the operator sets: the defaults of every option, presets, and bounds of what requests may ask for."""
+    """The operator's options: defaults of all options, presets, and bounds for requests."""
 
     target: float | None = Field(default=0.33, gt=0, le=1, description=PruneOptions.model_fields["target"].description)
     min_share: float = Field(
@@ -64,44 +64,44 @@ class ServerOptions(PruneOptions):
     )
     budget: Budget = Field(
         default="spectrum",
-        description="What must hold the share of energy: 'spectrum', as many singular values of an image's features; "
-        "'span', as many tokens as the selector of this name chooses one by one, by their span. It is decided sooner, "
-        "and takes more tokens at the same energy.",
+        description="How the energy of k tokens is computed: 'spectrum', from the k largest singular values of the "
+        "features, as in the paper; 'span', from the span of the first k tokens that the selector of this name "
+        "chooses. 'span' is faster, and keeps more tokens at the same energy.",
     )
     detail_low: dict[str, Any] = Field(
         default={"target": 0.2, "max_tokens": 256},
-        description="Options of images that a request sends with OpenAI's detail 'low'.",
+        description="Options of images with OpenAI's detail 'low'.",
     )
     detail_high: dict[str, Any] = Field(
         default={"energy": 1.0},
-        description="Options of images that a request sends with OpenAI's detail 'high' or 'original'.",
+        description="Options of images with OpenAI's detail 'high' or 'original'.",
     )
-    energy_floor: float | None = Field(default=None, gt=0, le=1, description="Least energy a request may ask for.")
-    energy_ceiling: float | None = Field(default=None, gt=0, le=1, description="Most energy a request may ask for.")
+    energy_floor: float | None = Field(default=None, gt=0, le=1, description="Smallest energy a request may set.")
+    energy_ceiling: float | None = Field(default=None, gt=0, le=1, description="Largest energy a request may set.")
     max_tokens_ceiling: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens a request may let an image keep, at any energy and whatever its min_tokens.",
+        description="Maximum number of tokens of an image, whatever energy and min_tokens a request sets.",
     )
     out_of_bounds: Literal["reject", "clamp"] = Field(
-        default="reject", description="What becomes of a request beyond these bounds."
+        default="reject", description="Whether requests beyond these bounds are rejected, or clamped to them."
     )
-    report: bool = Field(default=True, description="Whether responses say what pruning saved.")
+    report: bool = Field(default=True, description="Whether responses report what pruning saved.")
     report_cached: bool = Field(
         default=False,
-        description="Whether they also say which images and videos were cached and how long the others took, by which "
-        "a client can find out what others sent.",
+        description="Whether reports include which images and videos were cached, and how long the others took. A "
+        "client can then find out what other clients sent.",
     )
-    page: bool = Field(default=True, description="Whether there is a page at /eadaprune that shows what is kept.")
+    page: bool = Field(default=True, description="Whether to serve the page /eadaprune, which shows what is kept.")
     any_model: bool = Field(
         default=False,
-        description="Whether to try models that are not in the list of supported ones, on the grounds that reference "
-        "pictures fit when the server starts.",
+        description="Whether to serve models that are not in the list of supported ones, if the reference pictures "
+        "can be pruned when the server starts.",
     )
     load_aware: LoadPolicy | None = Field(
         default=None,
-        description="Lower thresholds while the engine is under load. "
-        f"By default {LoadPolicy().model_dump_json()}, or what is given in its place;",
+        description="Lower thresholds while the engine is under load. Without a value: "
+        f"{LoadPolicy().model_dump_json()}.",
     )
 
     _targets: Targets | None = PrivateAttr(None)
@@ -122,40 +122,40 @@ class ServerOptions(PruneOptions):
 
     @staticmethod
     def of(multimodal_config: Any) -> "ServerOptions":
-        """What a configuration of vLLM holds."""
+        """The options in vLLM's multimodal configuration."""
         options: ServerOptions = getattr(multimodal_config, KEY)
         return options
 
-    def informed(self, curves: Sequence[Curve]) -> Self:
-        """The same where it is known which energies targets stand for.
+    def with_curves(self, curves: Sequence[Curve]) -> Self:
+        """A copy that can translate targets into energies.
 
         Args:
             curves: of the model's reference pictures.
 
         Raises:
-            ValueError: if load would lower nothing.
+            ValueError: if load would not lower the default threshold.
         """
-        informed = self.model_copy()
-        informed._targets = Targets(curves, self.resolve())
-        informed._check_load()
-        return informed
+        copy = self.model_copy()
+        copy._targets = Targets(curves, self.resolve())
+        copy._check_load()
+        return copy
 
     @property
     def targets(self) -> Targets | None:
-        """The energies of targets, once they are known."""
+        """The energies of targets; None before ``with_curves``."""
         return self._targets
 
     @property
     def defaults(self) -> PruneOptions:
-        """The options of an image about which a request says nothing."""
+        """The options of an image without options in its request."""
         options = PruneOptions(**{name: getattr(self, name) for name in PruneOptions.model_fields})
         return self._solved(options, OptionSource(KEY, None, trusted=True))
 
     def preset(self, detail: object, where: str = "detail") -> OptionSource:
-        """The source of options that OpenAI's ``detail`` of an image stands for.
+        """The options of OpenAI's ``detail`` of an image.
 
         Raises:
-            InvalidOptionsError: if there is no such detail.
+            InvalidOptionsError: if OpenAI has no such detail.
         """
         presets = {"auto": None, "low": self.detail_low, "high": self.detail_high, "original": self.detail_high}
         if not isinstance(detail, str) or detail not in presets:
@@ -165,12 +165,12 @@ class ServerOptions(PruneOptions):
         return OptionSource(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
 
     def resolve(self, *sources: OptionSource) -> PruneOptions:
-        """The one place where options are resolved: the defaults, with each on top of those before it.
+        """The one place where options are resolved: the defaults, overridden by each source in turn.
 
         Raises:
-            InvalidOptionsError: naming field, value and allowed range, or the bounds that a source leaves.
+            InvalidOptionsError: naming field, value and allowed range, or the bounds that a source exceeds.
         """
-        # An energy that a target stands for is brought within the bounds.
+        # The energy of the default target is clamped to the bounds.
         options = self._bounded(
             self.defaults, OptionSource(KEY, None, trusted=self.target is not None and self.enabled)
         )
@@ -179,34 +179,34 @@ class ServerOptions(PruneOptions):
             if source.sets("target"):
                 options = self._solved(options, source)
             options = self._bounded(options, source)
-        # As many as an image has is as many as it may.
+        # Without a maximum of its own, an image has the server's.
         return options.model_copy(update={"max_tokens": options.max_tokens or self.max_tokens_ceiling})
 
     def _solved(self, options: PruneOptions, source: OptionSource) -> PruneOptions:
-        """With the energy that their target stands for."""
+        """The options with the energy of their target."""
         targets, target = self._targets, options.target
         if targets is None or target is None:
             return options
         if source.trusted:
-            target = min(max(target, targets.least), targets.max_default_target)
-        elif not targets.least <= target <= targets.most:
+            target = min(max(target, targets.min_target), targets.max_default_target)
+        elif not targets.min_target <= target <= targets.max_target:
             field = f"{source.where}.target"
             raise InvalidOptionsError(
-                f"{field}={target} is not allowed; with this model it must be at least {targets.least:.3f} and at most "
-                f"{targets.most:.3f}",
+                f"{field}={target} is not allowed; with this model it must be at least {targets.min_target:.3f} and at "
+                f"most {targets.max_target:.3f}",
                 field,
             )
         return options.model_copy(update={"target": target, "energy": targets.energy(target)})
 
     def choose(self, *sources: OptionSource, from_previous_turn: bool = False) -> Choice:
-        """``resolve``, and how far load may lower the threshold that comes of it."""
+        """``resolve``, together with the threshold at full load."""
         options, policy = self.resolve(*sources), self.load_aware
         explicit = any(source.sets("energy", "target", "enabled") for source in sources)
         lowers = policy and (policy.explicit == "lower" or not explicit)
         return Choice(options, self._load_floor() if lowers else None, from_previous_turn)
 
     def _load_floor(self) -> float | None:
-        """The threshold at full load; None if it is not known yet."""
+        """The threshold at full load; None before ``with_curves``."""
         assert self.load_aware
         if self.load_aware.energy_floor is not None:
             return self.load_aware.energy_floor
@@ -225,14 +225,14 @@ class ServerOptions(PruneOptions):
 
     def _bounded(self, options: PruneOptions, source: OptionSource) -> PruneOptions:
         energy = min(max(options.threshold, self.energy_floor or 0), self.energy_ceiling or 1)
-        most = self.max_tokens_ceiling
+        ceiling = self.max_tokens_ceiling
         within: dict[str, Any] = {}
-        if energy != options.threshold or (most and not options.enabled):
+        if energy != options.threshold or (ceiling and not options.enabled):
             within |= {"enabled": True, "energy": energy}
-        if most:
+        if ceiling:
             within |= {
-                "min_tokens": min(options.min_tokens, most),
-                "max_tokens": options.max_tokens and min(options.max_tokens, most),
+                "min_tokens": min(options.min_tokens, ceiling),
+                "max_tokens": options.max_tokens and min(options.max_tokens, ceiling),
             }
         outside = [name for name, value in within.items() if getattr(options, name) != value]
         if outside and self.out_of_bounds == "reject" and not source.trusted:

@@ -1,16 +1,17 @@
-"""The budget of E-AdaPrune (arXiv 2603.05950): how many tokens one image deserves.
+"""The budget of E-AdaPrune (arXiv 2603.05950): how many tokens an image keeps.
 
 X is the feature matrix of one image, ``[N, D]``, with singular values sigma_1 >= sigma_2 >= ... The budget is
 
     k = min { k : sigma_1^2 + ... + sigma_k^2 >= energy * ||X||_F^2 }
 
-from all singular values: their squares are the eigenvalues of the Gram matrix on the smaller side. Thresholds above
-``FLOAT32_UP_TO`` take float64. Up to it float32 takes half the time, and a few millionths of ||X||_F^2 are uncertain.
-X is used as it is, uncentred and unnormalised, and the total is ||X||_F^2 itself, never a sum of computed values.
+The squared singular values are the eigenvalues of the smaller Gram matrix; all of them are computed. Thresholds above
+``FLOAT32_UP_TO`` need float64. Up to it float32 is used: it takes half the time, and its error is a few millionths of
+||X||_F^2. X is neither centred nor normalised, and the total is ||X||_F^2 itself, not the sum of the eigenvalues.
 
-An image may come in parts (tiles, temporal patches), each with a matrix and a threshold to reach of its own. A part's
-k-th token is then needed at every threshold above E(k-1), the energy of those before it; sorted by this number, the
-tokens of all parts make one list, of which any threshold, and any number of tokens, is a beginning.
+An image may have several parts (tiles, temporal patches). Each part has a matrix of its own, and has to reach the
+threshold by itself. The k-th token of a part is needed at every threshold above E(k-1), the share of the energy of the
+tokens before it. The tokens of all parts, sorted by this number, are one list: every threshold, and every number of
+tokens, corresponds to a prefix of it.
 """
 
 import math
@@ -21,25 +22,25 @@ from dataclasses import dataclass
 
 import torch
 
-from eadaprune_vllm.core.budget import due, needed
+from eadaprune_vllm.core.budget import required_energy, tokens_needed
 from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 
 FLOAT32_UP_TO = 0.999
-_MOST_ENERGY = torch.finfo(torch.float32).max  # selectors, which come after, go by float32
+_MAX_ENERGY = torch.finfo(torch.float32).max  # selectors compute in float32
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Energy of one image, part by part.
+    """The energy of one image, as the list of tokens described above.
 
     Attributes:
-        thresholds: ``[N]`` float64, ascending: the thresholds from which one token more is needed.
-        part: ``[N]`` int64, the part that this token comes from.
-        cumulative: ``[N]`` float64; entry k-1 is the share of all parts' energy that the first k tokens of this list
-            hold, 1.0 for zero matrices.
+        thresholds: ``[N]`` float64, ascending: the threshold above which each token is needed.
+        part: ``[N]`` int64, the part of each token.
+        cumulative: ``[N]`` float64; entry k-1 is the share of the energy of all parts in the first k tokens of the
+            list; 1.0 for zero matrices.
         num_parts: number of parts.
-        seconds: the time it took.
+        seconds: time of the computation.
     """
 
     thresholds: torch.Tensor
@@ -63,61 +64,62 @@ class Spectrum:
         return len(self.part)
 
     def budget(self, energy: float) -> int:
-        """The fewest tokens with which every part reaches ``energy`` (0 < energy <= 1) of its own total.
+        """The smallest number of tokens with which every part reaches ``energy`` (0 < energy <= 1) of its own total.
 
-        ``energy = 1`` asks for every token, whatever the rank. A zero matrix needs one token.
+        ``energy = 1`` needs every token, whatever the rank. A zero matrix needs one token.
         """
-        return int(needed(self.thresholds.numpy(), energy))
+        return int(tokens_needed(self.thresholds.numpy(), energy))
 
     def allocate(self, k: int) -> list[int]:
-        """How many of ``k`` tokens go to each part: those that reach the highest threshold common to all."""
+        """How many of ``k`` tokens each part gets, so that all parts reach the highest common threshold."""
         return torch.bincount(self.part[:k], minlength=self.num_parts).tolist()
 
     def energy_at(self, k: int) -> float:
-        """The share of all energy that ``k`` tokens hold."""
+        """The share of the energy of all parts in ``k`` tokens."""
         return 1.0 if k >= self.num_tokens else float(self.cumulative[k - 1])
 
     def curve(self, points: int = 64) -> list[tuple[int, float]]:
-        """At most ``points`` pairs of k and ``energy_at(k)``, denser where k is small, the first and last included."""
+        """At most ``points`` pairs of k and ``energy_at(k)``, denser for small k, with the first and the last."""
         steps = {round(self.num_tokens ** (i / (points - 1))) for i in range(points)}
         return [(k, self.energy_at(k)) for k in sorted(steps)]
 
 
 def precision(energy: float) -> torch.dtype:
-    """In which a spectrum is computed for thresholds up to this one."""
+    """The dtype that a spectrum needs to be exact up to this threshold."""
     return torch.float32 if energy <= FLOAT32_UP_TO else torch.float64
 
 
 def spectra(images: Sequence[Sequence[VisualTokens]], dtypes: Sequence[torch.dtype]) -> list[Spectrum | None]:
-    """The spectra of images, each in parts, all at once.
+    """The spectra of several images, computed in batches.
 
     Args:
-        images: the parts of each.
-        dtypes: for each, in which it is computed.
+        images: the parts of each image.
+        dtypes: of each image's computation.
 
     Returns:
-        None for those whose features, or their energy in float32, are not finite.
+        A spectrum per image; None if its features, or their energy in float32, are not finite.
     """
     start = time.perf_counter()
-    grams = [tokens.gram(dtype) for parts, dtype in zip(images, dtypes, strict=True) for tokens in parts]
+    grams = [tokens.smaller_gram(dtype) for parts, dtype in zip(images, dtypes, strict=True) for tokens in parts]
     found = iter(_energies(grams))
     energies = [[next(found) for _ in parts] for parts in images]
     seconds = (time.perf_counter() - start) / max(len(images), 1)
     return [
-        _spectrum(parts, of_parts, seconds) if all(total <= _MOST_ENERGY for _, total in of_parts) else None
+        _spectrum(parts, of_parts, seconds) if all(total <= _MAX_ENERGY for _, total in of_parts) else None
         for parts, of_parts in zip(images, energies, strict=True)
     ]
 
 
-def spanned(parts: Sequence[VisualTokens], energy: float, least: int) -> Spectrum:
-    """Instead of an image's spectrum, of each part the energy in the span of the tokens that ``span`` chooses one
-    by one. That is never more than as many singular values hold, so budgets are never less than by the spectrum, and
-    the tokens themselves reach the threshold.
+def span_spectrum(parts: Sequence[VisualTokens], energy: float, min_tokens: int) -> Spectrum:
+    """A spectrum by span: the energy of k tokens is that in the span of the first k tokens that ``span`` chooses.
+
+    This is at most the energy of the k largest squared singular values. So budgets are at least those by singular
+    values, and the kept tokens themselves reach the threshold.
 
     Args:
         parts: of the image.
-        energy: threshold up to which it is right, and
-        least: number of tokens up to which it is.
+        energy: the result is exact up to this threshold,
+        min_tokens: and up to this number of tokens.
 
     Raises:
         NonFiniteFeaturesError: if any feature is NaN or infinite, or their energy overflows float32.
@@ -128,10 +130,10 @@ def spanned(parts: Sequence[VisualTokens], energy: float, least: int) -> Spectru
         pivots, total = tokens.pivots, tokens.pivots.total
         if not math.isfinite(total):
             raise _not_finite()
-        reached = float(due(energy)) * total
-        pivots.choose(least, reached)
-        gains = pivots.gains or [1.0]  # of a zero matrix one is needed
-        if sum(gains) < reached:  # each of the others holds what is left of it at least
+        required = float(required_energy(energy)) * total
+        pivots.choose(min_tokens, required)
+        gains = pivots.gains or [1.0]  # a zero matrix needs one token
+        if sum(gains) < required:  # each of the others adds at least its residual
             gains = [*gains, *sorted(pivots.residual[pivots.residual > 0].tolist(), reverse=True)]
         energies.append((torch.tensor(gains, dtype=torch.float64) / (total or 1.0), total))
     return _spectrum(parts, energies, time.perf_counter() - start)
@@ -152,22 +154,28 @@ def _spectrum(
         gains.append(torch.zeros_like(before))
         gains[-1][: len(share)] = share * total
     sizes = torch.tensor([tokens.num_tokens for tokens in parts])
-    # Of tokens that are needed at once, those that hold more come first.
+    # Tokens needed at the same threshold are sorted by their energy.
     gain = torch.cat(gains)
     by_gain = gain.argsort(descending=True, stable=True)
     ascending, order = torch.cat(thresholds)[by_gain].sort(stable=True)
     order = by_gain[order]
-    held, total = gain[order].cumsum(0), sum(total for _, total in energies)
-    cumulative = (held / total).clamp(max=1) if total else torch.ones_like(held)
+    energy, total = gain[order].cumsum(0), sum(total for _, total in energies)
+    cumulative = (energy / total).clamp(max=1) if total else torch.ones_like(energy)
     return Spectrum(
         ascending, torch.arange(len(parts)).repeat_interleave(sizes)[order], cumulative, len(parts), seconds
     )
 
 
 def _energies(grams: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
-    """Of each Gram matrix ``[n, n]`` its eigenvalues as shares of their total, descending, ``[n]`` float64, and the
-    total, which may not be finite. Those of one size are computed together: many take a GPU little longer than one."""
-    # Of a zero matrix one token holds everything.
+    """The eigenvalues of each Gram matrix ``[n, n]``.
+
+    Matrices of one size are one batch: for a GPU many take little longer than one.
+
+    Returns:
+        Of each matrix its eigenvalues as shares of the total, descending, ``[n]`` float64; and the total, which may be
+        infinite or NaN.
+    """
+    # In a zero matrix one token holds all of the energy.
     ones = torch.ones(1, dtype=torch.float64)
     found: dict[int, tuple[torch.Tensor, float]] = {}
     by_size: dict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
@@ -176,9 +184,9 @@ def _energies(grams: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]
     for indices in by_size.values():
         totals = torch.stack([grams[index].diagonal().double().sum() for index in indices]).tolist()
         found |= {index: (ones, total) for index, total in zip(indices, totals, strict=True)}
-        having = [index for index in indices if 0 < found[index][1] <= _MOST_ENERGY]
-        if having:
-            eigenvalues = torch.linalg.eigvalsh(torch.stack([grams[index] for index in having]))
-            for index, values in zip(having, eigenvalues.cpu().flip(1).clamp(min=0).double(), strict=True):
+        solvable = [index for index in indices if 0 < found[index][1] <= _MAX_ENERGY]
+        if solvable:
+            eigenvalues = torch.linalg.eigvalsh(torch.stack([grams[index] for index in solvable]))
+            for index, values in zip(solvable, eigenvalues.cpu().flip(1).clamp(min=0).double(), strict=True):
                 found[index] = values / found[index][1], found[index][1]
     return [found[index] for index in range(len(grams))]

@@ -1,1 +1,1 @@
-"""What runs in the engine: it encodes images and videos with vLLM's own model, and decides what is kept of them."""
+"""The engine's process: it encodes images and videos with vLLM's own model, and decides what is kept of them."""

@@ -1,4 +1,4 @@
-"""Encoding images and videos with vLLM's own model, in batches, and the decision about each."""
+"""Encodes images and videos with vLLM's own model, in batches, and decides about each."""
 
 import functools
 import logging
@@ -27,45 +27,48 @@ logger = logging.getLogger("vllm." + __name__)
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One image or video, as the model encodes it.
+class EncoderOutput:
+    """One image or video, encoded by the model.
 
     Attributes:
-        rows: ``[placeholders, W]`` on the model's device, what the language model is fed with unpruned.
-        features: ``[N, D]`` there too, what budget and selection go by; None if these are the rows.
-        attention: ``[N]`` on the CPU, if it was observed.
-        seconds: its share of the time.
+        embeds: ``[placeholders, W]`` on the model's device, its multimodal embeddings without pruning.
+        features: ``[N, D]`` on the same device, for budget and selection; None if they are made of the embeddings.
+        attention: ``[N]`` on the CPU, if it was captured.
+        seconds: its share of the batch's time.
     """
 
-    rows: torch.Tensor
+    embeds: torch.Tensor
     features: torch.Tensor | None
     attention: torch.Tensor | None
     seconds: float
 
 
 @torch.inference_mode()
-def decide(runner: Any, requests: Sequence[DecisionRequest], answers: bool = True) -> list[DecisionResponse]:
-    """Args:
-        runner: vLLM's model runner, whose model is one of ours.
-        requests: what to encode; together no more than the encoder's memory was measured with.
-        answers: whether this rank answers. The others encode only, as all do together.
+def decide(runner: Any, requests: Sequence[DecisionRequest], respond: bool = True) -> list[DecisionResponse]:
+    """Encode and decide.
+
+    Args:
+        runner: vLLM's model runner, with a model of ours.
+        requests: of one batch, within the memory that vLLM profiled for the encoder.
+        respond: whether this rank decides. Other tensor-parallel ranks take part in encoding only.
 
     Returns:
-        An answer each, if it does. What fails alone says so.
+        One response per request, if ``respond``. An error of one item is the response about that item.
 
     Raises:
-        Exception: what encoding a batch raises where there are several ranks, which must do the same in the same order.
+        Exception: if encoding a batch fails with tensor parallelism, where all ranks must do the same in the same
+            order, so that no rank may retry.
     """
     model = runner.get_model()
     options = [PruneOptions.model_validate_json(request.options) for request in requests]
-    # Where ranks share items out, not all of them see one.
     multimodal = runner.vllm_config.model_config.multimodal_config
-    seen = model.eadaprune_observes and multimodal.mm_encoder_tp_mode != "data"
+    # With the encoder in data parallel mode, rank 0 does not encode every item itself.
+    can_capture = model.eadaprune_captures_attention and multimodal.mm_encoder_tp_mode != "data"
     budget = ServerOptions.of(multimodal).budget
-    observed = [seen and each.selector in BY_ATTENTION for each in options]
+    captured = [can_capture and each.selector in BY_ATTENTION for each in options]
     found: dict[int, DecisionResponse] = {}
-    for batch in _encoded(runner, requests, observed, found):
-        if not answers:
+    for batch in _encode_all(runner, requests, captured, found):
+        if not respond:
             continue
         encodings: dict[int, Encoding] = {}
         for index, encoded in batch.items():
@@ -73,28 +76,28 @@ def decide(runner: Any, requests: Sequence[DecisionRequest], answers: bool = Tru
                 encodings[index] = _encoding(model, requests[index], encoded, budget)
         try:
             compute_spectra([*encodings.values()], [options[index] for index in encodings])
-        except Exception as error:  # what it fails over will fail by itself
+        except Exception as error:  # each spectrum is then computed by itself, and the bad one fails alone
             logger.warning("Spectra of %d images were not computed together (%r)", len(encodings), error)
         for index, encoding in encodings.items():
-            # Selectors do a little work at a time, which NumPy's threads would mostly wait for one another with.
+            # The products of selectors are small: BLAS threads would mostly wait for each other.
             with isolate_errors(found, index), _threads().limit(limits=1, user_api="blas"):
-                found[index] = _response(requests[index], options[index], encoding, batch[index])
-    return [found[index] for index in range(len(requests))] if answers else []
+                found[index] = _respond(requests[index], options[index], encoding, batch[index])
+    return [found[index] for index in range(len(requests))] if respond else []
 
 
 @contextmanager
 def isolate_errors(found: dict[int, DecisionResponse], index: int) -> Iterator[None]:
-    """What fails meanwhile fails for one request, of that index."""
+    """Context manager that turns an exception into the response to one request, that of this index."""
     try:
         yield
     except NonFiniteFeaturesError as error:
         found[index] = DecisionError(str(error), "features")
     except torch.OutOfMemoryError:
-        logger.warning("There is too little memory for an image", exc_info=True)
-        found[index] = DecisionError("there is too little memory for this image")
+        logger.warning("Not enough memory for an image", exc_info=True)
+        found[index] = DecisionError("there is not enough memory for this image")
     except Exception as error:
-        logger.exception("Nothing could be decided about an image")
-        found[index] = DecisionError(f"this image could not be encoded: {error}")
+        logger.exception("An image could not be pruned")
+        found[index] = DecisionError(f"this image could not be pruned: {error}")
 
 
 @functools.cache
@@ -102,34 +105,37 @@ def _threads() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _encoded(
-    runner: Any, requests: Sequence[DecisionRequest], observed: Sequence[bool], found: dict[int, DecisionResponse]
-) -> Iterator[dict[int, Encoded]]:
-    """What the model makes of each, by its index. What vLLM would batch is a batch; where attention is observed, each
-    is one by itself. What fails alone is in ``found``."""
-    order = sorted(range(len(requests)), key=lambda index: (observed[index], requests[index].modality))
-    together = [index for index in order if not observed[index]]
-    yield from _in_batches(runner, requests, together, False, found)
-    for index in order[len(together) :]:
-        yield from _in_batches(runner, requests, [index], True, found)
+def _encode_all(
+    runner: Any, requests: Sequence[DecisionRequest], captured: Sequence[bool], found: dict[int, DecisionResponse]
+) -> Iterator[dict[int, EncoderOutput]]:
+    """Encode in vLLM's batches, and items whose attention is captured one by one.
+
+    Yields:
+        The outputs of a batch by index. Items that fail by themselves are missing; their errors are in ``found``.
+    """
+    order = sorted(range(len(requests)), key=lambda index: (captured[index], requests[index].modality))
+    batched = [index for index in order if not captured[index]]
+    yield from _encode_in_batches(runner, requests, batched, False, found)
+    for index in order[len(batched) :]:
+        yield from _encode_in_batches(runner, requests, [index], True, found)
 
 
-def _in_batches(
+def _encode_in_batches(
     runner: Any,
     requests: Sequence[DecisionRequest],
     indices: Sequence[int],
-    observed: bool,
+    capture: bool,
     found: dict[int, DecisionResponse],
-) -> Iterator[dict[int, Encoded]]:
-    # Other ranks would go on, or wait in a collective for one that begins anew.
+) -> Iterator[dict[int, EncoderOutput]]:
+    # A rank that retries would leave the others waiting in a collective.
     may_retry = runner.vllm_config.parallel_config.tensor_parallel_size == 1
     items = [(requests[index].modality, requests[index].item) for index in indices]
-    left = iter(indices)
+    remaining = iter(indices)
     for modality, count, kwargs in group_and_batch_mm_kwargs(items, device=runner.device, pin_memory=PIN_MEMORY):
-        batch = [*islice(left, count)]
-        encoded: list[Encoded] = []
+        batch = [*islice(remaining, count)]
+        encoded: list[EncoderOutput] = []
         try:
-            encoded = _encode(runner, modality, kwargs, [requests[index] for index in batch], observed)
+            encoded = _encode(runner, modality, kwargs, [requests[index] for index in batch], capture)
         except Exception as error:
             if not may_retry:
                 raise
@@ -137,29 +143,29 @@ def _in_batches(
                 with isolate_errors(found, batch[0]):
                     raise
             else:
-                logger.warning("A batch of %d images could not be encoded (%r); each is tried alone", count, error)
+                logger.warning("A batch of %d images could not be encoded (%r); encoding one by one", count, error)
         if encoded:
             yield dict(zip(batch, encoded, strict=True))
-        elif count > 1:  # outside of the handler, which holds what was allocated
+        elif count > 1:  # outside of the except block, whose traceback keeps the batch's memory alive
             for index in batch:
-                yield from _in_batches(runner, requests, [index], observed, found)
+                yield from _encode_in_batches(runner, requests, [index], capture, found)
 
 
 def _encode(
-    runner: Any, modality: str, kwargs: Mapping[str, Any], requests: Sequence[DecisionRequest], observed: bool
-) -> list[Encoded]:
-    """A batch, whose arguments of the model these are."""
+    runner: Any, modality: str, kwargs: Mapping[str, Any], requests: Sequence[DecisionRequest], capture: bool
+) -> list[EncoderOutput]:
+    """Encode one batch; ``kwargs`` are the model's arguments."""
     model, device = runner.get_model(), runner.device
     start = time.perf_counter()
-    with capturing(model, observed) as attention:
-        rows, features = encode(runner, modality, kwargs, eager=observed)
+    with capturing(model, capture) as attention:
+        embeds, features = encode(runner, modality, kwargs, eager=capture)
     received = attention()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - start) / len(requests)
     return [
-        Encoded(
-            rows[number],
+        EncoderOutput(
+            embeds[number],
             None if features is None else features[number],
             None if received is None else model.eadaprune_token_scores(modality, _data(request), received.cpu()),
             seconds,
@@ -168,27 +174,31 @@ def _encode(
     ]
 
 
-def _encoding(model: Any, request: DecisionRequest, encoded: Encoded, budget: Budget) -> Encoding:
+def _encoding(model: Any, request: DecisionRequest, encoded: EncoderOutput, budget: Budget) -> Encoding:
     layout = model.eadaprune_layout(model.config, request.modality, _data(request), request.num_placeholders)
-    rows, features = encoded.rows, encoded.features
-    if len(rows) != request.num_placeholders:
-        raise RuntimeError(f"{len(rows)} rows were encoded where vLLM expects {request.num_placeholders} placeholders")
+    embeds, features = encoded.embeds, encoded.features
+    if len(embeds) != request.num_placeholders:
+        raise RuntimeError(
+            f"the model made {len(embeds)} embeddings where vLLM expects {request.num_placeholders} placeholders"
+        )
     if features is None:
-        features = model.eadaprune_features(rows[~layout.is_newline] if layout.newlines else rows)
+        features = model.eadaprune_features(embeds[~layout.is_newline] if layout.newlines else embeds)
     return Encoding(VisualTokens(features, encoded.attention), layout, budget)
 
 
-def _response(request: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: Encoded) -> DecisionResult:
-    kept, rows = prune(encoding, options), encoded.rows
-    seconds = {"encode": encoded.seconds, "spectrum": kept.spectrum_seconds, "select": kept.select_seconds}
+def _respond(
+    request: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: EncoderOutput
+) -> DecisionResult:
+    decision, embeds = prune(encoding, options), encoded.embeds
+    seconds = {"encode": encoded.seconds, "spectrum": decision.spectrum_seconds, "select": decision.select_seconds}
     if request.explain:
         spectrum = encoding.spectrum(options.scope)
         explanation = Explanation(spectrum.curve(), spectrum.thresholds, list(encoding.layout.grids))
-        return DecisionResult(kept, rows[:0].cpu(), seconds, explanation)
-    rows = rows[kept.placeholders].cpu()
-    if not finite(rows):
-        raise NonFiniteFeaturesError(f"features of this image are too large for {rows.dtype}")
-    return DecisionResult(kept, rows, seconds)
+        return DecisionResult(decision, embeds[:0].cpu(), seconds, explanation)
+    embeds = embeds[decision.placeholders].cpu()
+    if not finite(embeds):
+        raise NonFiniteFeaturesError(f"features of this image are too large for {embeds.dtype}")
+    return DecisionResult(decision, embeds, seconds)
 
 
 def _data(request: DecisionRequest) -> Mapping[str, Any]:

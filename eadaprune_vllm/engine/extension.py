@@ -1,4 +1,4 @@
-"""The worker extension together with one of the operator's: vLLM takes one class only."""
+"""Combines our worker extension with the operator's: vLLM takes one class only."""
 
 import functools
 from typing import Any
@@ -7,10 +7,10 @@ OURS = "eadaprune_vllm.engine.worker.DecidingWorker"
 
 
 def extended(theirs: str) -> str:
-    """What ``worker_extension_cls`` becomes, once or again.
+    """The new value of ``worker_extension_cls``; calling this twice changes nothing.
 
     Args:
-        theirs: what it was, or nothing.
+        theirs: the old value; may be empty.
     """
     if theirs in ("", OURS) or theirs.startswith(f"{__name__}."):
         return theirs or OURS
@@ -19,7 +19,7 @@ def extended(theirs: str) -> str:
 
 @functools.cache
 def __getattr__(name: str) -> Any:
-    """Both, as the class of a name that ``extended`` makes."""
+    """The class that combines both extensions, by a name that ``extended`` returned."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     if ":" not in name:

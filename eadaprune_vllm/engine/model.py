@@ -1,4 +1,4 @@
-"""The model half of every adapter: vLLM's model, which takes ready rows beside pixels, and says how it encodes."""
+"""The model's half of every adapter: vLLM's model, which also takes embeddings of pruned items, and how it encodes."""
 
 import math
 from collections.abc import Mapping
@@ -13,37 +13,36 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from eadaprune_vllm.core.prune import Layout
 
-# What travels to the engine of a pruned item, each name after its modality.
-MM_EMBEDS = "_rows"  # [p, W], the model's dtype, what the language model is fed with
-KEPT = "_kept"  # [p] int64, on the CPU, which of the unpruned placeholders these are
+# The fields of a pruned item that are sent to the engine; each name follows that of the modality.
+MM_EMBEDS = "_mm_embeds"  # [p, W], the model's dtype, embeddings of the kept placeholders
+KEPT = "_kept"  # [p] int64, on the CPU, the indices of these among the unpruned placeholders
 
 
-def ready_embeds(kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
-    """The rows of a batch of pruned items; None if it is not one. vLLM batches one modality at a time."""
+def pruned_embeds(kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+    """The embeddings of a batch of pruned items; None for other batches. vLLM batches one modality at a time."""
     return next((list(value) for name, value in kwargs.items() if name.endswith(MM_EMBEDS)), None)
 
 
 class Pruned(SupportsMultiModal):
-    """Mixin in front of a model.
+    """Mixin in front of a model of vLLM's.
 
     Modifications:
-    - embeds an item that comes as rows by them
-    - has the name of vLLM's class, by which drafters of speculative decoding know where its configuration has the
-      placeholder
+    - ``embed_multimodal`` returns the embeddings of pruned items as they are
+    - the class has the name of vLLM's class, because drafters of speculative decoding look up the placeholder by it
 
     Attributes:
-        eadaprune_modalities: what it takes that can be pruned.
-        eadaprune_has_cls: whether its tower has a CLS token.
-        eadaprune_takes_embeddings: whether its layout can tell what embeddings of a client mean.
-        eadaprune_energy: the default of that option, if it is another for this model.
-        eadaprune_observes: whether it can tell which token attention in its tower is given to.
+        eadaprune_modalities: modalities that can be pruned.
+        eadaprune_has_cls: whether the vision tower has a CLS token.
+        eadaprune_takes_embeddings: whether ``eadaprune_layout`` supports embeddings that clients computed.
+        eadaprune_energy: default of the option ``energy`` for this model, if it differs.
+        eadaprune_captures_attention: whether ``eadaprune_token_scores`` is implemented.
     """
 
     eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     eadaprune_has_cls: bool = False
     eadaprune_takes_embeddings: ClassVar[bool] = True
     eadaprune_energy: ClassVar[float | None] = None
-    eadaprune_observes: ClassVar[bool] = True
+    eadaprune_captures_attention: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,48 +53,48 @@ class Pruned(SupportsMultiModal):
 
     @override
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        rows = ready_embeds(kwargs)
-        return super().embed_multimodal(**kwargs) if rows is None else rows
+        embeds = pruned_embeds(kwargs)
+        return super().embed_multimodal(**kwargs) if embeds is None else embeds
 
     def eadaprune_encode(self, modality: str, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """Encode a batch.
 
         Args:
             modality: of all its items.
-            kwargs: what ``embed_multimodal`` takes.
+            kwargs: arguments of ``embed_multimodal``.
 
         Returns:
-            Of each item the rows ``[placeholders, W]`` that the language model is fed with; and the features
-            ``[N, D]`` that budget and selection go by, if these are others.
+            Of each item its embeddings ``[placeholders, W]``; and the features ``[N, D]`` for budget and selection, or
+            None if ``eadaprune_features`` takes them from the embeddings.
         """
         return list(self.embed_multimodal(**kwargs)), None
 
-    def eadaprune_features(self, rows: torch.Tensor) -> torch.Tensor:
-        """What of the rows of tokens ``[N, W]`` budget and selection go by."""
-        return rows
+    def eadaprune_features(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The features for budget and selection, from the embeddings of tokens ``[N, W]``."""
+        return embeds
 
     @classmethod
     def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
-        """Where the tokens of an item are; also called without a model.
+        """Where the tokens of an item are. A class method, because the front end has no model.
 
         Args:
             config: of the model.
             modality: of the item.
-            data: as vLLM sends it unpruned.
-            num_placeholders: how many it has unpruned.
+            data: of the item, as vLLM sends it without pruning.
+            num_placeholders: of the item, without pruning.
 
         Raises:
-            ValueError: if embeddings of a client are not of the shape that they say.
+            ValueError: if the shape of a client's embeddings does not match their grid.
         """
         raise NotImplementedError
 
     def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
-        """The attention that tokens draw, ``[N]``, of an item.
+        """The attention that the tokens of an item receive, ``[N]``.
 
         Args:
             modality: of the item.
-            data: as vLLM sends it unpruned.
-            attention: ``[n]`` float32 on the CPU, that its patches draw, in the order of the tower.
+            data: of the item, as vLLM sends it without pruning.
+            attention: ``[n]`` float32 on the CPU, received by its patches, in the tower's order.
         """
         raise NotImplementedError
 
@@ -104,38 +103,39 @@ class UnprunedPositions(SupportsMRoPE):
     """Mixin in front of a model with M-RoPE.
 
     Modifications:
-    - kept tokens have the positions they would have unpruned, and so has the text after them
+    - kept tokens, and the text after them, have the positions that they have without pruning
 
     Attributes:
-        eadaprune_frame_end: what the configuration calls the token that ends a frame of a video that has text between.
+        eadaprune_frame_end: the configuration's name of the token that ends a frame, for videos with text between
+            frames.
     """
 
     eadaprune_frame_end: ClassVar[str] = "vision_end_token_id"
 
     def eadaprune_frames(self, modality: str, data: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """The frames of an item, or whatever has text between.
+        """The frames of an item: runs of embeddings with text between them.
 
         Args:
             modality: of the item.
-            data: as vLLM sends it, what it leaves on the CPU.
+            data: of the item; only what vLLM leaves on the CPU.
 
         Returns:
-            How many embeds each has unpruned, and which tokens end one.
+            The number of embeddings of each frame without pruning, and the ids of tokens that end a frame.
         """
         frames, *sides = data[f"{modality}_grid_thw"].tolist()
         length = math.prod(sides) // self.config.vision_config.spatial_merge_size**2
-        end = getattr(self.config, self.eadaprune_frame_end, -1)  # models without videos may have none
+        end = getattr(self.config, self.eadaprune_frame_end, -1)  # models without videos may not have it
         return [length] * frames, [end]
 
     @override
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
-        """What vLLM says about the unpruned prompt, at the tokens that are left of it."""
+        """vLLM's positions of the unpruned prompt, at the kept tokens."""
         if not any(feature.modality + KEPT in feature.data for feature in mm_features):
             stock: tuple[torch.Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)
             return stock
         ids = np.array(input_tokens)
-        prompt: list[np.ndarray[Any, Any]] = []  # unpruned, piece by piece
-        columns: list[np.ndarray[Any, Any]] = []  # where in it the tokens of the pruned one are
+        prompt: list[np.ndarray[Any, Any]] = []  # segments of the unpruned prompt
+        columns: list[np.ndarray[Any, Any]] = []  # indices of the pruned prompt's tokens in the unpruned prompt
         features = []
         read = length = 0
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
@@ -164,19 +164,26 @@ class UnprunedPositions(SupportsMRoPE):
         return positions[:, np.concatenate(columns)], following - len(input_tokens)
 
 
-def of_squares(attention: torch.Tensor, rows: int, columns: int, side: int) -> torch.Tensor:
-    """Of the attention that patches draw, line by line, what each token draws: the mean of ``side ** 2`` of them."""
+def pool_attention(attention: torch.Tensor, rows: int, columns: int, side: int) -> torch.Tensor:
+    """The attention that each token receives: the mean over the ``side ** 2`` patches that are merged into it.
+
+    Args:
+        attention: ``[rows * columns * side ** 2]``, of patches line by line.
+        rows: of tokens.
+        columns: of tokens.
+        side: of the merged squares, in patches.
+    """
     return attention.view(rows, side, columns, side).mean((1, 3)).flatten()
 
 
 def _where(embeds: Any, ends: Any, kept: Any, frames: list[int]) -> Any:
-    """Where the tokens of a pruned item are in the unpruned one.
+    """The indices of a pruned item's tokens in the unpruned item.
 
     Args:
-        embeds: ``[p]`` bool, which of its tokens are not text, of which there may be some between its frames.
-        ends: ``[p]`` bool, which of them end a frame.
-        kept: which of the unpruned embeds are left.
-        frames: unpruned embeds of each frame.
+        embeds: ``[p]`` bool, which of its tokens are embeddings, not text between frames.
+        ends: ``[p]`` bool, which of its tokens end a frame.
+        kept: indices of its embeddings among the unpruned ones.
+        frames: number of unpruned embeddings of each frame.
     """
     text_before = (~embeds).cumsum() - ~embeds
     embeds_before = np.cumsum([0, *frames])[ends.cumsum()]

@@ -1,4 +1,4 @@
-"""The worker extension: vLLM's worker decides about images and videos."""
+"""The worker extension: a method of vLLM's workers that decides about images and videos."""
 
 import logging
 
@@ -14,27 +14,27 @@ class DecidingWorker:
     """Mixin that vLLM adds to its worker class (``worker_extension_cls``)."""
 
     def eadaprune_decide(self, payload: bytes) -> bytes:
-        """Encode and decide; every rank of the first pipeline stage must be asked the same.
+        """Encode and decide. All ranks must be called with the same payload.
 
-        Never raises: what a worker raises in a collective call leaves replies of other ranks behind, which later calls
-        would read as theirs.
+        Never raises: if one worker raises in a collective call, replies of other ranks stay in the queue, and later
+        calls would read them as theirs.
 
         Args:
-            payload: packed requests for decisions.
+            payload: packed decision requests.
 
         Returns:
-            Packed answers, from rank 0; nothing from others.
+            Packed responses from rank 0 of the first pipeline stage; nothing from other ranks.
         """
         if not get_pp_group().is_first_rank:
             return b""
-        answers = get_tensor_model_parallel_rank() == 0
-        asked = list[DecisionRequest]()
+        is_rank_0 = get_tensor_model_parallel_rank() == 0
+        requests = list[DecisionRequest]()
         try:
-            asked = unpack_requests(payload)
+            requests = unpack_requests(payload)
             if getattr(self, "_weight_update_active", False):
                 raise RuntimeError("the model's weights are being updated")
-            packed = pack(decide(self.model_runner, asked, answers))  # type: ignore[attr-defined]
+            responses = pack(decide(self.model_runner, requests, respond=is_rank_0))  # type: ignore[attr-defined]
         except Exception as error:
             logger.exception("Images could not be encoded")
-            packed = pack([DecisionError(f"this image could not be encoded: {error}") for _ in asked])
-        return packed if answers else b""
+            responses = pack([DecisionError(f"this image could not be encoded: {error}") for _ in requests])
+        return responses if is_rank_0 else b""

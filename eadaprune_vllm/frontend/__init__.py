@@ -1,1 +1,1 @@
-"""What runs in front-end processes (API servers, ``LLM``): options of requests, the processor, the engine client."""
+"""The front end's process (an API server, or that of ``LLM``): options of requests, processor, decision client."""

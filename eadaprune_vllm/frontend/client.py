@@ -1,5 +1,5 @@
-"""The client of decisions: requests for them, of all clients' requests that are pending, are sent to the engines in
-batches, one at a time to each."""
+"""The decision client of a front end. It sends the decision requests of all its requests in batches, one batch at a
+time to each engine."""
 
 import asyncio
 import concurrent.futures
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
-from eadaprune_vllm.frontend.engine_client import AsyncEngines, blocking
+from eadaprune_vllm.frontend.engine_client import AsyncEngines, blocking_call
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, pack, unpack_responses
 
 _Future = asyncio.Future[DecisionResponse] | concurrent.futures.Future[DecisionResponse]
@@ -17,7 +17,7 @@ _Future = asyncio.Future[DecisionResponse] | concurrent.futures.Future[DecisionR
 
 @dataclass(eq=False)
 class _Pending:
-    """A request for a decision, of one client's request or of several with the same image."""
+    """A decision request that is needed by one request, or by several with the same image."""
 
     request: DecisionRequest
     futures: list[_Future]
@@ -25,7 +25,7 @@ class _Pending:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether it is still to be sent: somebody waits for the response."""
+        """Whether it has to be sent: it was not yet, and someone waits for the response."""
         return not self.is_sent and not all(future.done() for future in self.futures)
 
 
@@ -33,11 +33,11 @@ _Queue = deque[_Pending]
 
 
 class DecisionClient:
-    """Of one front end.
+    """The decision client of one front end.
 
     Args:
-        max_encoder_tokens: placeholders of one batch, unless a single image or video has more. vLLM measures the
-            encoder's memory with so many.
+        max_encoder_tokens: maximum number of placeholders in a batch, unless a single item has more. vLLM profiles the
+            encoder's memory with this number.
     """
 
     def __init__(self, max_encoder_tokens: int) -> None:
@@ -45,29 +45,34 @@ class DecisionClient:
         self._call: Callable[[bytes], bytes] | None = None
         self._call_async: AsyncEngines | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queues: deque[_Queue] = deque()  # one for each client's request
-        self._pending: WeakValueDictionary[int, _Pending] = WeakValueDictionary()  # by the id of its request
+        self._queues: deque[_Queue] = deque()  # one per call of ``decide``
+        self._pending: WeakValueDictionary[int, _Pending] = WeakValueDictionary()  # by the id of the decision request
         self._senders: set[asyncio.Task[None]] = set()
 
     def connect(self, client: Any) -> None:
-        """Send by this engine client of vLLM's."""
-        self._call = blocking(client)
+        """Use this engine client of vLLM's."""
+        self._call = blocking_call(client)
         if not self._call:
             self._call_async = AsyncEngines(client)
-            self._loop = _running_loop()  # or else it is known with the first request
+            self._loop = _running_loop()  # if there is none yet, the first request has it
 
     async def decide(self, requests: Sequence[DecisionRequest]) -> list[DecisionResponse]:
-        """The responses to what one client's request needs decided, up to the first error. Clients take turns: one
-        decision of each, and again. What is cancelled is not sent, and neither is what a request with an error still
-        has; what others need too, the same object, is sent once.
+        """Send the decision requests of one request, and wait for the responses.
+
+        Batches take one decision request of each caller in turn. After an error the rest of the caller's decision
+        requests is not sent, nor is it if the caller is cancelled. The same object, passed by several callers, is sent
+        once.
+
+        Returns:
+            The responses, up to the first error.
 
         Raises:
             EngineDeadError: if the engine dies.
-            RetryableRequestError: if it rejects requests, or is gone because the server was scaled down.
+            RetryableRequestError: if the engine rejects requests, or was removed by scaling down.
         """
         self._loop = asyncio.get_running_loop()
         futures = self._enqueue(requests, self._loop)
-        assert self._call_async, "images and videos come after the engine"
+        assert self._call_async, "connect was called before"
         self._senders = {task for task in self._senders if not task.done()}
         if len(self._senders) < self._call_async.at_once:
             self._senders.add(asyncio.create_task(self._send_batches(self._call_async)))
@@ -83,7 +88,7 @@ class DecisionClient:
                 future.cancel()
 
     def decide_sync(self, requests: Sequence[DecisionRequest]) -> list[DecisionResponse]:
-        """The same from a thread that may block.
+        """``decide`` for threads that may block.
 
         Raises:
             RuntimeError: on the thread of the event loop, which would wait for itself.
@@ -95,7 +100,7 @@ class DecisionClient:
                     "pass what `await llm.renderer.render_cmpl_async(...)` makes of each prompt"
                 )
             return asyncio.run_coroutine_threadsafe(self.decide(requests), self._loop).result()
-        assert self._call, "images and videos come after the engine"
+        assert self._call, "connect was called before"
         found: list[DecisionResponse] = []
         queues = deque([deque(_Pending(request, [concurrent.futures.Future()]) for request in requests)])
         while not any(isinstance(response, DecisionError) for response in found):
@@ -127,21 +132,25 @@ class DecisionClient:
                 for pending in batch:
                     for future in self._close(pending):
                         future.set_exception(error)
-                        future.exception()  # a client waits for one at a time, and asyncio warns of the others
+                        future.exception()  # retrieved: a caller awaits one at a time, and asyncio would warn
             else:
                 for pending, response in results:
                     for future in self._close(pending):
                         future.set_result(response)
-            await asyncio.sleep(0)  # clients' requests with an error take the others back
+            await asyncio.sleep(0)  # callers with an error cancel their other futures
 
     def _close(self, pending: _Pending) -> list[_Future]:
-        """Those who still wait for it; from now on, who needs the same sends it anew."""
+        """Take it off the list, so that later callers send it again.
+
+        Returns:
+            The futures of callers that still wait.
+        """
         self._pending.pop(id(pending.request), None)
         return [future for future in pending.futures if not future.done()]
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """The event loop that this thread runs."""
+    """The event loop of this thread, if it runs one."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -149,11 +158,11 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def _next_batch(queues: deque[_Queue], remaining: int) -> list[_Pending]:
-    """Take the next batch: one of each queue in turn, while there is room for its placeholders.
+    """Take the next batch off the queues: one decision request of each queue in turn.
 
     Args:
-        queues: of what is pending.
-        remaining: placeholders that there is room for; a single item may have more.
+        queues: one per caller.
+        remaining: maximum number of placeholders; a single item may have more.
     """
     batch: list[_Pending] = []
     while queues:

@@ -1,4 +1,4 @@
-"""What a request says and vLLM's own request objects do not carry, and what its response will report."""
+"""The context of a request: its pruning options, which vLLM's request objects do not carry, and its report."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 @dataclass
 class RequestContext:
-    """Of one request.
+    """The context of one request.
 
     Attributes:
         header: value of the header ``X-EAdaPrune-Energy``.
         options: the request's field ``eadaprune``.
-        item_counts: how many images and videos there were so far; a batch has several prompts.
-        prunings: filled in where the request is rendered.
+        item_counts: images and videos of the prompts rendered so far, for error messages.
+        prunings: added when prompts are rendered.
     """
 
     header: str | None = None
@@ -29,7 +29,7 @@ class RequestContext:
     prunings: list[Pruning] = field(default_factory=list)
 
     def report(self) -> Report | None:
-        """What to tell the client: None if there was nothing to prune, or the server does not tell."""
+        """The client's report; None if there was nothing to prune, or the server does not report."""
         return Report.of(self.prunings) if self.prunings else None
 
 
@@ -38,7 +38,7 @@ _current: ContextVar[RequestContext] = ContextVar(KEY)
 
 @contextmanager
 def request_context(context: RequestContext) -> Iterator[RequestContext]:
-    """While open, code that this task calls or starts finds ``context``."""
+    """Context manager: code that this task calls or starts meanwhile finds ``context``."""
     token = _current.set(context)
     try:
         yield context
@@ -47,8 +47,8 @@ def request_context(context: RequestContext) -> Iterator[RequestContext]:
 
 
 async def in_context(chunks: AsyncIterator[T], context: RequestContext) -> AsyncGenerator[T]:
-    """The chunks of a stream, whose code finds ``context`` also after the route's handler has returned. Whoever takes
-    the chunks does not: what a generator sets at a ``yield`` is set for its consumer."""
+    """Run a stream in ``context``, also after the route's handler has returned. The consumer of the chunks does not
+    see the context, which is therefore not set during a ``yield``."""
     while True:
         with request_context(context):
             try:

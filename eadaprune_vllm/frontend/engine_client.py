@@ -1,4 +1,4 @@
-"""How a front end calls engines, by each kind of vLLM's clients."""
+"""Calls of engines by each kind of vLLM's engine clients."""
 
 import asyncio
 import itertools
@@ -14,31 +14,31 @@ _LOCK = "_eadaprune_lock"
 _WATCH_SECONDS = 1.0
 
 
-def blocking(client: Any) -> Callable[[bytes], bytes] | None:
-    """The call by an engine client of vLLM's that blocks; None if it does not."""
+def blocking_call(client: Any) -> Callable[[bytes], bytes] | None:
+    """The blocking utility call of one of vLLM's synchronous engine clients; None for asynchronous clients."""
     if core := getattr(client, "engine_core", None):  # in this process
 
-        def ask(payload: bytes) -> Any:
+        def call_core(payload: bytes) -> Any:
             with lock(client):
                 return getattr(core, UTILITY)(payload)
 
-        return ask
+        return call_core
     if call := getattr(client, "call_utility", None):
 
-        def ask_process(payload: bytes) -> bytes:
-            """On a thread of its own: vLLM tells whoever waits for a utility nothing of an engine that dies."""
+        def call_process(payload: bytes) -> bytes:
+            """Calls on another thread, because vLLM never returns from a utility call if the engine dies."""
             result: Future[bytes] = Future()
             Thread(target=_resolve, args=(result, call, UTILITY, payload), daemon=True).start()
             while not wait({result}, _WATCH_SECONDS).done:
                 client.ensure_alive()
             return result.result()
 
-        return ask_process
+        return call_process
     return None
 
 
 def _resolve(result: Future[Any], function: Callable[..., Any], *args: Any) -> None:
-    """Have ``result`` be what the function returns or raises."""
+    """Set ``result`` to what the function returns or raises."""
     try:
         result.set_result(function(*args))
     except Exception as error:
@@ -46,16 +46,16 @@ def _resolve(result: Future[Any], function: Callable[..., Any], *args: Any) -> N
 
 
 def lock(client: Any) -> RLock:
-    """Of a client, for whoever uses it or its engine."""
+    """The lock of a client, for threads that use it or its engine."""
     found: RLock = vars(client).setdefault(_LOCK, RLock())
     return found
 
 
 class AsyncEngines:
-    """The call by an engine client that does not block; of several engines, to the one with the fewest of its calls.
+    """The asynchronous utility call of an engine client. Of several engines it calls the one with the fewest calls.
 
     Args:
-        client: of vLLM's.
+        client: vLLM's.
     """
 
     def __init__(self, client: Any) -> None:
@@ -65,14 +65,14 @@ class AsyncEngines:
 
     @property
     def at_once(self) -> int:
-        """How many calls may be under way."""
+        """Maximum number of concurrent calls."""
         return len(self._client.core_engines)
 
     async def __call__(self, payload: bytes) -> bytes:
         """Raises:
-        EngineDeadError: if the engine dies meanwhile, which vLLM would not tell who waits for a utility.
-        RetryableRequestError: if the engine is paused, and rejects requests meanwhile; or if it is no more one of the
-            client's (elastic EP), and its response may never come.
+        EngineDeadError: if the engine dies; vLLM does not fail pending utility calls.
+        RetryableRequestError: if the engine is paused and rejects requests; or if it was removed by scaling down
+            (elastic EP), so that its response may never come.
         """
         from vllm.exceptions import RetryableRequestError
         from vllm.v1.engine.exceptions import EngineDeadError

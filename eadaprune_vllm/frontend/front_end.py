@@ -1,4 +1,4 @@
-"""What a front-end process holds: whom it asks, the thresholds that follow the load, and the metrics."""
+"""The state of a front-end process: its decision client, pending items, load and metrics."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -22,23 +22,23 @@ from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.shared_table import table
 from eadaprune_vllm.messages import DecisionError, DecisionResponse
 
-# Images and videos whose threshold under load is remembered, at some hundred bytes each.
-REMEMBERED = 10_000
+# Items whose options under load are remembered, at some hundred bytes each.
+MAX_REMEMBERED = 10_000
 
 
 class FrontEnd:
-    """Asks and counts for one served model. Thread-safe: vLLM renders on more than one thread.
+    """The front end of one served model. Thread-safe: vLLM renders on more than one thread.
 
     Args:
-        decision_client: asks the engine.
-        metrics: where to count.
+        decision_client: sends decision requests to the engines.
+        metrics: of this process.
         model_name: label of the metrics.
-        kv_bytes_per_token: KV cache that one token takes, over all layers.
+        kv_bytes_per_token: KV cache of one token, over all layers, in bytes.
         load: of the server, if thresholds follow it.
-        weights: a file in which the front ends of one server share when weights changed; None if there is only one.
+        weights_file: shared by the front ends of one server; None if there is only one front end.
 
     Attributes:
-        pending: by ``mm_hash``, what requests in progress have read, for others with the same image at the same time.
+        pending: by ``mm_hash``, the pending items of requests in progress, which other requests share.
     """
 
     def __init__(
@@ -48,84 +48,84 @@ class FrontEnd:
         model_name: str,
         kv_bytes_per_token: int,
         load: Load | None = None,
-        weights: Path | None = None,
+        weights_file: Path | None = None,
     ) -> None:
         self.decision_client = decision_client
         self.metrics = metrics
         self.model_name = model_name
         self.kv_bytes_per_token = kv_bytes_per_token
         self.load = load
-        self._effective_options: LRUCache[tuple[str, str], PruneOptions] = LRUCache(REMEMBERED)
+        self._effective_options: LRUCache[tuple[str, str], PruneOptions] = LRUCache(MAX_REMEMBERED)
         self._lock = Lock()
         self.pending: WeakValueDictionary[str, PendingItem] = WeakValueDictionary()
-        self._weights = table(1, weights)
+        self._weights_changed_at = table(1, weights_file)
         metrics.declare(model_name)
 
     def connect(self, client: Any, options: ServerOptions) -> None:
-        """To be called once engines serve.
+        """Connect to the engines, once they serve.
 
         Args:
-            client: vLLM's, of the engines.
-            options: the operator's, informed.
+            client: vLLM's engine client.
+            options: the operator's, with curves.
         """
         self.decision_client.connect(client)
         self.metrics.set_defaults(self.model_name, Reference.of(options))
 
     @property
-    def weights(self) -> float:
-        """What tells the model's weights from earlier ones: when they last changed, 0 if never."""
-        return float(self._weights[0])
+    def weights_changed_at(self) -> float:
+        """When the model's weights last changed, in seconds since the epoch; 0 if never."""
+        return float(self._weights_changed_at[0])
 
     def weights_changed(self) -> None:
-        """From now on, no front end of this server uses what other weights made."""
-        self._weights[0] = time.time()
+        """Have all front ends of this server discard embeddings and decisions of the weights before."""
+        self._weights_changed_at[0] = time.time()
 
     async def decide(self, new: Sequence[PendingItem], source: Source = "request") -> None:
-        """Have all of them decided, up to the first of which nothing can be."""
+        """Get decisions about these items, up to the first error."""
         started = time.time_ns()
-        self._answered(new, source, started, await self.decision_client.decide([each.request for each in new]))
+        self._set_responses(new, source, started, await self.decision_client.decide([each.request for each in new]))
 
     def decide_sync(self, new: Sequence[PendingItem], source: Source = "request") -> None:
-        """The same from a thread that may wait."""
+        """``decide`` for threads that may block."""
         started = time.time_ns()
-        self._answered(new, source, started, self.decision_client.decide_sync([each.request for each in new]))
+        self._set_responses(new, source, started, self.decision_client.decide_sync([each.request for each in new]))
 
-    def _answered(
-        self, new: Sequence[PendingItem], source: Source, started: int, answers: Sequence[DecisionResponse]
+    def _set_responses(
+        self, new: Sequence[PendingItem], source: Source, started: int, responses: Sequence[DecisionResponse]
     ) -> None:
-        for each, answer in zip(new, answers, strict=False):
-            if isinstance(answer, DecisionError):
-                self.reject(answer.reason, source)
-            elif not each.response:  # or else it came to another request first
-                each.timing = Timing(each.request.modality, started, answer.seconds)
-                self.metrics.observe_stages(self.model_name, source, **answer.seconds)
-            each.set_response(answer)
+        for each, response in zip(new, responses, strict=False):
+            if isinstance(response, DecisionError):
+                self.reject(response.reason, source)
+            elif not each.response:  # otherwise another request counted it
+                each.timing = Timing(each.request.modality, started, response.seconds)
+                self.metrics.observe_stages(self.model_name, source, **response.seconds)
+            each.set_response(response)
 
-    def effective_options(self, choice: Choice, identity: str, held: bool) -> PruneOptions:
-        """The options of one image or video at the present load.
+    def effective_options(self, choice: Choice, item: str, sticky: bool) -> PruneOptions:
+        """The options of one image or video at the current load.
 
         Args:
-            choice: what was chosen for it.
-            identity: what tells it from others.
-            held: whether it keeps the threshold that it last had: because its data is not at hand, or because a
-                conversation's earlier turns would have to be computed again.
+            choice: its options without load.
+            item: identifies the image or video.
+            sticky: whether it keeps the threshold that it had last: because the request has no data to encode, or
+                because a lower threshold would invalidate the cached prefix of the conversation.
         """
         if not self.load:
             return choice.options
-        key = identity, choice.options.key
+        key = item, choice.options.key
         with self._lock:
-            options = self._effective_options.get(key) if held else None
+            options = self._effective_options.get(key) if sticky else None
             self._effective_options[key] = options = options or choice.at(self.load.level)
         return options
 
     def observe_load(self, engine: int, kv_usage: float, waiting: int) -> None:
-        """Take in what an engine reports after a step: share of its KV cache in use, requests in its queue."""
+        """Take in an engine's report after a step: KV cache usage (0 to 1), waiting requests."""
         assert self.load
         self.load.observe(engine, kv_usage, waiting)
         self.show_load()
 
     def show_load(self) -> None:
-        """Bring the metric up to date: the level falls by itself once no engine reports any more."""
+        """Update the metric. The level falls by itself once engines stop reporting."""
         assert self.load
         self.metrics.set_load_level(self.model_name, self.load.level)
 
@@ -134,12 +134,12 @@ class FrontEnd:
         self.metrics.count(self.model_name, pruning)
 
     def reject(self, reason: str, source: Source = "request") -> None:
-        """Count a request that is refused."""
+        """Count a rejected request."""
         self.metrics.count_rejected(self.model_name, reason, source)
 
     @contextmanager
     def refusals(self, source: Source = "request") -> Iterator[None]:
-        """While open, invalid options are counted and become vLLM's 400."""
+        """Context manager that counts invalid options, and turns them into vLLM's error, a 400."""
         try:
             yield
         except InvalidOptionsError as error:

@@ -1,4 +1,4 @@
-"""One request's images and videos on their way through the processor."""
+"""The images and videos of one request, with their options, decisions and reports."""
 
 import hashlib
 import struct
@@ -17,73 +17,74 @@ from eadaprune_vllm.core.server_options import Choice
 from eadaprune_vllm.frontend.pending import PendingItem
 
 
-def digest(placeholders: torch.Tensor, weights: float = 0.0) -> str:
-    """What tells a decision from others about the same image or video.
+def digest(placeholders: torch.Tensor, weights_changed_at: float = 0.0) -> str:
+    """The suffix of an image's identifier that tells decisions about it apart.
 
     Args:
-        placeholders: ``[p]`` int64, those that stay.
-        weights: what tells those that made the rows from earlier ones.
+        placeholders: ``[p]`` int64, the kept placeholders.
+        weights_changed_at: ``FrontEnd.weights_changed_at`` when it was encoded.
     """
     found = hashlib.blake2b(placeholders.numpy().data, digest_size=8)
-    if weights:
-        found.update(struct.pack("d", weights))
+    if weights_changed_at:
+        found.update(struct.pack("d", weights_changed_at))
     return "-" + found.hexdigest()
 
 
 @dataclass
 class PrunedDetails(PromptUpdateDetails):
-    """Placeholders of one item, with what a cache hit repeats.
+    """vLLM's details of an item's placeholders, with what a cache hit reports.
 
     Attributes:
-        kept: the decision; None if all is kept and nothing was asked.
-        num_newlines: how many placeholders are newlines.
+        decision: None if everything is kept without a decision.
+        num_newlines: placeholders that are newlines.
     """
 
-    kept: PruneDecision | None = None
+    decision: PruneDecision | None = None
     num_newlines: int = 0
 
     @property
     def embeds(self) -> torch.Tensor:
-        """``[full]`` bool, which tokens are placeholders."""
+        """``[full]`` bool, which tokens are placeholders of embeddings."""
         full = torch.tensor(self.full)
         return self.is_embed(self.full) if self.is_embed else torch.ones_like(full).bool()
 
-    def pruned(self, kept: PruneDecision) -> "PrunedDetails":
-        """What is left of it."""
+    def pruned(self, decision: PruneDecision) -> "PrunedDetails":
+        """The details after pruning."""
         full, embeds = torch.tensor(self.full), self.embeds
-        stays = ~embeds
-        stays[embeds.nonzero()[:, 0][kept.placeholders]] = True
-        left = embeds[stays]
-        return PrunedDetails(full[stays].tolist(), self.is_embed and (lambda _: left), kept, kept.newlines)
+        is_kept = ~embeds
+        is_kept[embeds.nonzero()[:, 0][decision.placeholders]] = True
+        kept_embeds = embeds[is_kept]
+        is_embed = self.is_embed and (lambda _: kept_embeds)
+        return PrunedDetails(full[is_kept].tolist(), is_embed, decision, decision.newlines)
 
     def report(self, item: "Item") -> ItemReport:
-        kept, num_placeholders = self.kept, int(self.embeds.sum())
+        decision, num_placeholders = self.decision, int(self.embeds.sum())
         options = item.options
         return ItemReport(
-            visual_tokens=kept.unpruned if kept else num_placeholders,
+            visual_tokens=decision.unpruned if decision else num_placeholders,
             kept_tokens=num_placeholders,
             newline_tokens=self.num_newlines,
             energy_threshold=options.threshold,
             target=options.target if options.enabled else None,
             energy_requested=item.requested,
-            spectral_energy=kept.spectral_energy if kept else 1.0,
-            span_energy=kept.span_energy if kept else 1.0,
-            bound=kept.bound if kept else None,
-            selector=kept.selector if kept else options.selector,
+            spectral_energy=decision.spectral_energy if decision else 1.0,
+            span_energy=decision.span_energy if decision else 1.0,
+            bound=decision.bound if decision else None,
+            selector=decision.selector if decision else options.selector,
             cached=item.cached,
         )
 
 
 @dataclass
 class Item:
-    """One image or video, from its options to its report.
+    """One image or video of a request.
 
     Attributes:
-        modality: to the client.
-        image_hash: by which vLLM tells it from others, our options aside.
-        mm_hash: the same with the options, where these may take tokens away.
-        options: in force.
-        requested: its threshold before load lowered it.
+        modality: the client's, ``image`` or ``video`` if it can be pruned.
+        image_hash: vLLM's ``mm_hash``, without our options.
+        mm_hash: the key in vLLM's caches: ``image_hash``, or a hash of it and the options if these may drop tokens.
+        options: effective.
+        requested: threshold before load lowered it.
         cached: whether vLLM's processor cache has it.
     """
 
@@ -100,34 +101,34 @@ class Items:
     """The images and videos of one request.
 
     Attributes:
-        by_modality: each, by vLLM's modality.
-        pending: those that are not cached, by ``mm_hash``.
-        choices: of their options.
-        weights: ``FrontEnd.weights``, with which they were encoded or will be.
-        reports: of each, by modality, once vLLM has processed them.
-        identifiers: by ``mm_hash``, by which the engine tells what it encodes of each from others: the image or video,
-            and the kept tokens, whatever options they come from.
-        position_slack: by how much positions may run ahead of tokens because of all of them.
+        by_modality: all items, by vLLM's modality.
+        pending: items that are not cached, by ``mm_hash``.
+        choices: options without load.
+        weights_changed_at: ``FrontEnd.weights_changed_at`` of the weights that encode them.
+        reports: by modality, once vLLM has processed the items.
+        identifiers: by ``mm_hash``, the identifiers in the engine's caches. They consist of image and kept tokens: two
+            options that keep the same tokens share an entry.
+        position_slack: upper bound of M-RoPE positions minus tokens, over all items.
     """
 
     by_modality: Mapping[str, list[Item]]
     pending: dict[str, PendingItem] = field(default_factory=dict)
     choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
-    weights: float = 0.0
+    weights_changed_at: float = 0.0
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     identifiers: dict[str, str] = field(default_factory=dict)
     position_slack: int = 0
 
     @property
     def any_prunable(self) -> bool:
-        """Whether any may lose tokens. If none may, all is left to vLLM."""
+        """Whether any item may lose tokens. If none may, vLLM processes the request unchanged."""
         return any(may_prune(item.options) for items in self.by_modality.values() for item in items)
 
     def undecided(self) -> list[PendingItem]:
-        """Those that the engine is to decide about.
+        """The items that still need a decision.
 
         Raises:
-            VLLMServerError, VLLMValidationError: if nothing could be decided about one; the latter if that is the
+            VLLMServerError, VLLMValidationError: if the decision about an item failed; the latter if that is the
                 client's fault.
         """
         return [
@@ -135,34 +136,36 @@ class Items:
         ]
 
     def add_report(self, item: Item, content: PrunedDetails) -> None:
-        """Note what became of an item, from now on the next of its modality."""
+        """Add the report of an item, in the order of the prompt, and its identifier."""
         if item.modality in MODALITIES:
             self.reports[item.modality].append(content.report(item))
-        # Of what vLLM sends whole it is vLLM's.
-        own = "" if content.kept is None else digest(content.kept.placeholders, self.weights)
-        self.identifiers[item.mm_hash] = item.image_hash + own
-        self.position_slack += content.kept.position_slack if content.kept else 0
+        decision = content.decision
+        # Without a decision the identifier is vLLM's.
+        suffix = digest(decision.placeholders, self.weights_changed_at) if decision else ""
+        self.identifiers[item.mm_hash] = item.image_hash + suffix
+        self.position_slack += decision.position_slack if decision else 0
 
     def pruning(self, kv_bytes_per_token: int) -> Pruning:
+        """What happened to all of them, for vLLM's engine input."""
         timings = [each.timing for each in self.pending.values() if each.timing]
         seconds = sum(sum(timing.stages.values()) for timing in timings)
         return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers)
 
 
-def to_client(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
-    """What each item of each of vLLM's modalities is to a client: a chunk is an image, or a part of a video."""
+def client_modalities(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
+    """The client's modality of each item, by vLLM's modality: a vision chunk is an image, or a part of a video."""
     return {
-        modality: [data["type"].removesuffix("_chunk") if modality == CHUNK else modality for data in of_modality]
-        for modality, of_modality in items.items()
+        modality: [data["type"].removesuffix("_chunk") if modality == CHUNK else modality for data in mm_items]
+        for modality, mm_items in items.items()
     }
 
 
 def may_prune(options: PruneOptions) -> bool:
-    """Whether an image may lose tokens under these options."""
+    """Whether an image may lose tokens with these options."""
     return options.enabled and (options.energy < 1 or options.max_tokens is not None)
 
 
-def split(hf_kwargs: Mapping[str, Any]) -> tuple[Items | None, dict[str, Any]]:
-    """Our items, if this is a request, and what is left for vLLM, which must never see them."""
+def split(hf_kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Split off our value from vLLM's keyword arguments of the processor; None if there is none."""
     others = dict(hf_kwargs)
     return others.pop(KEY, None), others

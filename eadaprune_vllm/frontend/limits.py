@@ -1,4 +1,4 @@
-"""What a request must not exceed, checked before the engine would have to."""
+"""Limits of a request that are checked in the front end, before the engine is involved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from eadaprune_vllm.core.prune import finite
 
 def check_length(model_config: Any, min_length: int) -> None:
     """Raises:
-    VLLMValidationError: if a prompt of at least so many tokens can never fit.
+    VLLMValidationError: if a prompt of at least ``min_length`` tokens is too long for the model.
     """
     longest = model_config.max_model_len
     if min_length > longest:
         raise VLLMValidationError(
             f"This model's maximum context length is {longest} tokens, and this request has at least {min_length}, "
-            "however much its images and videos are pruned. Please send fewer.",
+            "even with its images and videos pruned as far as possible. Please send fewer.",
             parameter="messages",
             value=min_length,
         )
@@ -26,8 +26,8 @@ def check_length(model_config: Any, min_length: int) -> None:
 
 def check_positions(model_config: Any, position_slack: int) -> None:
     """Raises:
-    VLLMValidationError: if positions could run off the model's table of rotary embeddings, which would stop the
-        engine. vLLM makes tables for four times the model's length, and checks tokens only.
+    VLLMValidationError: if M-RoPE positions could exceed the table of rotary embeddings, which would stop the engine.
+        The table has four times the model's length; vLLM checks the number of tokens only.
     """
     text = model_config.hf_text_config
     if not model_config.uses_mrope:
@@ -45,8 +45,8 @@ def check_positions(model_config: Any, position_slack: int) -> None:
 
 def check_finite(modality: str, items: Any, dtype: torch.dtype) -> None:
     """Raises:
-    VLLMValidationError: if embeddings of a client are not finite in the model's dtype. In the KV cache they would
-        outlive their request and spoil others.
+    VLLMValidationError: if a client's embeddings are not finite in the model's dtype. In the KV cache they would affect
+        later requests.
     """
     if not isinstance(items, EmbeddingItems | DictEmbeddingItems):
         return

@@ -1,8 +1,8 @@
-"""Budgets that follow the load: the busier the engine, the lower the energy that images are pruned to.
+"""Thresholds that follow the load of the engines.
 
-Pressure is 0 up to the low watermarks and 1 from the high ones. It moves a level in few steps, so that caches still
-hit, and one step late on the way back, so that it does not flutter. A threshold is lowered by the level's share of
-its way to the floor; at level 0 nothing changes.
+The pressure of an engine is 0 up to the low watermarks and 1 from the high ones. The level follows the mean pressure in
+few steps, so that caches still hit, and falls one step late, so that it does not flutter. The level is the share of the
+distance to its floor by which a threshold is lowered; at level 0 nothing changes.
 """
 
 import math
@@ -18,47 +18,52 @@ from eadaprune_vllm.core.load_policy import LoadPolicy
 from eadaprune_vllm.frontend.shared_table import table
 
 STEPS = 4
-# An idle engine reports nothing, and with several front ends its last reports may be taken in out of order. What it
-# said counts for longer than a step takes, and not for ever.
+# An idle engine sends no reports, and several front ends may take in its last ones out of order. So reports expire, but
+# not before the next step.
 FRESH_SECONDS = 30
 
 
 class Load:
-    """The load of one server: the level, and what its engines report.
+    """The load of one server.
 
     Args:
-        policy: when and how far thresholds move.
-        engines: how many engines report (data parallel).
-        shared: a file in which the front ends of one server share all this, because each engine reports every step
-            to one of them only; None if there is only one front end.
+        policy: of the operator.
+        engines: number of engines (data parallel).
+        shared: a file that the front ends of one server share, because an engine reports each step to one of them only;
+            None if there is only one front end.
     """
 
     def __init__(self, policy: LoadPolicy, engines: int = 1, shared: Path | None = None) -> None:
         self.policy = policy
         numbers = table(1 + 2 * engines, shared)
-        self._level, self._pressures, self._heard = numbers[:1], numbers[1 : 1 + engines], numbers[1 + engines :]
+        self._level, self._pressures, self._reported_at = np.split(numbers, [1, 1 + engines])
 
     @property
     def level(self) -> float:
-        """Share of the way from the requested threshold to the floor: a multiple of 1 / STEPS."""
+        """Share of the distance from a threshold to its floor: a multiple of 1 / STEPS."""
         return float(self._level[0]) / STEPS if self._fresh().any() else 0.0
 
     def observe(self, engine: int, kv_usage: float, waiting: int) -> None:
-        """Take in what one engine reports after a step. The level goes by the mean over all engines."""
+        """Take in the report of one engine. The level follows the mean over all engines."""
         before = self.level * STEPS
-        self._pressures[engine], self._heard[engine] = self.policy.pressure(kv_usage, waiting), time.monotonic()
+        self._pressures[engine], self._reported_at[engine] = self.policy.pressure(kv_usage, waiting), time.monotonic()
         steps = STEPS * float((self._pressures * self._fresh()).mean())
         self._level[0] = min(max(before, math.floor(steps)), math.ceil(steps))
 
     def _fresh(self) -> NDArray[np.bool_]:
-        """Which engines reported lately."""
-        return self._heard > time.monotonic() - FRESH_SECONDS
+        """Which engines have a report that has not expired."""
+        return self._reported_at > time.monotonic() - FRESH_SECONDS
 
 
 def watch_load(engine_client: Any, observe: Callable[[int, float, int], None], show: Callable[[], None]) -> None:
-    """Have ``observe`` called after each step of an engine, with its number among this server's, the share of its KV
-    cache in use, and how many requests wait; of several front ends each step reaches one. And ``show`` from time to
-    time, also when there are no steps."""
+    """Follow the engines' statistics with a stat logger of vLLM's.
+
+    Args:
+        engine_client: vLLM's ``AsyncLLM``.
+        observe: called after each step with the engine's number, its KV cache usage (0 to 1) and its waiting requests;
+            of several front ends in one of them.
+        show: called from time to time, also without steps.
+    """
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
     first = engine_client.engine_core.engine_ranks_managed[0]

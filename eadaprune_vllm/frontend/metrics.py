@@ -1,7 +1,7 @@
-"""What pruning saved, on vLLM's own ``/metrics``.
+"""Prometheus metrics on vLLM's own ``/metrics``.
 
-Plain counters and histograms, so that they add up over several API servers (multiprocess mode). Names start with
-``eadaprune_``: vLLM unregisters whatever starts with ``vllm:``.
+Counters and histograms add up over several API servers (multiprocess mode). Names start with ``eadaprune_``, because
+vLLM unregisters all that start with ``vllm:``.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from eadaprune_vllm.core.options import Bound
 from eadaprune_vllm.core.report import Pruning, Reference
 
 LABEL = "model_name"
-Source = Literal["request", "preview"]  # previews, of the endpoint or of a command, are none of the served traffic
+Source = Literal["request", "preview"]  # previews (endpoint, commands) are not served traffic
 _RATIOS = [i / 20 for i in range(1, 21)]
 _THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99]
 _THRESHOLDS += [0.995, 0.999, 0.9995, 0.9999, 0.99999, 1.0]
@@ -38,57 +38,58 @@ class Metrics:
             names = [LABEL, *labels]
             return Gauge(f"eadaprune_{name}", text, names, registry=registry, multiprocess_mode="mostrecent")
 
-        self._images = counter("images", "Images of requests that were sent to the engine, cached ones included.")
-        self._videos = counter("videos", "Videos of requests that were sent to the engine, cached ones included.")
+        self._images = counter("images", "Images of requests that were sent to the engine, including cached ones.")
+        self._videos = counter("videos", "Videos of requests that were sent to the engine, including cached ones.")
         self._visual_tokens = counter(
-            "visual_tokens", "Visual tokens of those images and videos: as encoded, and as kept after pruning.", "stage"
+            "visual_tokens",
+            "Visual tokens of these images and videos: 'encoded' without pruning, 'kept' with it.",
+            "stage",
         )
         self._tokens_saved = counter("tokens_saved", "Visual tokens that pruning kept out of the engine.")
         self._bytes_saved = counter(
             "kv_cache_bytes_saved",
-            "KV cache that the saved tokens would have taken. An upper bound: vLLM allocates whole blocks, "
-            "tokens found in the prefix cache take no new ones, and some dtypes pack more than one number into a byte.",
+            "KV cache that the saved tokens would have taken, in bytes. An upper bound: vLLM allocates whole blocks, "
+            "prefix cache hits take no new ones, and some dtypes pack several numbers into a byte.",
         )
         self._bound = counter(
             "bound",
-            "Images and videos whose budget was that of min_tokens, min_share or max_tokens, not of the threshold.",
+            "Images and videos whose budget was determined by min_tokens, min_share or max_tokens instead of the "
+            "threshold.",
             "bound",
         )
         self._rejected = counter(
             "rejected_requests",
-            "Requests refused: 'options' for bad pruning options, 'features' for NaN in those of an image, 'engine' "
-            "where it could not encode one.",
+            "Rejected requests: 'options' for invalid pruning options, 'features' for NaN or infinity in an image's "
+            "features, 'engine' for other errors in the engine.",
             "reason",
             "source",
         )
         self._kept_ratio = histogram("kept_ratio", "Kept over encoded tokens, per image or video.", _RATIOS)
-        self._threshold = histogram("energy_threshold", "Energy threshold in force, per image or video.", _THRESHOLDS)
+        self._threshold = histogram("energy_threshold", "Effective energy threshold, per image or video.", _THRESHOLDS)
         self._requested = histogram(
-            "energy_requested", "Energy threshold asked for, per image or video; load may lower it.", _THRESHOLDS
+            "energy_requested", "Energy threshold before load lowered it, per image or video.", _THRESHOLDS
         )
         self._lowered = counter("load_lowered", "Images and videos whose energy threshold was lowered under load.")
         self._load_level = gauge(
-            "load_level", "How far load lowers energy thresholds: 0 not at all, 1 down to the floor of the policy."
+            "load_level", "How far load lowers energy thresholds: 0 not at all, 1 down to the policy's floor."
         )
         self._target = gauge(
-            "default_target", "Mean share of tokens that the default threshold stands for; 0 if it was named itself."
+            "default_target", "Default target: mean share of tokens that images keep; 0 if an energy was set instead."
         )
-        self._min_share = gauge(
-            "default_min_share", "Least share of its tokens that an image is cut down to by default."
-        )
-        self._default_energy = gauge("default_energy_threshold", "The default threshold.")
+        self._min_share = gauge("default_min_share", "Default minimum share of its tokens that an image keeps.")
+        self._default_energy = gauge("default_energy_threshold", "Default energy threshold.")
         self._reference = gauge(
             "reference_kept_ratio",
-            "Kept over all tokens of the model's reference pictures, under the defaults.",
+            "Kept over all tokens of the model's reference pictures, with the defaults.",
             "kind",
         )
         self._at_bound = gauge(
             "reference_at_bound_ratio",
-            "Share of the reference pictures whose budget is that of a bound, not of the default threshold.",
+            "Share of the reference pictures whose budget is determined by a bound instead of the default threshold.",
         )
         self._stage = histogram(
             "stage_seconds",
-            "Time of pruning one image or video; what is found in a cache skips stages.",
+            "Time of each stage of pruning an image or video that was not cached.",
             _SECONDS,
             "stage",
             "source",
@@ -118,7 +119,7 @@ class Metrics:
                 labelled.labels(model_name, *labels)
 
     def count(self, model_name: str, pruning: Pruning) -> None:
-        """Count the images and videos of one prompt at the moment it enters the engine."""
+        """Count the images and videos of one prompt when it is sent to the engine."""
         self._images.labels(model_name).inc(len(pruning.of("image")))
         self._videos.labels(model_name).inc(len(pruning.of("video")))
         for item in pruning.of():
@@ -135,7 +136,7 @@ class Metrics:
             self._lowered.labels(model_name).inc(item.energy_threshold < item.energy_requested)
 
     def set_defaults(self, model_name: str, reference: Reference) -> None:
-        """Show what the defaults come to."""
+        """Set the gauges of the defaults."""
         self._target.labels(model_name).set(reference.options.target or 0)
         self._min_share.labels(model_name).set(reference.options.min_share)
         self._default_energy.labels(model_name).set(reference.options.threshold)
@@ -144,7 +145,7 @@ class Metrics:
             self._reference.labels(model_name, kind).set(share)
 
     def set_load_level(self, model_name: str, level: float) -> None:
-        """Show how far load lowers thresholds."""
+        """Set the gauge of the load."""
         self._load_level.labels(model_name).set(level)
 
     def observe_stages(self, model_name: str, source: Source, **seconds: float) -> None:
@@ -153,5 +154,5 @@ class Metrics:
             self._stage.labels(model_name, stage, source).observe(value)
 
     def count_rejected(self, model_name: str, reason: str, source: Source) -> None:
-        """Count one refused request."""
+        """Count one rejected request."""
         self._rejected.labels(model_name, reason, source).inc()

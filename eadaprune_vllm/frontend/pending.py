@@ -1,4 +1,4 @@
-"""An image or video on its way to a decision."""
+"""An image or video that waits for a decision."""
 
 from dataclasses import dataclass, replace
 
@@ -15,15 +15,15 @@ from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResp
 
 @dataclass
 class PendingItem:
-    """An image or video that no cache has.
+    """An image or video that is not cached.
 
     Attributes:
-        request: for the decision about it.
-        update: the prompt's, unpruned.
-        needs_decision: or else all of it is kept, as vLLM sends it.
-        is_client_embedding: whether it is embeddings of a client.
-        response: once there is one.
-        timing: of the response.
+        request: for a decision about it.
+        update: vLLM's prompt update without pruning.
+        needs_decision: False if all of it is kept.
+        is_client_embedding: whether the client sent embeddings.
+        response: None while the decision is pending.
+        timing: of the decision.
     """
 
     request: DecisionRequest
@@ -34,7 +34,7 @@ class PendingItem:
     timing: Timing | None = None
 
     def min_placeholders(self, options: PruneOptions) -> int:
-        """How many it keeps at least."""
+        """Lower bound of the placeholders that it keeps."""
         unpruned = self.request.num_placeholders
         if not self.needs_decision:
             return unpruned
@@ -42,17 +42,17 @@ class PendingItem:
         return min(num_tokens, options.floor(num_tokens), options.max_tokens or num_tokens)
 
     def set_response(self, response: DecisionResponse) -> None:
-        """Note the response, and let go of the pixels: only what vLLM leaves on the CPU goes on to the engine. (The
-        request stays whole for others who may be sending it.)"""
+        """Set the response, and free the pixels: of the item only fields that vLLM keeps on the CPU are still needed.
+        (The request object itself is not changed, because it may be in a batch that is being sent.)"""
         self.response = response
-        left = {name: elem for name, elem in self.request.item.items() if elem.field.keep_on_cpu}
-        self.request = msgspec.structs.replace(self.request, item=MultiModalKwargsItem(left))
+        on_cpu = {name: elem for name, elem in self.request.item.items() if elem.field.keep_on_cpu}
+        self.request = msgspec.structs.replace(self.request, item=MultiModalKwargsItem(on_cpu))
 
     def decided(self) -> DecisionResult:
-        """The result.
+        """The result of the decision.
 
         Raises:
-            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
+            VLLMServerError, VLLMValidationError: if it failed; the latter if that is the client's fault.
         """
         assert self.response
         if not isinstance(self.response, DecisionError):
@@ -62,16 +62,17 @@ class PendingItem:
         raise VLLMServerError(self.response.error)
 
     def pruned(self) -> tuple[MultiModalKwargsItem, ResolvedPromptUpdate]:
-        """What the engine is sent, and the prompt's update.
+        """The item as it is sent to the engine, and the prompt update.
 
         Raises:
-            VLLMServerError, VLLMValidationError: if nothing could be decided; the latter if it is the client's fault.
+            VLLMServerError, VLLMValidationError: if the decision failed; the latter if that is the client's fault.
         """
         item, modality = self.request.item, self.request.modality
         if not self.needs_decision:
             return item, self.update
         result, elems = self.decided(), dict(item)
-        for name, value, keep_on_cpu in ((MM_EMBEDS, result.rows, False), (KEPT, result.kept.placeholders, True)):
+        decision = result.decision
+        for name, value, keep_on_cpu in ((MM_EMBEDS, result.embeds, False), (KEPT, decision.placeholders, True)):
             config = MultiModalFieldConfig.batched(modality, keep_on_cpu=keep_on_cpu)
             (elems[modality + name],) = config.build_elems(modality + name, [value])
-        return MultiModalKwargsItem(elems), replace(self.update, content=self.update.content.pruned(result.kept))
+        return MultiModalKwargsItem(elems), replace(self.update, content=self.update.content.pruned(decision))

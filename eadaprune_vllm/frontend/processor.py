@@ -1,7 +1,7 @@
-"""The processor half of every adapter: it asks what to keep before vLLM processes a prompt.
+"""The processor's half of every adapter: it gets decisions from the engine before vLLM processes a prompt.
 
-Invariant: count and content come from one object. The engine decides once about an item; its rows, placeholders,
-positions and report are all made from that decision, and travel with its cache entry.
+Invariant: count and content come from one object. The engine decides once about an item. Its embeddings, placeholders,
+positions and report are all derived from this decision, and stored in one cache entry.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -24,7 +24,7 @@ from eadaprune_vllm.core.options import KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.frontend.context import RequestContext
 from eadaprune_vllm.frontend.front_end import FrontEnd
-from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, may_prune, split, to_client
+from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, client_modalities, may_prune, split
 from eadaprune_vllm.frontend.limits import check_finite, check_length, check_positions
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.request_options import Choices, option_sources
@@ -37,10 +37,10 @@ class PruningProcessor(BaseMultiModalProcessor):
     """Mixin in front of a model's multimodal processor.
 
     Modifications:
-    - of a request ``apply`` returns steps, between which the engine decides about images and videos that may lose
-      tokens; these are sent as the kept rows instead of pixels, with as many placeholders
-    - options that may take tokens away are part of an item's cache key, as one canonical string
-    - what may lose none is processed by vLLM, and so is what is no request: warm-up and profiling
+    - for a request, ``apply`` returns steps, between which the engine decides about images and videos that may lose
+      tokens; these are sent as embeddings of the kept tokens instead of pixels, with as many placeholders
+    - the options of an item that may lose tokens are part of its cache key
+    - items that may lose none, warm-up and profiling are vLLM's, unchanged
     """
 
     front_end: FrontEnd | None = None  # set in front-end processes only
@@ -52,7 +52,7 @@ class PruningProcessor(BaseMultiModalProcessor):
     @override
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         """Returns:
-        vLLM's input of the engine; of a request the steps that make it.
+        vLLM's engine input; for a request the steps that make it.
         """
         given, others = split(inputs.hf_processor_mm_kwargs)
         if given is None:
@@ -60,31 +60,31 @@ class PruningProcessor(BaseMultiModalProcessor):
         return self.steps(replace(inputs, hf_processor_mm_kwargs=others), given, *args, **kwargs)
 
     def steps(self, inputs: ProcessorInputs, given: object, *args: Any, **kwargs: Any) -> Steps:
-        """The way of a request's images and videos: options are resolved, what is new is read, the engine decides about
-        it, and vLLM makes its input of what was decided.
+        """How the images and videos of a request are processed: resolve their options, read new items, have the engine
+        decide about these, and let vLLM make its engine input.
 
-        Each step runs on vLLM's one thread for processing, as the order of processing is that of sending. Others have
-        their turn there while the engine decides.
+        Each step runs on vLLM's only thread for processing, because requests must be sent in the order in which they
+        were processed. Other requests use the thread while the engine decides.
 
         Args:
             inputs: vLLM's, without our options.
-            given: the options: ``Choices`` of a chat, or those of all images and videos of a prompt.
+            given: the options: ``Choices`` for a chat, or one value for all images and videos of a prompt.
 
         Yields:
-            What the engine is to decide about before the next step.
+            The items that the engine has to decide about before the next step.
 
         Returns:
-            vLLM's input of the engine.
+            vLLM's engine input.
 
         Raises:
-            VLLMServerError, VLLMValidationError: if nothing can be decided, or the request cannot be served; the latter
-                if that is the client's fault.
+            VLLMServerError, VLLMValidationError: if a decision fails, or the request cannot be served; the latter if
+                that is the client's fault.
         """
         assert self.front_end
-        items = self._resolved(inputs, given)
+        items = self._resolve(inputs, given)
         while items.any_prunable:
-            if items.weights != self.front_end.weights:  # nothing that old ones made goes on
-                items = self._resolved(inputs, items.choices)
+            if items.weights_changed_at != self.front_end.weights_changed_at:  # start again with the new weights
+                items = self._resolve(inputs, items.choices)
             all_read, undecided = self._read_new(inputs, items), items.undecided()
             if all_read and not undecided:
                 break
@@ -95,48 +95,48 @@ class PruningProcessor(BaseMultiModalProcessor):
         result[KEY] = items.pruning(self.front_end.kv_bytes_per_token)
         return result
 
-    def _resolved(self, inputs: ProcessorInputs, given: object) -> Items:
-        """The images and videos of a request, with the options that are in force for each from now on."""
+    def _resolve(self, inputs: ProcessorInputs, given: object) -> Items:
+        """The images and videos of a request, with their effective options and cache keys."""
         assert self.front_end
-        names = to_client(inputs.mm_data_items)
-        of_all = [*chain(*names.values())]
-        counts = {modality: of_all.count(modality) for modality in MODALITIES}
-        if not isinstance(given, Choices):  # no chat: a prompt of LLM.generate, or of raw tokens over HTTP
+        names = client_modalities(inputs.mm_data_items)
+        all_names = [*chain(*names.values())]
+        counts = {modality: all_names.count(modality) for modality in MODALITIES}
+        if not isinstance(given, Choices):  # not a chat: a prompt of LLM.generate, or raw tokens over HTTP
             with self.front_end.refusals():
                 sources = option_sources(RequestContext(), {KEY: given})
-                chosen = self.server_options.choose(*sources)
-            given = Choices({modality: (chosen,) * count for modality, count in counts.items()})
-        if counts != {modality: len(of_each) for modality, of_each in given.items()}:
-            raise VLLMServerError(f"options for {given} where there are {counts}")
+                choice = self.server_options.choose(*sources)
+            given = Choices({modality: (choice,) * count for modality, count in counts.items()})
+        if counts != {modality: len(choices) for modality, choices in given.items()}:
+            raise VLLMServerError(f"there are options for {given}, but the request has {counts}")
         hashes = super()._get_mm_hashes(inputs)
-        weights = self.front_end.weights
+        weights_changed_at = self.front_end.weights_changed_at
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        rule = {"budget": self.server_options.budget} | ({"weights": weights} if weights else {})
-        of: dict[str, list[Item]] = {}
-        for modality, of_each in inputs.mm_data_items.items():
-            check_finite(modality, of_each, self.info.ctx.model_config.dtype)
-            of[modality] = []
-            choices = given.along(names[modality])
-            for name, choice, image_hash, data in zip(names[modality], choices, hashes[modality], of_each, strict=True):
-                options = self.front_end.effective_options(
-                    choice, image_hash, choice.from_previous_turn or data is None
-                )
-                mm_hash = image_hash
+        hash_kwargs: dict[str, Any] = {"budget": self.server_options.budget}
+        if weights_changed_at:
+            hash_kwargs["weights"] = weights_changed_at
+        by_modality: dict[str, list[Item]] = {}
+        for modality, mm_items in inputs.mm_data_items.items():
+            check_finite(modality, mm_items, self.info.ctx.model_config.dtype)
+            by_modality[modality] = []
+            each = zip(names[modality], given.for_items(names[modality]), hashes[modality], mm_items, strict=True)
+            for name, choice, image_hash, data in each:
+                sticky = choice.from_previous_turn or data is None
+                options, mm_hash = self.front_end.effective_options(choice, image_hash, sticky), image_hash
                 if may_prune(options):
-                    mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: options.key}, **rule)
-                of[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
-        return Items(of, choices=given, weights=weights)
+                    keys = {KEY: options.key, **hash_kwargs}
+                    mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **keys)
+                by_modality[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
+        return Items(by_modality, choices=given, weights_changed_at=weights_changed_at)
 
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
-        """Process, one by one, items that neither the cache has nor were read before, for this request or another: no
-        more at a time than one batch for the engine may hold, so that other requests have their turn on this thread
-        meanwhile.
+        """Process, one by one, items that are neither cached nor pending in this request or another. One call processes
+        at most one batch for the engine, so that other requests may use this thread in between.
 
         Returns:
-            Whether none is left.
+            Whether all were processed.
 
         Raises:
-            VLLMValidationError: if data is missing, or the prompt can never fit.
+            VLLMValidationError: if data is missing, or the prompt is too long for the model.
         """
         assert self.front_end
         min_length, remaining = len(inputs.prompt), self.front_end.decision_client.max_encoder_tokens
@@ -158,19 +158,19 @@ class PruningProcessor(BaseMultiModalProcessor):
         return all_read
 
     def eadaprune_replaced_tokens(self, new: PendingItem) -> int:
-        """How many tokens of a prompt the placeholders of an item replace."""
+        """Number of prompt tokens that vLLM replaces by the placeholders of an item."""
         return 1
 
     def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> PendingItem:
-        """One item as vLLM would process it by itself, and the request for a decision about it."""
-        of_each = inputs.mm_data_items[modality]
-        is_client_embedding = isinstance(of_each, EmbeddingItems | DictEmbeddingItems)
-        if is_client_embedding:  # nothing is computed of them, and one cannot be taken out before
+        """Process one item as vLLM would process it by itself, and make the decision request about it."""
+        mm_items = inputs.mm_data_items[modality]
+        is_client_embedding = isinstance(mm_items, EmbeddingItems | DictEmbeddingItems)
+        if is_client_embedding:  # these need no processing, and vLLM has no way to select one of them
             alone, kwargs, number = inputs.mm_data_items.select({modality}), inputs.hf_processor_mm_kwargs, index
         else:
-            _check_data(modality, of_each, index)
-            alone, number = self.info.parse_mm_data({modality: [of_each[index]]}, validate=False), 0
-            others = {modality: [other != index for other in range(len(of_each))]}
+            _check_data(modality, mm_items, index)
+            alone, number = self.info.parse_mm_data({modality: [mm_items[index]]}, validate=False), 0
+            others = {modality: [other != index for other in range(len(mm_items))]}
             kwargs = super()._get_cache_missing_processor_kwargs(inputs, others)
         data = super()._apply_hf_processor_main(alone, kwargs)
         read = MultiModalKwargsItems.from_hf_inputs(data, super()._get_mm_fields_config(data, kwargs))
@@ -199,7 +199,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         return result
 
     def _merged(self, inputs: ProcessorInputs, items: Items) -> MultiModalProcessingResult:
-        """What was decided about a request's images and videos, together with what vLLM's cache has."""
+        """vLLM's result of processing: decided items merged with those in vLLM's cache."""
         hashes = {modality: [item.mm_hash for item in of_each] for modality, of_each in items.by_modality.items()}
         are_cached = {modality: [item.cached for item in of_each] for modality, of_each in items.by_modality.items()}
         data: dict[str, list[Any]] = {}
@@ -230,7 +230,7 @@ class PruningProcessor(BaseMultiModalProcessor):
     @override
     def _recompute_cached_prompt_update(self, cached_update: Any, new_item_idx: int) -> Any:
         update = super()._recompute_cached_prompt_update(cached_update, new_item_idx)
-        known, content = cached_update.content, update.content  # which is another if it tells the number
+        known, content = cached_update.content, update.content  # vLLM makes a new one if it depends on the index
         return replace(update, content=replace(known, full=content.full, is_embed=content.is_embed))
 
     @override
@@ -259,10 +259,10 @@ class PruningProcessor(BaseMultiModalProcessor):
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return [unpruned(update) for update in updates]
 
-    def view(self, item: Any, count: int, number: int) -> Image.Image:
-        """What one of ``count`` grids lies over: the image each time, or the frames of a video at equal distances."""
+    def eadaprune_background(self, item: Any, count: int, number: int) -> Image.Image:
+        """The picture under grid ``number`` of ``count``: the image, or of a video a frame at that time."""
         if isinstance(item, dict):
-            item = item["image"]  # of a chunk
+            item = item["image"]  # a vision chunk
         if isinstance(item, Image.Image):
             return item
         frames = item[0] if isinstance(item, tuple) else item
@@ -270,18 +270,18 @@ class PruningProcessor(BaseMultiModalProcessor):
 
 
 def _cache(inputs: ProcessorInputs) -> Any:
-    """vLLM's cache, unless the request has data that goes past it."""
-    passes = any(of_each.get_passthrough_data() for of_each in inputs.mm_data_items.values())
-    return None if passes else inputs.cache
+    """vLLM's processor cache, if it applies: not to requests with passthrough data, as in vLLM."""
+    has_passthrough = any(mm_items.get_passthrough_data() for mm_items in inputs.mm_data_items.values())
+    return None if has_passthrough else inputs.cache
 
 
-def _check_data(modality: str, of_each: Any, index: int) -> None:
+def _check_data(modality: str, mm_items: Any, index: int) -> None:
     """Raises:
-    VLLMValidationError: if an item came by its uuid alone.
+    VLLMValidationError: if an item has a uuid but no data.
     """
-    if of_each[index] is None:
+    if mm_items[index] is None:
         raise VLLMValidationError(
-            f"Cache miss for {modality} at index {index} but data is not provided. What is sent by its uuid alone must "
-            "have been sent before, under the same pruning options.",
+            f"Cache miss for {modality} at index {index} but data is not provided. An item that is sent by its uuid "
+            "alone must have been sent before, with the same pruning options.",
             parameter="messages",
         )

@@ -1,4 +1,4 @@
-"""What vLLM's renderers take along, and what is noted of what they make."""
+"""What happens before and after vLLM renders: options are resolved, and reports are collected."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from eadaprune_vllm.frontend.request_options import Choices, choose, option_sour
 
 
 def chat_extras(renderer: Any, messages: list[Any], prompt_extras: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What vLLM's ``renderer`` takes along with a chat prompt, with the options of all that is pruned resolved."""
+    """vLLM's prompt extras of a chat, with the resolved options of its images and videos."""
     extras = dict(prompt_extras or {})
     kwargs = dict(extras.get("mm_processor_kwargs") or {})
     processor = renderer.mm_processor
@@ -23,35 +23,35 @@ def chat_extras(renderer: Any, messages: list[Any], prompt_extras: Mapping[str, 
     return extras | {"mm_processor_kwargs": kwargs}
 
 
-def rendered(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
-    """Conversations and engine inputs of all ``chats``; what was pruned is noted for the answer."""
+def joined(renderer: Any, chats: Iterable[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
+    """Join the conversations and engine inputs of chats that were rendered one by one, and collect their reports."""
     conversations: list[Any] = []
     prompts: list[Any] = []
     for chat in chats:
         conversations += chat[0]
         prompts += chat[1]
-    note(renderer, prompts)
+    collect_reports(renderer, prompts)
     return conversations, prompts
 
 
-def note(renderer: Any, prompts: Iterable[Any]) -> None:
-    """What was pruned of these engine inputs is told with the answer."""
+def collect_reports(renderer: Any, prompts: Iterable[Any]) -> None:
+    """Add the reports of these engine inputs to the request's context."""
     options = renderer.mm_processor.server_options
     if options.report:
         current().prunings.extend(redacted(options, prompt[KEY]) for prompt in prompts if KEY in prompt)
 
 
 def redacted(server: ServerOptions, pruning: Pruning) -> Pruning:
-    """What of it a client is told."""
+    """The part of it that clients may see."""
     return pruning if server.report_cached else pruning.without_cache()
 
 
 def refuse_options(renderer: Any, prompts: Iterable[Any], prompt_extras: Mapping[str, Any] | None) -> None:
     """Raises:
-    VLLMValidationError: if a request without images or videos says how to prune them.
+    VLLMValidationError: if a request without images or videos has pruning options.
     """
     kwargs = (prompt_extras or {}).get("mm_processor_kwargs") or {}
-    if isinstance(kwargs.get(KEY), Choices):  # resolved: of others of the same request
+    if isinstance(kwargs.get(KEY), Choices):  # resolved options of another prompt of the same request
         return
     given = current().options is not None or KEY in kwargs
     if given and not any(isinstance(prompt, dict) and prompt.get("multi_modal_data") for prompt in prompts):

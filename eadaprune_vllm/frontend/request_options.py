@@ -1,4 +1,4 @@
-"""From what a request says to the options of each of its images and videos."""
+"""From the fields of a request to the options of each of its images and videos."""
 
 from collections.abc import Iterable, Iterator
 from itertools import repeat
@@ -10,7 +10,7 @@ from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.context import RequestContext
 
 HEADER = "X-EAdaPrune-Energy"
-# vLLM's content parts that are of a modality: by type, or by key where the type is missing or a uuid is given.
+# The modality of vLLM's content parts: by type, or by key if there is no type or there is a uuid.
 _TYPES = {
     "image_url": "image",
     "input_image": "image",
@@ -24,23 +24,23 @@ _KEYS = ("image_url", "image_pil", "image_embeds", "video_embeds", "video_url")
 
 
 class Choices(dict[str, tuple[Choice, ...]]):
-    """What was chosen for each image and each video of a prompt, by modality, all modalities present."""
+    """The options of each image and each video of a prompt, by modality. Has an entry for every modality."""
 
-    def along(self, modalities: Iterable[str]) -> Iterator[Choice]:
-        """Those for items of these modalities, in their order. What is neither image nor video is not ours to prune."""
-        left = {modality: iter(items) for modality, items in self.items()}
-        return (next(left.get(modality, _whole)) for modality in modalities)
+    def for_items(self, modalities: Iterable[str]) -> Iterator[Choice]:
+        """The options of items of these modalities, in this order. Other modalities, such as audio, are not pruned."""
+        remaining = {modality: iter(choices) for modality, choices in self.items()}
+        return (next(remaining.get(modality, _unpruned)) for modality in modalities)
 
 
-_whole = repeat(Choice(PruneOptions(enabled=False)))
+_unpruned = repeat(Choice(PruneOptions(enabled=False)))
 
 
 def option_sources(context: RequestContext, processor_kwargs: object) -> list[OptionSource]:
-    """What a request says about all of its images and videos, in order of precedence, the weakest first.
+    """The options of a request that apply to all of its images and videos, in ascending precedence.
 
     Args:
-        context: the request's context.
-        processor_kwargs: ``mm_processor_kwargs`` of the request; our key in it is the offline way to say the same.
+        context: of the request.
+        processor_kwargs: ``mm_processor_kwargs`` of the request, which may have the options too, as offline.
     """
     sources = []
     if context.header is not None:
@@ -54,27 +54,27 @@ def option_sources(context: RequestContext, processor_kwargs: object) -> list[Op
 def choose(
     server: ServerOptions, sources: list[OptionSource], messages: list[Any], item_counts: dict[str, int]
 ) -> Choices:
-    """What is chosen for each image and video in ``messages``, in the order in which vLLM numbers them.
+    """The options of each image and video in ``messages``, in vLLM's order.
 
     Args:
         server: the server's options.
-        sources: what the request says about all of them.
+        sources: options for all of them.
         messages: chat messages; content that is a one-shot iterator is replaced by a list.
-        item_counts: how many of each modality came before, for error messages; those of ``messages`` are added.
+        item_counts: items of each modality before these, for error messages; those of ``messages`` are added.
 
     Raises:
         InvalidOptionsError: naming item, field, value and allowed range.
     """
-    server.resolve(*sources)  # also where there is no image
+    server.resolve(*sources)  # validates them even if there are no images
     parts = list(item_parts(messages))
     reject_misplaced(messages)
-    answers = [
+    assistant_turns = [
         n for n, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"
     ]
-    previous = len(list(item_parts(messages[: max(answers, default=0)])))
+    previous = len(list(item_parts(messages[: max(assistant_turns, default=0)])))
     chosen: dict[str, list[Choice]] = {modality: [] for modality in MODALITIES}
     for number, (modality, part) in enumerate(parts):
-        # OpenAI's detail is in image_url of chat completions, and on the part itself of responses.
+        # OpenAI's detail is in image_url in chat completions, and in the part itself in responses.
         url = part.get("image_url")
         details = [place.get("detail") for place in (url, part) if isinstance(place, dict)]
         detail = next((detail for detail in details if detail is not None), "auto")
@@ -87,7 +87,7 @@ def choose(
 
 
 def item_parts(messages: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The content parts that are images or videos, after their modality, in the order in which vLLM numbers them."""
+    """Modality and content part of each image and video, in vLLM's order."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         if content is None or isinstance(content, str):
@@ -100,21 +100,21 @@ def item_parts(messages: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def option_fields(value: object) -> Iterator[dict[str, Any]]:
-    """The objects anywhere in a JSON value that have our field."""
+    """All objects in a JSON value, at any depth, that have the field ``eadaprune``."""
     stack = [value]
     while stack:
         match stack.pop():
-            case dict() as place:
-                if place.get(KEY) is not None:
-                    yield place
-                stack.extend(place.values())
-            case list() as places:
-                stack.extend(places)
+            case dict() as obj:
+                if obj.get(KEY) is not None:
+                    yield obj
+                stack.extend(obj.values())
+            case list() as array:
+                stack.extend(array)
 
 
 def reject_misplaced(messages: object) -> None:
     """Raises:
-    InvalidOptionsError: if options are given where they do nothing.
+    InvalidOptionsError: if there are options in a place where they would be ignored.
     """
     if not all(map(modality_of, option_fields(messages))):
         raise InvalidOptionsError(
@@ -123,7 +123,7 @@ def reject_misplaced(messages: object) -> None:
 
 
 def modality_of(part: object) -> str | None:
-    """What vLLM, or its Anthropic API, takes a content part for, if that can be pruned."""
+    """The modality of a content part of vLLM's OpenAI or Anthropic API, if it can be pruned."""
     if not isinstance(part, dict):
         return None
     kind = part.get("type")

@@ -1,4 +1,4 @@
-"""Numbers that the front ends of one server share."""
+"""Numbers that the front ends of one server share in memory."""
 
 from pathlib import Path
 
@@ -7,7 +7,12 @@ from numpy.typing import NDArray
 
 
 def table(length: int, shared: Path | None) -> NDArray[np.float64]:
-    """Numbers, all zero, or as other processes left them in the file ``shared``; None if there is only one process."""
+    """An array of numbers, zero at first.
+
+    Args:
+        length: of the array.
+        shared: a file that maps it into the memory of several processes; None if there is only one process.
+    """
     if shared is None:
         return np.zeros(length)
     with shared.open("ab") as file:

@@ -13,16 +13,16 @@ _propagator = TraceContextTextMapPropagator()
 
 
 def trace_pruning(headers: Mapping[str, str] | None, pruning: Pruning) -> Mapping[str, str]:
-    """Record what was done to the images and videos of one prompt: a span with one child per image or video that was
-    not found in a cache, and the stages as its children.
+    """Record the pruning of one prompt: a span with one child per image or video that was not cached, whose children
+    are the stages.
 
     Args:
         headers: the client's trace context, if it sent one.
-        pruning: of a prompt that enters the engine.
+        pruning: of a prompt that is sent to the engine.
 
     Returns:
-        Trace headers for vLLM's own span of the request: the client's, or else those of our span, so that both are of
-        one trace.
+        Trace headers for vLLM's span of the request: the client's, or those of our span, so that both spans are in one
+        trace.
     """
     tracer = trace.get_tracer("eadaprune_vllm")
     now = time.time_ns()

@@ -1,16 +1,16 @@
-"""The endpoints of vLLM's that take images and videos."""
+"""vLLM's endpoints that take images and videos."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One of vLLM's routes that take images and videos, and with them the field. All others refuse it.
+    """One of vLLM's endpoints that take images and videos, and so the field ``eadaprune``. All others reject it.
 
     Attributes:
-        fields: of its bodies, that hold images and videos.
-        reports: whether its answers carry the report. What is rendered is sent on as another request, so that its body
-            stays as it is.
+        fields: of the request body that may have images and videos.
+        reports: whether the response body gets the report. The response of a render endpoint is itself a request, so it
+            is not changed.
     """
 
     fields: tuple[str, ...] = ("messages",)

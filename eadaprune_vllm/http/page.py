@@ -1,4 +1,4 @@
-"""The page at ``/eadaprune``: what pruning keeps of a picture, to look at in a browser. It asks our other routes."""
+"""The page ``/eadaprune``, which shows in a browser what pruning keeps of a picture. It calls our other endpoints."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ PAGE = Path(__file__).with_suffix(".html").read_text("utf-8")
 
 
 def _digest(tag: str) -> str:
-    """What a browser goes by to tell the page's own script, or style, from any other."""
+    """The hash of the page's script, or style, for the content security policy."""
     (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -23,7 +23,7 @@ HEADERS = {
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # another release's page would ask for what this one does not know
+    "Cache-Control": "no-cache",  # the page of another release may not fit these endpoints
 }
 
 router = APIRouter(include_in_schema=False)
@@ -31,7 +31,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get(PATH)
 async def page(request: Request) -> HTMLResponse:
-    """The page, which holds nothing of the server: what it shows, it asks for, with the API key if there is one."""
+    """The page. It has no data of the server: it calls endpoints, with the API key if there is one."""
     if not request.app.state.eadaprune.server_options.page:
         raise HTTPException(404)
     return HTMLResponse(PAGE, headers=HEADERS)
@@ -39,5 +39,5 @@ async def page(request: Request) -> HTMLResponse:
 
 @router.get(f"{PATH}/")
 async def slash() -> RedirectResponse:
-    """To the page. FastAPI's own redirect forgets the path that a proxy cut off."""
+    """Redirect to the page. FastAPI's own redirect drops a path prefix that a proxy strips."""
     return RedirectResponse(f"..{PATH}")

@@ -1,4 +1,4 @@
-"""Entry point ``vllm.endpoint_plugins``: what the plugin adds to vLLM's HTTP API."""
+"""Entry point ``vllm.endpoint_plugins``: our endpoints and routes in vLLM's HTTP server."""
 
 from argparse import Namespace
 from copy import copy
@@ -14,33 +14,34 @@ from eadaprune_vllm.core.options import SELECTOR_NAMES
 from eadaprune_vllm.core.report import Config, Reference
 from eadaprune_vllm.frontend.load import watch_load
 from eadaprune_vllm.http import page, preview
-from eadaprune_vllm.http.route import PruningRoute, documented, takes_options
+from eadaprune_vllm.http.route import PruningRoute, openapi_extra, takes_options
 from eadaprune_vllm.startup.naming import NAME
 
 router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"])
 
 
 class EndpointPlugin:
-    """vLLM's contract of that name: what an active server adds to its application."""
+    """vLLM's protocol of this name."""
 
     name = NAME
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Make a ``PruningRoute`` of every route that takes a JSON body, and add our own."""
-        twins = APIRouter()
+        """Replace every route with a JSON body by a ``PruningRoute``, and add our own routes."""
+        replacements = APIRouter()
         for route in app.routes:
             if isinstance(route, APIRoute) and (route.body_field or takes_options(route)):
-                twin = copy(route)
-                twin.__class__ = PruningRoute  # FastAPI builds the included route of its class
-                twin.openapi_extra = documented(route)
-                twins.routes.append(twin)
-        app.include_router(twins)
+                replacement = copy(route)
+                replacement.__class__ = PruningRoute  # FastAPI makes the included route of the same class
+                replacement.openapi_extra = openapi_extra(route)
+                replacements.routes.append(replacement)
+        app.include_router(replacements)
         app.include_router(router)
         app.include_router(preview.router)
         app.include_router(page.router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Put the processor where endpoints find it, and start to follow the load if thresholds do."""
         state.eadaprune_renderer = engine_client.renderer
         state.eadaprune = engine_client.renderer.mm_processor
         if state.eadaprune.server_options.load_aware:
@@ -49,7 +50,7 @@ class EndpointPlugin:
 
 @router.get("/config")
 async def config(request: Request) -> Config:
-    """The server's pruning options and what it supports."""
+    """The server's pruning options, and which endpoints take them."""
     state = request.app.state
     model = state.eadaprune_renderer.model_config
     return Config(

@@ -1,4 +1,4 @@
-"""``POST /v1/eadaprune/preview``: what pruning would make of the images of a chat request."""
+"""``POST /v1/eadaprune/preview``: what pruning would do to the images and videos of a chat request."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -25,7 +25,7 @@ from eadaprune_vllm.frontend.request_options import HEADER, choose, item_parts, 
 
 
 class OwnRoute(APIRoute):
-    """A route of ours. What is no JSON is refused in vLLM's words: FastAPI's are of another shape."""
+    """A route of ours. It rejects bodies that are not JSON with vLLM's error object, which differs from FastAPI's."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -42,7 +42,7 @@ class OwnRoute(APIRoute):
 
 
 router = APIRouter(prefix="/v1/eadaprune", tags=["EAdaPrune"], route_class=OwnRoute)
-# One at a time: previews take no more than a core from requests, and none of those that send decisions.
+# Previews are drawn one at a time, on a thread that no request needs.
 _drawing = ThreadPoolExecutor(1, "eadaprune-preview")
 
 
@@ -55,7 +55,7 @@ class Message(BaseModel):
 
 
 class PreviewRequest(BaseModel):
-    """Any chat request will do; what concerns generation is not looked at."""
+    """A chat request; fields that concern generation are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -63,22 +63,23 @@ class PreviewRequest(BaseModel):
     messages: list[Message]
     eadaprune: Annotated[Any, WithJsonSchema(request_schema())] = None
     overlay: bool = Field(
-        default=False, description=f"Whether to draw what is kept, of at most {MAX_DETAILED} images and videos."
+        default=False, description=f"Whether to draw what is kept. For at most {MAX_DETAILED} images and videos."
     )
     spectrum: bool = Field(
-        default=False, description=f"Whether to tell the whole spectrum, of at most {MAX_DETAILED} images and videos."
+        default=False,
+        description=f"Whether to include the whole spectrum. For at most {MAX_DETAILED} images and videos.",
     )
 
 
 @router.post("/preview", response_model=Preview, responses={code: {"model": ErrorResponse} for code in (400, 404, 500)})
 async def preview(body: PreviewRequest, request: Request) -> Any:
-    """What pruning would make of the images and videos of a chat request, without generating anything."""
+    """What pruning would do to the images and videos of a chat request. Nothing is generated."""
     return await _preview(body, request) or Response(status_code=499)
 
 
 @with_cancellation  # type: ignore[untyped-decorator]
 async def _preview(body: PreviewRequest, request: Request) -> Response:
-    """What it is, unless the client goes away."""
+    """The response; None if the client disconnects."""
     state = request.app.state
     models = state.openai_serving_models
     if body.model and not models.is_base_model(body.model) and body.model not in models.lora_requests:
@@ -94,37 +95,35 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
         given = extra.get(name)
         if given and not (isinstance(given, dict) and given.keys() == {KEY}):
             raise VLLMValidationError(
-                f"a preview is of images as the server processes them by default: leave {name} out", parameter=name
+                f"previews do not support {name}: they process images with the server's defaults", parameter=name
             )
     check_detailed(choices, overlay=body.overlay, spectrum=body.spectrum)
     fetched = await _fetch(state.eadaprune_renderer.model_config, messages)
     found, items = iter_preview_items(processor, fetched, choices), list[PreviewItem]()
     loop = asyncio.get_running_loop()
-    unasked, remaining = dict[PreviewItem, None](), processor.front_end.decision_client.max_encoder_tokens
+    batch, remaining = dict[PreviewItem, None](), processor.front_end.decision_client.max_encoder_tokens
     while item := await loop.run_in_executor(state.eadaprune_renderer._mm_executor, next, found, None):
         items.append(item)
-        if item.pending.response or item in unasked:
+        if item.pending.response or item in batch:
             continue
-        unasked[item] = None
+        batch[item] = None
         remaining -= item.pending.request.num_placeholders
-        if remaining <= 0:
-            await processor.front_end.decide(
-                [each.pending for each in unasked], "preview"
-            )  # which lets go of their pixels
-            unasked, remaining = {}, processor.front_end.decision_client.max_encoder_tokens
-    await processor.front_end.decide([each.pending for each in unasked], "preview")
-    answer = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
-    return Response(answer, media_type="application/json")
+        if remaining <= 0:  # decide now, which frees the pixels
+            await processor.front_end.decide([each.pending for each in batch], "preview")
+            batch, remaining = {}, processor.front_end.decision_client.max_encoder_tokens
+    await processor.front_end.decide([each.pending for each in batch], "preview")
+    content = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
+    return Response(content, media_type="application/json")
 
 
 def _preview_json(processor: PruningProcessor, items: Sequence[PreviewItem], body: PreviewRequest) -> str:
-    """The answer, which may be long."""
+    """The response's body, which may be long."""
     pruning = previews(processor, items, body.overlay, body.spectrum)
     return Preview.of([redacted(processor.server_options, pruning)]).model_dump_json()
 
 
 async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
-    """The images and videos of a request by modality, under vLLM's own limits."""
+    """The images and videos of a request by modality, within vLLM's own limits."""
     tracker = AsyncMultiModalItemTracker(model_config)
     parser = tracker.create_parser()
     for modality, part in item_parts(messages):
@@ -136,6 +135,6 @@ async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
     try:
         data, _ = await tracker.resolve_items()
     except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError, ArithmeticError) as error:
-        # Decoders raise the last two.
+        # The last two are raised by decoders.
         raise VLLMValidationError(f"an image or video could not be read: {error}", parameter="messages") from None
     return data or {}

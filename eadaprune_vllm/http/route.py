@@ -1,6 +1,6 @@
-"""What HTTP adds to vLLM's own routes: the field and the header in, the report and its headers out.
+"""vLLM's routes with pruning: they read the field and the header of a request, and add the report to its response.
 
-The routes are vLLM's, with their bodies, checks and handlers; only their class is another.
+The routes have vLLM's bodies, checks and handlers; only their class differs.
 """
 
 import re
@@ -25,7 +25,7 @@ from eadaprune_vllm.http.endpoints import ENDPOINTS, Endpoint
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
 KEPT_TOKENS = "X-EAdaPrune-Kept-Tokens"
 _KWARGS = "mm_processor_kwargs"
-# Most bodies do not even hold the word, and may be long. JSON may write its letters as escapes, or in UTF-16.
+# Most bodies do not contain the word, and may be long. JSON may have its letters as escapes, or be in UTF-16.
 _WORD = re.compile(KEY.encode() + rb"|\\u00|\x00")
 _FIRST_EVENT = re.compile(r"^data: \{(\s*\})?", re.MULTILINE)
 
@@ -34,9 +34,9 @@ class PruningRoute(APIRoute):
     """One of vLLM's routes.
 
     Modifications:
-    - the field ``eadaprune`` and the header ``X-EAdaPrune-Energy`` reach the place where options are resolved
-    - a route that takes no options refuses the field
-    - the report goes into body and headers
+    - the field ``eadaprune`` and the header ``X-EAdaPrune-Energy`` are put into the request's context
+    - an endpoint that takes no options rejects the field
+    - the report is added to body and headers of the response
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -50,18 +50,18 @@ class PruningRoute(APIRoute):
                     self._check(body, endpoint)
             if not endpoint:
                 return await handler(request)
-            options = body.pop(KEY, None) if isinstance(body, dict) else None  # vLLM's models may forbid it
+            options = body.pop(KEY, None) if isinstance(body, dict) else None  # vLLM may reject unknown fields
             with request_context(RequestContext(request.headers.get(HEADER), options)) as context:
                 response = await handler(request)
-            if isinstance(response, StreamingResponse):  # which may render more turns, after calls of built-in tools
+            if isinstance(response, StreamingResponse):  # may render further turns, after calls of built-in tools
                 response.body_iterator = in_context(aiter(response.body_iterator), context)
-            return _reported(response, context.report(), in_body=endpoint.reports)
+            return _with_report(response, context.report(), in_body=endpoint.reports)
 
         return handle
 
     def _check(self, body: Any, endpoint: Endpoint | None) -> None:
         """Raises:
-        InvalidOptionsError: if the field is somewhere in the body where it would be ignored.
+        InvalidOptionsError: if the field is in a place where it would be ignored.
         """
         fields = endpoint.fields if endpoint else ()
         if isinstance(body, dict) and not body.keys().isdisjoint(fields):
@@ -70,18 +70,18 @@ class PruningRoute(APIRoute):
                 raise InvalidOptionsError(f"{KEY} does nothing in {_KWARGS} at {self.path}", KEY)
             return
         if isinstance(body, dict) and self.path.endswith("/derender"):
-            body = body | {"chat_request": None}  # is the request as it was rendered, and the field did something then
+            body = body | {"chat_request": None}  # the request that was rendered, with its field
         if any(option_fields(body)):
             raise InvalidOptionsError(f"{KEY} does nothing at {self.path}: this request takes no images or videos", KEY)
 
 
 def takes_options(route: APIRoute) -> bool:
-    """Whether a route takes images and videos. Under some pooling tasks one of their paths takes text only."""
+    """Whether a route takes images and videos. With some pooling tasks an endpoint of the table takes text only."""
     return route.path in ENDPOINTS and _has_fields(route, ENDPOINTS[route.path].fields)
 
 
 def _has_fields(route: APIRoute, fields: Iterable[str]) -> bool:
-    """Whether all of these are fields of the route's bodies, or may be, as nothing is said about them."""
+    """Whether the route's body has all of these fields, or has no model."""
     if not route.body_field:
         return True
     models = list(_models(route.body_field.field_info.annotation))
@@ -89,22 +89,22 @@ def _has_fields(route: APIRoute, fields: Iterable[str]) -> bool:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a type is made of."""
+    """The pydantic models in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
         yield from _models(argument)
 
 
-def documented(route: APIRoute) -> dict[str, Any]:
-    """The ``openapi_extra`` of one of vLLM's routes: what vLLM says there, and what is ours if it takes options."""
+def openapi_extra(route: APIRoute) -> dict[str, Any]:
+    """The ``openapi_extra`` of one of vLLM's routes, with our field, header and report if it takes options."""
     extra = deepcopy(route.openapi_extra or {})
     if takes_options(route):
-        deep_dict_update(extra, _openapi_extra(ENDPOINTS[route.path].reports))
+        deep_dict_update(extra, _own_openapi_extra(ENDPOINTS[route.path].reports))
     return extra
 
 
-def _openapi_extra(reports: bool) -> dict[str, Any]:
+def _own_openapi_extra(reports: bool) -> dict[str, Any]:
     integer = {"schema": {"type": "integer"}}
     response: dict[str, Any] = {"headers": {VISUAL_TOKENS: integer, KEPT_TOKENS: integer}}
     if reports:
@@ -119,7 +119,7 @@ def _openapi_extra(reports: bool) -> dict[str, Any]:
 
 
 def _inline(model: type[Report]) -> dict[str, Any]:
-    """The model's schema without references, which would not resolve where it is put."""
+    """The model's schema without ``$ref``, which would not resolve inside another document."""
     schema = model.model_json_schema()
     (item,) = schema.pop("$defs").values()
     for items in ("images", "videos"):
@@ -128,16 +128,16 @@ def _inline(model: type[Report]) -> dict[str, Any]:
 
 
 async def _json(request: Request) -> Any:
-    """The request's body, parsed once for this route and for FastAPI; None if it is no JSON."""
+    """The request's body, parsed once for this route and for FastAPI; None if it is not JSON."""
     if "json" not in request.headers.get("content-type", "").lower():
         return None
     try:
         return await request.json()
     except (ValueError, RecursionError, ClientDisconnect):
-        return None  # FastAPI says what is wrong with it
+        return None  # FastAPI raises the error
 
 
-def _reported(response: Response, report: Report | None, in_body: bool) -> Response:
+def _with_report(response: Response, report: Report | None, in_body: bool) -> Response:
     """The response with the report of its request, if there is one."""
     if not report or response.status_code != 200:
         return response
@@ -149,7 +149,7 @@ def _reported(response: Response, report: Report | None, in_body: bool) -> Respo
     if isinstance(response, StreamingResponse):
         response.body_iterator = _with_first_event(response.body_iterator, member)
     elif response.media_type == "application/json" and bytes(response.body).endswith(b"}"):
-        # Neither parsed nor rendered again: it may be long.
+        # Inserted as text: parsing and rendering a long body again would take long.
         start = bytes(response.body)[:-1].rstrip()
         comma = "" if start == b"{" else ","
         response.body = start + f"{comma}{member}}}".encode()
@@ -158,10 +158,10 @@ def _reported(response: Response, report: Report | None, in_body: bool) -> Respo
 
 
 async def _with_first_event(chunks: Any, member: str) -> AsyncIterator[Any]:
-    """A stream of server-sent events whose first JSON object has one more member."""
-    waiting = True
+    """A stream of server-sent events with a member added to its first JSON object."""
+    is_added = False
     async for chunk in chunks:
-        if waiting and isinstance(chunk, str) and _FIRST_EVENT.search(chunk):
+        if not is_added and isinstance(chunk, str) and _FIRST_EVENT.search(chunk):
             chunk = _FIRST_EVENT.sub(lambda start: f"data: {{{member}{'}' if start[1] else ','}", chunk, count=1)
-            waiting = False
+            is_added = True
         yield chunk

@@ -12,7 +12,7 @@ from eadaprune_vllm.core.prune import Layout, Newlines
 from eadaprune_vllm.engine.model import Pruned
 from eadaprune_vllm.frontend.processor import PruningProcessor
 
-_TOKEN = 64  # pixels along a side of what a token sees
+_TOKEN = 64  # side of a token, in pixels
 
 
 class PrunedDeepseekOCRProcessor(PruningProcessor, deepseek_ocr.DeepseekOCRMultiModalProcessor):
@@ -25,17 +25,17 @@ class PrunedDeepseekOCRProcessor(PruningProcessor, deepseek_ocr.DeepseekOCRMulti
     dummy_inputs=deepseek_ocr.DeepseekOCRDummyInputsBuilder,
 )
 class PrunedDeepseekOCRForCausalLM(Pruned, deepseek_ocr.DeepseekOCRForCausalLM):
-    """DeepSeek-OCR; pruned where someone asks for it."""
+    """DeepSeek-OCR, pruned only if the operator or a request sets a threshold."""
 
     eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image",)
     eadaprune_takes_embeddings = False  # vLLM's model takes pixels only
-    eadaprune_observes: ClassVar[bool] = False  # tiles and the whole page are encoded apart
+    eadaprune_captures_attention: ClassVar[bool] = False  # tiles and the whole page are encoded apart
     eadaprune_energy: ClassVar[float | None] = 1.0  # pages of text have the lowest rank, and would lose most
 
     @override
     @classmethod
     def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
-        """Tiles as one picture, then the whole; each line ends with a newline, and all with a separator."""
+        """Tiles as one picture, then the whole page; each line ends with a newline, and all end with a separator."""
         columns, rows = data["images_spatial_crop"].tolist()
         sides = [(data["images_crop"].shape[-1], rows, columns)] * (rows * columns > 1)
         sides.append((data["pixel_values"].shape[-1], 1, 1))

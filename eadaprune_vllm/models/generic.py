@@ -1,5 +1,5 @@
-"""Models of vLLM's of which an adapter need know nothing: there is one row per placeholder, and positions are those of
-the tokens. Our classes are made of vLLM's, by the name of the architecture."""
+"""Adapters made from vLLM's class alone, by the name of the architecture. They fit models with one embedding per
+placeholder and without M-RoPE."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -15,14 +15,14 @@ from eadaprune_vllm.engine.model import Pruned
 from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
-class RowPerPlaceholder(Pruned):
-    """Mixin in front of a model of which nothing else is known.
+class EmbedPerPlaceholder(Pruned):
+    """Mixin in front of a model that has no adapter of its own.
 
-    Its pixels tell where tokens are, as far as that shows: the tiles of an image, or the frames of a video, come one
-    after the other and have as many tokens each, and these fill a grid of the same proportions.
+    The layout is derived from the shape of the pixels: the tiles of an image, or the frames of a video, follow each
+    other, have equal numbers of tokens, and these fill a grid with the proportions of the pixels.
     """
 
-    eadaprune_observes: ClassVar[bool] = False
+    eadaprune_captures_attention: ClassVar[bool] = False
     eadaprune_takes_embeddings: ClassVar[bool] = False
 
     @override
@@ -35,14 +35,15 @@ class RowPerPlaceholder(Pruned):
             return Layout.whole(1, num_placeholders)
         length = num_placeholders // tiles
         grid = _grid(length, pixels[0] if pixels.ndim == 4 else pixels)
-        # Of several tiles it is not known where in the image they lie.
+        # Where several tiles are in the image is not known.
         shown = grid and (tiles == 1 or modality == "video")
         part = torch.arange(tiles).repeat_interleave(length)
         return Layout(part, (grid,) * tiles if grid and shown else ((1, num_placeholders),))
 
 
 def _grid(length: int, pixels: torch.Tensor) -> tuple[int, int] | None:
-    """Height and width of the grid that so many tokens of a picture ``[channels, height, width]`` fill, if they do."""
+    """Height and width of the grid that ``length`` tokens of a picture ``[channels, height, width]`` fill; None if they
+    fill none."""
     if pixels.ndim != 3:
         return None
     _, height, width = pixels.shape
@@ -59,8 +60,8 @@ def __getattr__(name: str) -> Any:
     factory = stock._processor_factory
     own = {"__module__": __name__}
     processor = type(f"Pruned{name}Processor", (PruningProcessor, factory.processor), own)
-    reads = {"eadaprune_energy": 1.0} if "OCR" in name.upper() else {}  # pages of text would lose most
-    model = type(f"Pruned{name}", (RowPerPlaceholder, stock), own | reads)
+    ocr = {"eadaprune_energy": 1.0} if "OCR" in name.upper() else {}  # pages of text would lose most
+    model = type(f"Pruned{name}", (EmbedPerPlaceholder, stock), own | ocr)
     registered = MULTIMODAL_REGISTRY.register_processor(processor, info=factory.info, dummy_inputs=factory.dummy_inputs)
     globals().update({processor.__name__: processor, name: registered(model)})
     return model

@@ -32,4 +32,4 @@ class PrunedGlm4vForConditionalGeneration(Glm, UnprunedPositions, glm4_1v.Glm4vF
     PrunedGlm4vProcessor, info=glm4_1v.Glm4vProcessingInfo, dummy_inputs=glm4_1v.Glm4vDummyInputsBuilder
 )
 class PrunedGlm4vMoeForConditionalGeneration(Glm, UnprunedPositions, glm4_1v.Glm4vMoeForConditionalGeneration):
-    """The same of a mixture of experts, GLM-4.5V and GLM-4.6V."""
+    """GLM-4.5V and GLM-4.6V, mixtures of experts, pruned."""

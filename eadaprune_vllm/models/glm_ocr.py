@@ -17,6 +17,6 @@ class PrunedGlmOcrProcessor(PrunedGlm4vProcessor):
     PrunedGlmOcrProcessor, info=glm4_1v.Glm4vProcessingInfo, dummy_inputs=glm4_1v.Glm4vDummyInputsBuilder
 )
 class PrunedGlmOcrForConditionalGeneration(Glm, UnprunedPositions, glm_ocr.GlmOcrForConditionalGeneration):
-    """GLM-OCR; pruned where someone asks for it."""
+    """GLM-OCR, pruned only if the operator or a request sets a threshold."""
 
     eadaprune_energy: ClassVar[float | None] = 1.0  # pages of text have the lowest rank, and would lose most

@@ -1,4 +1,4 @@
-"""Kimi K2.5: vLLM takes images and videos as chunks of one kind, whose frames become one grid of tokens."""
+"""Kimi K2.5: vLLM takes images and videos as vision chunks, whose frames become one grid of tokens."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Kimi-VL (MoonViT's dynamic resolution before a language model of DeepSeek's)."""
+"""Kimi-VL (MoonViT with dynamic resolution, and DeepSeek's language model)."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,13 +13,13 @@ from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
 class KimiTower(Pruned):
-    """Mixin for Kimi's models, whose tokens are merged from groups of neighbouring patches.
+    """Mixin for Kimi's models, which merge groups of neighbouring patches into tokens.
 
     Attributes:
-        eadaprune_grid: what they call the number of patches along each side.
+        eadaprune_grid: name of the field with the number of patches along each side.
     """
 
-    eadaprune_observes: ClassVar[bool] = False
+    eadaprune_captures_attention: ClassVar[bool] = False
     eadaprune_takes_embeddings: ClassVar[bool] = False
     eadaprune_grid: ClassVar[str]
 

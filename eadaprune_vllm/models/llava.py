@@ -16,10 +16,10 @@ from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
 class LlavaTower(Pruned):
-    """Mixin for models with LLaVA's tower.
+    """Mixin for models with LLaVA's vision tower.
 
     Modifications:
-    - budget and selection go by what the projector is fed with
+    - budget and selection use the input of the projector
     """
 
     eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -28,17 +28,18 @@ class LlavaTower(Pruned):
     def eadaprune_has_cls(self) -> bool:  # type: ignore[override]
         return bool(self.config.vision_config.model_type == "clip_vision_model")
 
-    def eadaprune_patches(self, attention: torch.Tensor, tiles: int) -> torch.Tensor:
-        """The attention that the tokens of each tile draw, ``[T, N]``: a CLS token may not be one of them."""
-        of_each = attention.view(tiles, -1)
-        return of_each[:, int(self.config.vision_feature_select_strategy == "default") :]
+    def eadaprune_patch_attention(self, attention: torch.Tensor, tiles: int) -> torch.Tensor:
+        """The attention that the patches of each tile receive, ``[T, N]``, without that of a CLS token."""
+        per_tile = attention.view(tiles, -1)
+        return per_tile[:, int(self.config.vision_feature_select_strategy == "default") :]
 
 
 class PrunedLlavaProcessor(PruningProcessor, llava.LlavaMultiModalProcessor):
     """LLaVA-1.5's processor, pruning."""
 
-    def view(self, item: Any, count: int, number: int) -> Image.Image:
-        return draw.seen(self.info.get_hf_processor().image_processor, item)
+    @override
+    def eadaprune_background(self, item: Any, count: int, number: int) -> Image.Image:
+        return draw.preprocessed(self.info.get_hf_processor().image_processor, item)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -49,7 +50,7 @@ class PrunedLlavaForConditionalGeneration(LlavaTower, llava.LlavaForConditionalG
 
     @override
     def eadaprune_encode(self, modality: str, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        if "pixel_values" not in kwargs:  # a client's own embeddings
+        if "pixel_values" not in kwargs:  # a client's embeddings
             return super().eadaprune_encode(modality, **kwargs)
         features = self._process_image_pixels(self._parse_and_validate_image_input(**kwargs))
         return list(self.multi_modal_projector(features)), list(features)
@@ -63,4 +64,4 @@ class PrunedLlavaForConditionalGeneration(LlavaTower, llava.LlavaForConditionalG
 
     @override
     def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
-        return self.eadaprune_patches(attention, tiles=1)[0]
+        return self.eadaprune_patch_attention(attention, tiles=1)[0]

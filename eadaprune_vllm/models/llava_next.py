@@ -1,8 +1,7 @@
 """LLaVA-NeXT (LLaVA-1.5's tower over tiles of the image, per-token projector).
 
-Unlike research code that prunes this model, which drops the removal of padding and the newlines, the layout is the
-model's own: pruning takes tokens out of the sequence that stock vLLM makes, and a newline stays while its line keeps
-any token.
+Tokens are pruned from the sequence that stock vLLM makes: padding is removed, and a newline is kept if its line keeps a
+token. (Research code for this model keeps padding and has no newlines.)
 """
 
 from collections.abc import Mapping
@@ -22,30 +21,32 @@ from eadaprune_vllm.models.llava import LlavaTower
 
 
 class Tiled(LlavaTower):
-    """Mixin for models that see an image whole and, if there are any, in tiles.
+    """Mixin for models that encode an image as a whole and in tiles.
 
-    vLLM's own function arranges them: it is given NaN for the newline, so that newlines can be told from tokens.
+    vLLM's own function arranges the tokens. It gets NaN for the newline, so that newlines can be told from tokens.
     """
 
-    eadaprune_takes_embeddings = False  # they do not say where lines of the picture end
-    newline_is_argument: ClassVar[bool] = False  # of vLLM's function, which finds it on the model otherwise
+    eadaprune_takes_embeddings = False  # without pixels it is not known where lines end
+    newline_is_argument: ClassVar[bool] = False  # whether vLLM's function takes the newline as an argument
 
     @classmethod
-    def arranged(cls, config: Any, of_tiles: torch.Tensor, image_size: torch.Tensor) -> torch.Tensor:
-        """Args:
+    def arranged(cls, config: Any, tiles: torch.Tensor, image_size: torch.Tensor) -> torch.Tensor:
+        """The tokens of tiles in the order of the prompt, with newlines.
+
+        Args:
             config: of the model.
-            of_tiles: ``[T, N, C]``.
+            tiles: ``[T, N, C]``.
             image_size: height and width of the image.
 
         Returns:
             ``[placeholders, C]``, in the order of the prompt, NaN for newlines.
         """
-        newline = of_tiles.new_full(of_tiles.shape[-1:], torch.nan)
+        newline = tiles.new_full(tiles.shape[-1:], torch.nan)
         argument = {"image_newline": newline} if cls.newline_is_argument else {}
         merged: torch.Tensor = cls._merge_image_patch_embeddings(
             SimpleNamespace(config=config, image_newline=newline),
             image_size,
-            of_tiles,
+            tiles,
             strategy="spatial_unpad",
             **argument,
         )
@@ -60,8 +61,8 @@ class Tiled(LlavaTower):
             height, width = get_anyres_image_grid_shape(
                 image_size.tolist(), config.image_grid_pinpoints, vision.image_size
             )
-        # Row and column apart, so that interpolation between tiles does not make up a third one. A batch may have
-        # been padded with more tiles.
+        # Row and column are separate channels, so that interpolation between tiles makes no number of another tile. The
+        # image may have padding tiles of its batch.
         place = torch.tensor([(-1.0, -1.0), *((r, c) for r in range(height) for c in range(width))])
         places = place[:tiles, None].expand(-1, side**2, -1)
         rows, columns = cls.arranged(config, places, image_size).unbind(-1)
@@ -71,7 +72,7 @@ class Tiled(LlavaTower):
         grids = [(side, side)]
         if tiles > 1:
             line[: side**2] = -1
-            # Of a very thin image nothing but its padding may be left.
+            # Of a very thin image there may be no tokens but padding.
             if unpadded := len(line) - side**2:
                 lines = int(mask.sum())
                 grids.append((lines, unpadded // lines))
@@ -79,7 +80,7 @@ class Tiled(LlavaTower):
 
     @override
     def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
-        tiles = self.eadaprune_patches(attention, len(data["pixel_values"]))
+        tiles = self.eadaprune_patch_attention(attention, len(data["pixel_values"]))
         merged = self.arranged(self.config, tiles[..., None], data["image_sizes"])[:, 0]
         return merged[~merged.isnan()]
 
@@ -97,16 +98,15 @@ class PrunedLlavaNextForConditionalGeneration(Tiled, llava_next.LlavaNextForCond
     @override
     def eadaprune_encode(self, modality: str, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         tiles = [*kwargs["pixel_values"]]
-        counts = [len(of_image) for of_image in tiles]
+        counts = [len(image) for image in tiles]
         features = self._image_pixels_to_features(self.vision_tower, torch.cat(tiles))
         projected = self.multi_modal_projector(features).split(counts)
         sizes = kwargs["image_sizes"]
-        rows = [
-            self._merge_image_patch_embeddings(size, of_image, strategy="spatial_unpad")
-            for size, of_image in zip(sizes, projected, strict=True)
+        embeds = [
+            self._merge_image_patch_embeddings(size, image, strategy="spatial_unpad")
+            for size, image in zip(sizes, projected, strict=True)
         ]
         arranged = [
-            self.arranged(self.config, of_image, size)
-            for size, of_image in zip(sizes, features.split(counts), strict=True)
+            self.arranged(self.config, image, size) for size, image in zip(sizes, features.split(counts), strict=True)
         ]
-        return rows, [merged[~merged[:, 0].isnan()] for merged in arranged]
+        return embeds, [merged[~merged[:, 0].isnan()] for merged in arranged]

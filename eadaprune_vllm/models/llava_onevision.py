@@ -1,6 +1,6 @@
 """LLaVA-OneVision (SigLIP tower over tiles or frames, then a projector, then interpolation or pooling).
 
-What comes after the projector mixes tokens, so budget and selection go by the rows that come of it.
+Interpolation and pooling mix tokens after the projector, so budget and selection use the final embeddings.
 """
 
 from collections.abc import Mapping
@@ -47,6 +47,6 @@ class PrunedLlavaOnevisionForConditionalGeneration(Tiled, llava_onevision.LlavaO
     def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         if modality == "image":
             return super().eadaprune_token_scores(modality, data, attention)
-        frames = self.eadaprune_patches(attention, len(data["pixel_values_videos"]))
+        frames = self.eadaprune_patch_attention(attention, len(data["pixel_values_videos"]))
         pooled: torch.Tensor = self.apply_pooling(frames[..., None])
         return pooled.flatten()

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision 2 (Qwen2-VL's patches, merged four to a token, before a language model of Qwen3's without M-RoPE)."""
+"""LLaVA-OneVision 2 (Qwen2-VL's patches, four merged into a token, and Qwen3's language model without M-RoPE)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,13 +30,13 @@ class PrunedLlavaOnevision2ForConditionalGeneration(
     @override
     @classmethod
     def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
-        if modality == "video":  # of which each frame has a grid of its own, all of one size
-            of_frames = data["video_grid_thw"]
-            grid = torch.cat([of_frames[:, :1].sum(0), of_frames[0, 1:]])
+        if modality == "video":  # each frame has a grid, all of one size
+            grids = data["video_grid_thw"]
+            grid = torch.cat([grids[:, :1].sum(0), grids[0, 1:]])
             data = {**data, "video_grid_thw": grid}
         return super().eadaprune_layout(config, modality, data, num_placeholders)
 
     @override
     @classmethod
-    def eadaprune_row_width(cls, config: Any) -> int:
+    def eadaprune_embed_width(cls, config: Any) -> int:
         return int(config.text_config.hidden_size)

@@ -1,6 +1,6 @@
-"""MiniCPM-V 4.6 (slices of an image after the whole of it, and a language model of Qwen3.5's).
+"""MiniCPM-V 4.6 (an image as a whole and in slices, and Qwen3.5's language model).
 
-That has M-RoPE, but vLLM, as the model was trained, numbers tokens one after the other: those that are left, then.
+The language model has M-RoPE, but was trained with consecutive positions, which is how vLLM numbers the kept tokens.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from eadaprune_vllm.frontend.processor import PruningProcessor
 class MiniCPM(Pruned):
     """Mixin for MiniCPM-V's models from 4.6 on."""
 
-    eadaprune_observes: ClassVar[bool] = False
+    eadaprune_captures_attention: ClassVar[bool] = False
     eadaprune_takes_embeddings: ClassVar[bool] = False
 
     @override
@@ -28,14 +28,14 @@ class MiniCPM(Pruned):
         pictures = len(data["video_image_sizes"]) if modality == "video" else 1
         grids = slices(modality, data)
         part = torch.arange(len(grids)).repeat_interleave(torch.tensor([height * width for height, width in grids]))
-        # Where in a picture its slices lie is not said.
+        # Where the slices are in the picture is not known.
         return Layout(part, grids if len(grids) == pictures else ((1, num_placeholders),))
 
 
 def slices(modality: str, data: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Height and width, in tokens, of what an image or the frames of a video are seen in."""
+    """Height and width, in tokens, of the slices of an image, or of the frames of a video."""
     prefix = "video_" if modality == "video" else ""
-    merged = 4 if data[f"{prefix}use_vit_merger"] else 2  # as the request may say
+    merged = 4 if data[f"{prefix}use_vit_merger"] else 2  # a request may choose
     return tuple((height, width) for height, width in (data[f"{prefix}tgt_sizes"] // merged).tolist())
 
 

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.7 (4.6 with M-RoPE: the slices of an image share a canvas with the whole of it)."""
+"""MiniCPM-V 4.7 (4.6 with M-RoPE: the slices of an image and the whole image share a canvas)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,8 +39,8 @@ class PrunedMiniCPMV4_7ForConditionalGeneration(
     @classmethod
     def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
         layout = super().eadaprune_layout(config, modality, data, num_placeholders)
-        # A canvas takes fewer positions; but of prompts whose text has tokens of slices, vLLM numbers all tokens.
-        return replace(layout, extent=num_placeholders)
+        # A canvas spans fewer positions; but vLLM numbers all tokens if the text of a prompt has tokens of slices.
+        return replace(layout, mrope_span=num_placeholders)
 
     @override
     def eadaprune_frames(self, modality: str, data: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -49,5 +49,5 @@ class PrunedMiniCPMV4_7ForConditionalGeneration(
 
     @override
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
-        # Without a canvas vLLM numbers tokens one after the other: those that are left, then.
+        # Without a canvas vLLM numbers the kept tokens consecutively.
         return super().get_mrope_input_positions(input_tokens, mm_features if self._uses_canvas_mrope else [])

@@ -1,6 +1,6 @@
 """Mistral's models: in Hugging Face's format (Mistral 3), and in Mistral's own (Pixtral, Mistral Small 3.1 and later).
 
-Of the latter Mistral's library writes all tokens of each image into the prompt before vLLM sees it.
+For the latter, Mistral's library writes all tokens of each image into the prompt before vLLM sees it.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from vllm.model_executor.models import mistral3, pixtral
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eadaprune_vllm.core.prune import Layout
-from eadaprune_vllm.engine.model import Pruned, of_squares
+from eadaprune_vllm.engine.model import Pruned, pool_attention
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
 class PixtralTower(Pruned):
-    """Mixin for Mistral's models. Their tower sees patches line by line, of which squares are merged into tokens.
+    """Mixin for Mistral's models. Their tower has patches line by line, and squares of them are merged into tokens.
 
     Attributes:
-        eadaprune_pixels: what they call the pixels of an image.
+        eadaprune_pixels: name of the field with the pixels of an image.
     """
 
     eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -29,21 +29,21 @@ class PixtralTower(Pruned):
     eadaprune_pixels: ClassVar[str]
 
     @classmethod
-    def eadaprune_merged(cls, config: Any) -> int:
+    def eadaprune_merge_size(cls, config: Any) -> int:
         """The side of these squares, in patches."""
         return int(config.spatial_merge_size)
 
     @override
     @classmethod
     def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
-        token = config.vision_config.patch_size * cls.eadaprune_merged(config)
+        token = config.vision_config.patch_size * cls.eadaprune_merge_size(config)
         _, height, width = data[cls.eadaprune_pixels].shape
         return Layout.whole(height // token, width // token)
 
     @override
     def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         ((rows, columns),) = self.eadaprune_layout(self.config, modality, data, 0).grids
-        return of_squares(attention, rows, columns, self.eadaprune_merged(self.config))
+        return pool_attention(attention, rows, columns, self.eadaprune_merge_size(self.config))
 
 
 class PrunedMistral3Processor(PruningProcessor, mistral3.Mistral3MultiModalProcessor):
@@ -63,7 +63,7 @@ class PrunedPixtralProcessor(PruningProcessor, pixtral.PixtralMultiModalProcesso
     """Pixtral's processor, pruning.
 
     Modifications:
-    - of an image's tokens in the prompt, only those that are left stay there
+    - the tokens of an image in the prompt are replaced by those that are kept
     """
 
     @override
@@ -73,15 +73,15 @@ class PrunedPixtralProcessor(PruningProcessor, pixtral.PixtralMultiModalProcesso
     @override
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         processor = self.info.get_hf_processor()
-        left, rest = [], list(mm_res.prompt_ids)
+        pruned, rest = [], list(mm_res.prompt_ids)
         for (update,) in mm_res.prompt_updates.get("image", ()):
             if processor.image_token_id not in rest:
-                break  # what is missing vLLM will say
+                break  # vLLM raises the error
             start = rest.index(processor.image_token_id)
-            end = rest.index(processor.image_end_id, start)  # of a prompt that was cut, the first may be another's
-            left += [*rest[:start], *update.content.full]
+            end = rest.index(processor.image_end_id, start)  # a truncated prompt may begin with another image's end
+            pruned += [*rest[:start], *update.content.full]
             rest = rest[end + 1 :]
-        return super()._maybe_apply_prompt_updates(mm_items, mm_res._replace(prompt_ids=left + rest))
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res._replace(prompt_ids=pruned + rest))
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -94,5 +94,5 @@ class PrunedPixtralForConditionalGeneration(PixtralTower, pixtral.PixtralForCond
 
     @override
     @classmethod
-    def eadaprune_merged(cls, config: Any) -> int:
+    def eadaprune_merge_size(cls, config: Any) -> int:
         return int(getattr(config.vision_config, "spatial_merge_size", 1))

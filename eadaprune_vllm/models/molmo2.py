@@ -1,4 +1,4 @@
-"""Molmo 2 (a picture whole and in finer patches that overlapping crops were seen in; a language model of Qwen3's)."""
+"""Molmo 2 (an image as a whole and as a finer picture made of overlapping crops, and Qwen3's language model)."""
 
 import math
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ class PrunedMolmo2Processor(PruningProcessor, molmo2.Molmo2MultiModalProcessor):
 class PrunedMolmo2ForConditionalGeneration(Pruned, molmo2.Molmo2ForConditionalGeneration):
     """Molmo 2, pruned."""
 
-    eadaprune_observes: ClassVar[bool] = False  # the attention of crops, which overlap, before they are pooled
+    eadaprune_captures_attention: ClassVar[bool] = False  # crops overlap, and are pooled after the tower
     eadaprune_takes_embeddings: ClassVar[bool] = False  # vLLM's model takes pixels only
 
     @override
     @classmethod
     def eadaprune_layout(cls, config: Any, modality: str, data: Mapping[str, Any], num_placeholders: int) -> Layout:
-        """vLLM's placeholders are those of pooled patches, and tokens of text that begin and end each picture, and
-        may end its lines."""
+        """vLLM's placeholders are pooled patches, and text tokens that begin and end each picture, and may end its
+        lines."""
         ids = data[f"{modality}_tokens"]
         mask = ids != config.image_patch_id
         ends = (ids == config.image_end_token_id) | (ids == config.frame_end_token_id)
@@ -40,6 +40,6 @@ class PrunedMolmo2ForConditionalGeneration(Pruned, molmo2.Molmo2ForConditionalGe
         grids = []
         for number, length in enumerate(part.bincount().tolist()):
             lines = torch.unique(line[part == number])
-            height = math.isqrt(length) if lines[0] < 0 else len(lines)  # what is seen whole is a square
+            height = math.isqrt(length) if lines[0] < 0 else len(lines)  # the image as a whole is a square
             grids.append((height, length // height))
         return Layout(part, tuple(grids), Newlines(mask, line))

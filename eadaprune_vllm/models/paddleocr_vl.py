@@ -8,7 +8,7 @@ from typing_extensions import override
 from vllm.model_executor.models import paddleocr_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.engine.model import UnprunedPositions, of_squares
+from eadaprune_vllm.engine.model import UnprunedPositions, pool_attention
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 
@@ -25,7 +25,7 @@ class PrunedPaddleOCRVLProcessor(PruningProcessor, paddleocr_vl.PaddleOCRVLMulti
 class PrunedPaddleOCRVLForConditionalGeneration(
     QwenTower, UnprunedPositions, paddleocr_vl.PaddleOCRVLForConditionalGeneration
 ):
-    """PaddleOCR-VL; pruned where someone asks for it."""
+    """PaddleOCR-VL, pruned only if the operator or a request sets a threshold."""
 
     eadaprune_modalities: ClassVar[tuple[str, ...]] = ("image",)
     eadaprune_takes_embeddings = False  # vLLM's model takes pixels only
@@ -33,6 +33,6 @@ class PrunedPaddleOCRVLForConditionalGeneration(
 
     @override
     def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
-        _, height, width = data["image_grid_thw"].tolist()  # the tower goes along whole lines of patches
+        _, height, width = data["image_grid_thw"].tolist()  # the tower has patches line by line
         merged = self.config.vision_config.spatial_merge_size
-        return of_squares(attention, height // merged, width // merged, merged)
+        return pool_attention(attention, height // merged, width // merged, merged)

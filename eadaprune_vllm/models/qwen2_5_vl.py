@@ -31,7 +31,7 @@ class PrunedQwen2_5_VLForConditionalGeneration(
     @override
     def eadaprune_token_scores(self, modality: str, data: Mapping[str, Any], attention: torch.Tensor) -> torch.Tensor:
         vision = self.config.vision_config
-        order, _ = get_vision_window_index(  # that the tower's blocks see the tokens in
+        order, _ = get_vision_window_index(  # the order of tokens in the tower's blocks
             data[f"{modality}_grid_thw"][None],
             spatial_merge_size=vision.spatial_merge_size,
             window_size=vision.window_size,

@@ -15,7 +15,7 @@ from eadaprune_vllm.frontend.processor import PruningProcessor
 
 
 class QwenTower(Pruned):
-    """Mixin for Qwen-VL models. Their tokens are merged from groups of neighbouring patches."""
+    """Mixin for Qwen-VL models, which merge groups of neighbouring patches into tokens."""
 
     @override
     @classmethod
@@ -25,22 +25,22 @@ class QwenTower(Pruned):
         height, width = (side // vision.spatial_merge_size for side in sides)
         embeddings = data.get(f"{modality}_embeds")
         if embeddings is not None:
-            due = frames * height * width, cls.eadaprune_row_width(config)
-            if embeddings.shape != due or min(frames, height, width) < 1 or (modality == "image" and frames > 1):
+            expected = frames * height * width, cls.eadaprune_embed_width(config)
+            if embeddings.shape != expected or min(frames, height, width) < 1 or (modality == "image" and frames > 1):
                 raise ValueError(
-                    f"embeddings of shape {tuple(embeddings.shape)} do not go with a grid of {frames} x {sides[0]} x "
+                    f"embeddings of shape {tuple(embeddings.shape)} do not fit a grid of {frames} x {sides[0]} x "
                     f"{sides[1]}"
                 )
         part = torch.arange(frames).repeat_interleave(height * width)
-        # Positions go on after the longest side of every frame; in Qwen2.5-VL they also go with time.
+        # A frame spans as many positions as its longest side; in Qwen2.5-VL positions also advance with time.
         speed = getattr(vision, "tokens_per_second", 1)
         seconds = float(data.get("second_per_grid_ts", 1))
-        extent = max(frames * max(height, width), math.ceil((frames - 1) * seconds * speed) + max(height, width))
-        return Layout(part, ((height, width),) * frames, extent=extent)
+        mrope_span = max(frames * max(height, width), math.ceil((frames - 1) * seconds * speed) + max(height, width))
+        return Layout(part, ((height, width),) * frames, mrope_span=mrope_span)
 
     @classmethod
-    def eadaprune_row_width(cls, config: Any) -> int:
-        """How many numbers the language model is fed with for each token."""
+    def eadaprune_embed_width(cls, config: Any) -> int:
+        """Width of an embedding, ``W``."""
         return int(config.vision_config.out_hidden_size)
 
     @override
@@ -60,5 +60,5 @@ class PrunedQwen2VLForConditionalGeneration(QwenTower, UnprunedPositions, qwen2_
 
     @override
     @classmethod
-    def eadaprune_row_width(cls, config: Any) -> int:
+    def eadaprune_embed_width(cls, config: Any) -> int:
         return int(config.vision_config.hidden_size)

@@ -1,6 +1,6 @@
 """Qwen3.5, dense and mixture of experts (Qwen3-VL without DeepStack, before layers most of which are Gated DeltaNet's).
 
-Those layers have a state instead of a KV cache, and no positions: to them a pruned prompt is a shorter one.
+Those layers have a state instead of a KV cache, and no positions: for them a pruned prompt is just a shorter one.
 """
 
 from vllm.config import VllmConfig
@@ -34,7 +34,7 @@ class PrunedQwen3_5ForConditionalGeneration(QwenTower, UnprunedPositions, qwen3_
 class PrunedQwen3_5MoeForConditionalGeneration(
     QwenTower, UnprunedPositions, qwen3_5.Qwen3_5MoeForConditionalGeneration
 ):
-    """The same of a mixture of experts."""
+    """Qwen3.5 as a mixture of experts, pruned."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
         with more_positions(qwen3_5):

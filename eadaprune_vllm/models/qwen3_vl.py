@@ -19,17 +19,17 @@ class Qwen3Tower(QwenTower):
     """Mixin for Qwen3-VL models.
 
     Modifications:
-    - budget and selection go by what the merger makes of a token; what each DeepStack level adds follows in its row
+    - budget and selection use the output of the merger, without the DeepStack levels, which follow in each embedding
     """
 
     @override
     @classmethod
-    def eadaprune_row_width(cls, config: Any) -> int:
-        return super().eadaprune_row_width(config) * (1 + len(config.vision_config.deepstack_visual_indexes))
+    def eadaprune_embed_width(cls, config: Any) -> int:
+        return super().eadaprune_embed_width(config) * (1 + len(config.vision_config.deepstack_visual_indexes))
 
     @override
-    def eadaprune_features(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows[:, : self.config.vision_config.out_hidden_size]
+    def eadaprune_features(self, embeds: torch.Tensor) -> torch.Tensor:
+        return embeds[:, : self.config.vision_config.out_hidden_size]
 
 
 class PrunedQwen3VLProcessor(PruningProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
@@ -38,8 +38,8 @@ class PrunedQwen3VLProcessor(PruningProcessor, qwen3_vl.Qwen3VLMultiModalProcess
 
 @contextmanager
 def more_positions(module: Any) -> Iterator[None]:
-    """While open, models that are built have a table of rotary embeddings that reaches further. vLLM sizes it for
-    positions below the number of tokens, but those of kept tokens are not; 4 is its factor for prunings of its own."""
+    """Context manager: models built meanwhile have a larger table of rotary embeddings. vLLM's has as many positions as
+    a prompt has tokens, but kept tokens have larger positions. 4 is vLLM's factor for its own pruning of videos."""
     original = module.mrope_positions_factor
     module.mrope_positions_factor = lambda _: 4
     try:
@@ -65,7 +65,7 @@ class PrunedQwen3VLForConditionalGeneration(Qwen3Tower, UnprunedPositions, qwen3
 class PrunedQwen3VLMoeForConditionalGeneration(
     Qwen3Tower, UnprunedPositions, qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration
 ):
-    """The same of a mixture of experts."""
+    """Qwen3-VL as a mixture of experts, pruned."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with more_positions(qwen3_vl_moe):

@@ -1,1 +1,1 @@
-"""Where functions of vLLM are wrapped or replaced: one file for each place, of one process."""
+"""Patches of vLLM: where its functions are wrapped or replaced. Each file is about one place, in one process."""

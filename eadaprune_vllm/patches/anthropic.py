@@ -1,4 +1,4 @@
-"""``/v1/messages``: options on its images, which vLLM's models of that API would drop."""
+"""``/v1/messages``: pruning options of its images, which vLLM's models of that API would drop."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def install() -> None:
     ) -> None:
         parts, messages = len(content_parts), len(openai_messages)
         original(cls, block, role, content_parts, tool_calls, reasoning_parts, openai_messages)
-        # A block is one part of this message; the images in a tool's result become a message of their own.
+        # A block is one part of this message. The images in a tool result become a separate message.
         blocks = block.content if isinstance(block.content, list) else []
         sources = (
             [block.model_extra or {}] if block.type == "image" else [b for b in blocks if b.get("type") == "image"]
@@ -40,15 +40,15 @@ def install() -> None:
         added = [*content_parts[parts:], *(part for m in openai_messages[messages:] for part in m["content"])]
         images = [part for part in added if isinstance(part, dict) and part["type"] == "image_url"]
         if len(images) != len(sources):
-            raise VLLMValidationError(f"{KEY} on an image without data", parameter=KEY)
+            raise VLLMValidationError(f"an image with {KEY} has no data", parameter=KEY)
         for image, source in zip(images, sources, strict=True):
             if KEY in source:
                 image[KEY] = source[KEY]
 
-    # This renders other texts than the client's while serving it, and remembers whether that went well.
+    # vLLM renders a prompt of its own here during the client's request, and caches whether that failed.
     @wrap(
         f"{_SERVING}:DisabledThinkingEffortResolver._render_probe_prompt",
-        optional="options of a /v1/messages request that switches thinking off may change what that means",
+        optional="pruning options of a /v1/messages request that disables thinking may fail vLLM's probe of a template",
     )
     async def render_probe_prompt(original: Any, resolver: Any, effort: Any) -> Any:
         with request_context(RequestContext()):

@@ -1,4 +1,4 @@
-"""``/v2/embed``: options and ``detail`` of its images, which vLLM's models of that API would drop."""
+"""``/v2/embed``: pruning options and ``detail`` of its images, which vLLM's models of that API would drop."""
 
 from typing import Any
 
@@ -17,6 +17,6 @@ def install() -> None:
     def mixed_input_to_messages(original: Any, inp: Any, **kwargs: Any) -> Any:
         messages = original(inp, **kwargs)
         for content, part in zip(inp.content, messages[-1]["content"], strict=True):
-            said = {**(content.image_url or {}), **(content.model_extra or {})}
-            part.update({name: said[name] for name in (KEY, "detail") if name in said})
+            fields = {**(content.image_url or {}), **(content.model_extra or {})}
+            part.update({name: fields[name] for name in (KEY, "detail") if name in fields})
         return messages

@@ -1,4 +1,4 @@
-"""``--plugin`` and ``--eadaprune-*`` on whatever command line vLLM builds from its engine arguments."""
+"""``--plugin`` and ``--eadaprune-*`` on every command line that has vLLM's engine arguments."""
 
 import sys
 from typing import Any
@@ -10,13 +10,13 @@ _LOST = "--plugin and --eadaprune-* are not available"
 
 
 def install() -> None:
-    """Warns where others fail: a vLLM that we do not know must not suffer from a package that is merely installed."""
+    """All of it is optional: a package that is merely installed must not stop an unsupported vLLM."""
 
     @wrap("vllm.engine.arg_utils:EngineArgs.add_cli_args", optional=_LOST)
     def add_cli_args(original: Any, parser: Any) -> Any:
         parser = original(parser)
         add_flags(parser)
-        # `vllm serve` has imported it by now; elsewhere it is not used, and too slow to import.
+        # Only `vllm serve` uses the supervisor, and has imported it by now; importing it here would be slow.
         if "vllm.entrypoints.launchers.dp_supervisor" in sys.modules:
             _install_supervisor()
         return parser
@@ -28,8 +28,8 @@ def install() -> None:
 
 
 def _install_supervisor() -> None:
-    """The data-parallel supervisor passes the command line on to its children without turning it into engine
-    arguments, and the children load no plugin before they do that."""
+    """The data-parallel supervisor passes the command line to its children without making engine arguments of it, and
+    the children load plugins only after they have made theirs."""
 
     @wrap(
         "vllm.entrypoints.launchers.dp_supervisor:DPSupervisor.__init__",

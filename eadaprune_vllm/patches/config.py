@@ -1,4 +1,4 @@
-"""vLLM's configuration, checked and completed, and the front end in every process that has a renderer."""
+"""vLLM's configuration is checked and completed, and every process with a renderer gets a front end."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def install() -> None:
     ) -> Any:
         from vllm.usage.usage_lib import UsageContext
 
-        # vLLM would hand our key to the image processor, so it travels as an attribute of the config instead.
+        # vLLM would pass our key to the image processor, so it becomes an attribute of the configuration instead.
         given = engine_args.mm_processor_kwargs
         ours = (given or {}).get(KEY)
         if isinstance(ours, dict) and ours.get("any_model"):

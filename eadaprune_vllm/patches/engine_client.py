@@ -1,4 +1,4 @@
-"""vLLM's clients of engines: the front end is connected, and learns what engines say of the reference pictures."""
+"""vLLM's engine clients: the front end is connected to them, and gets the spectra of the reference pictures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,12 @@ from eadaprune_vllm.frontend.engine_client import lock
 from eadaprune_vllm.patching import wrap
 from eadaprune_vllm.startup import configuration
 
-_READY_CURVES = "_eadaprune_ready_curves"
+_CURVES = "_eadaprune_curves"
 
 
 def install() -> None:
     for path in ("SyncMPClient._send_input", "InprocClient.get_output"):
-        wrap(f"vllm.v1.engine.core_client:{path}")(_alone)
+        wrap(f"vllm.v1.engine.core_client:{path}")(_locked)
 
     for path in ("async_llm:AsyncLLM", "llm_engine:LLMEngine"):
 
@@ -31,25 +31,25 @@ def install() -> None:
     @wrap("vllm.v1.engine.core_client:MPClient._apply_ready_response")
     def apply_ready_response(original: Any, client: Any, payload: bytes) -> None:
         original(client, payload)
-        take_curves(client, msgspec.msgpack.decode(payload))
+        receive_curves(client, msgspec.msgpack.decode(payload))
 
 
-def _alone(original: Any, client: Any, *args: Any, **kwargs: Any) -> Any:
-    """LLM.embed and its like render, and ask, on a thread of their own while another one steps the engine. What is not
-    made for two threads, a socket or an engine in this process, is of one at a time."""
+def _locked(original: Any, client: Any, *args: Any, **kwargs: Any) -> Any:
+    """LLM.embed and similar methods render, and send decision requests, on one thread while another steps the engine.
+    The socket, or the engine in this process, is not thread-safe."""
     with lock(client):
         return original(client, *args, **kwargs)
 
 
-def take_curves(client: Any, response: Mapping[str, Any]) -> None:
-    """Take in what an engine says of the reference pictures.
+def receive_curves(client: Any, response: Mapping[str, Any]) -> None:
+    """Take the spectra of the reference pictures from an engine's ready message.
 
     Args:
-        client: of all engines.
-        response: the last that the engine says at start.
+        client: vLLM's, of all engines.
+        response: the ready message.
 
     Raises:
-        StartupError: if it says nothing of them.
+        StartupError: if it has no spectra.
     """
     rank = response["data_parallel_rank"]
     if KEY not in response:
@@ -57,8 +57,8 @@ def take_curves(client: Any, response: Mapping[str, Any]) -> None:
             f"engine {rank} runs without the plugin; every node of a server, headless ones too, needs "
             "--plugin eadaprune and the same --eadaprune-* flags"
         )
-    ready_curves = vars(client).setdefault(_READY_CURVES, {})
-    ready_curves[rank] = response[KEY]
-    # Engines may differ by rounding; all front ends have the same from the first.
-    curves = [Curve(name, np.frombuffer(data)) for name, data in ready_curves[min(ready_curves)]]
+    by_rank = vars(client).setdefault(_CURVES, {})
+    by_rank[rank] = response[KEY]
+    # The curves of engines may differ by rounding; all front ends use those of the lowest rank.
+    curves = [Curve(name, np.frombuffer(data)) for name, data in by_rank[min(by_rank)]]
     configuration.set_curves(client.vllm_config, curves)

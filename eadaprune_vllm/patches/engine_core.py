@@ -1,4 +1,4 @@
-"""The engine core: it measures the reference pictures before it serves, tells front ends, and answers what they ask."""
+"""The engine core: it measures the reference pictures, sends their spectra to front ends, and decides between steps."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.core import call_workers, decide, run_next
-from eadaprune_vllm.engine.reference import measured
+from eadaprune_vllm.engine.reference import measure_curves
 from eadaprune_vllm.messages import UTILITY
 from eadaprune_vllm.patching import wrap
 from eadaprune_vllm.startup import configuration
@@ -22,22 +22,22 @@ def install() -> None:
 
     @dataclass
     class Ready(EngineCoreReadyResponse):
-        """The last thing that an engine says at start, to each front end. vLLM ignores fields that it does not know."""
+        """The ready message of an engine to each front end. vLLM ignores fields that it does not know."""
 
         eadaprune: list[tuple[str, bytes]] = field(default_factory=list)
 
-    # The step after which workers can encode; the engine's process loads plugins too late to wrap its whole start.
+    # After this step workers can encode. The engine's process loads plugins too late to wrap ``__init__``.
     @wrap(f"{_CORE}:EngineCore._initialize_kv_caches")
     def initialize_kv_caches(original: Any, core: Any, vllm_config: Any) -> Any:
         initialized = original(core, vllm_config)
-        curves = measured(vllm_config, partial(call_workers, core))
-        configuration.say(configuration.set_curves(vllm_config, curves))
+        curves = measure_curves(vllm_config, partial(call_workers, core))
+        configuration.log_defaults(configuration.set_curves(vllm_config, curves))
         return initialized
 
     @wrap(f"{_CORE}:EngineCoreProc._make_ready_response")
     def make_ready_response(original: Any, core: Any) -> Any:
         targets = ServerOptions.of(core.vllm_config.model_config.multimodal_config).targets
-        assert targets, "it was informed before"
+        assert targets, "set_curves was called before"
         curves = [(curve.name, curve.thresholds.tobytes()) for curve in targets.curves]
         return Ready(**vars(original(core)), eadaprune=curves)
 

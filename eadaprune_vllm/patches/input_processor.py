@@ -1,5 +1,4 @@
-"""Admission: a request counts once it has passed vLLM's own checks and is sent to the engine, where its images are
-known by what is kept of them."""
+"""vLLM's input processor: a request is counted here, after vLLM's own checks, and its items get their identifiers."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,7 @@ from eadaprune_vllm.engine.model import KEPT
 from eadaprune_vllm.frontend.items import digest
 from eadaprune_vllm.patching import wrap
 
-_LOST = "a beam search with an image that is cached may fail, if the engine decided about that image again"
+_LOST = "a beam search with a cached image may fail if the engine decided about this image again"
 
 
 def install() -> None:
@@ -32,8 +31,8 @@ def install() -> None:
 
     @wrap("vllm.entrypoints.generate.beam_search.utils:BeamSearchSequence.get_prompt", optional=_LOST)
     def get_prompt(original: Any, beam: Any) -> Any:
-        """Each step of each beam is a request, which vLLM makes of tokens and items: identifiers go along, and nothing
-        that would be counted with each."""
+        """Each step of each beam is a new request with the same items. It gets the identifiers, but no reports, which
+        would be counted again."""
         prompt = original(beam)
         if KEY in beam.orig_prompt:
             prompt[KEY] = replace(beam.orig_prompt[KEY], reports={}, timings=())
@@ -41,7 +40,7 @@ def install() -> None:
 
 
 def _identify(features: Any) -> None:
-    """What was rendered before, maybe by another server, is known by what was kept of it there."""
+    """Give items that were rendered before, possibly by another server, identifiers of the tokens kept there."""
     for feature in features:
         name = feature.modality + KEPT
         if feature.data is not None and name in feature.data:

@@ -1,5 +1,5 @@
-"""Rendering: where vLLM makes engine inputs of requests, the options of their images and videos are resolved, and the
-engine is asked before vLLM processes them, so that nothing waits on its one thread."""
+"""vLLM's renderer: the options of images and videos are resolved, and the engine decides about them between the
+processor's steps, without blocking the renderer's thread."""
 
 import asyncio
 from typing import Any
@@ -12,16 +12,16 @@ from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import Steps
-from eadaprune_vllm.frontend.rendering import chat_extras, refuse_options, rendered
+from eadaprune_vllm.frontend.rendering import chat_extras, joined, refuse_options
 from eadaprune_vllm.patching import wrap
 
 
 def install() -> None:
-    # All that is chat-like is rendered by one of these two: every such endpoint, and LLM.chat.
+    # All chat-like endpoints, and LLM.chat, render with one of these two.
     def render_each(
         original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
     ) -> list[Any]:
-        """One call per conversation: the options are those of its own images."""
+        """Render each conversation by itself, with the options of its images."""
         extras = [chat_extras(renderer, conversation, prompt_extras) for conversation in conversations]
         return [
             original(renderer, [conversation], *args, prompt_extras=own, **kwargs)
@@ -33,16 +33,16 @@ def install() -> None:
         original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
     ) -> Any:
         each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
-        return rendered(renderer, await asyncio.gather(*each))
+        return joined(renderer, await asyncio.gather(*each))
 
     @wrap("vllm.renderers.base:BaseRenderer.render_chat")
     def render_chat(
         original: Any, renderer: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
     ) -> Any:
         each = render_each(original, renderer, conversations, *args, prompt_extras=prompt_extras, **kwargs)
-        return rendered(renderer, each)
+        return joined(renderer, each)
 
-    # And the rest by these, which take no images or videos over HTTP.
+    # All others render with these two, which take no images or videos over HTTP.
     for name in ("render_cmpl", "render_cmpl_async"):
 
         @wrap(f"vllm.renderers.base:BaseRenderer.{name}")
@@ -52,8 +52,8 @@ def install() -> None:
             refuse_options(renderer, prompts, prompt_extras)
             return original(renderer, prompts, *args, prompt_extras=prompt_extras, **kwargs)
 
-    # vLLM refuses options of the image processor from clients it was not told to trust. Ours are checked where they
-    # are resolved, so they may pass; it judges the rest.
+    # vLLM rejects mm_processor_kwargs of requests without --trust-request-mm-kwargs. Ours are validated where they are
+    # resolved, so vLLM validates the others only.
     for module in ("vllm.renderers.online_renderer", "vllm.entrypoints.pooling.base.serving"):
 
         @wrap(f"{module}:validate_request_mm_kwargs")
@@ -63,10 +63,10 @@ def install() -> None:
 
 
 def decide_between(renderer: Any) -> None:
-    """Have a renderer of vLLM's run the processor's steps, and the engine decide between them.
+    """Have a renderer of vLLM's run the steps of ``PruningProcessor``, and the engine decide between them.
 
     Raises:
-        StartupError: if it renders in another way.
+        StartupError: if this vLLM's renderer has no such methods.
     """
     front_end = renderer.mm_processor.front_end
     try:
@@ -75,7 +75,11 @@ def decide_between(renderer: Any) -> None:
         raise StartupError(f"this vLLM's renderer is not of the kind known: {error}") from None
 
     def advance(steps: Steps) -> tuple[list[PendingItem] | None, Any]:
-        """What is undecided after the next step, or vLLM's input. As vLLM does around processing."""
+        """Run the next step, with what vLLM does before and after processing.
+
+        Returns:
+            The items to decide about, or vLLM's engine input after the last step.
+        """
         drain_invalidations(renderer)
         with set_default_torch_num_threads():
             try:
@@ -105,6 +109,6 @@ def decide_between(renderer: Any) -> None:
 
 
 def _as_request(mm_processor_kwargs: Any) -> dict[str, Any]:
-    """The processor's options of a request, with ours, without which it is warm-up to the processor."""
+    """The processor's options of a request, always with our key: without it the processor takes it for warm-up."""
     given = dict(mm_processor_kwargs or {})
     return given | {KEY: {} if given.get(KEY) is None else given[KEY]}

@@ -1,4 +1,4 @@
-"""``vllm run-batch``: requests from a file, past all HTTP routes."""
+"""``vllm run-batch``: requests from a file, without HTTP routes."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from eadaprune_vllm.patching import wrap
 def install() -> None:
     from vllm.exceptions import VLLMValidationError
 
-    # What the function raises becomes the line's error.
+    # vLLM writes an exception of the function as the error of this line.
     @wrap("vllm.entrypoints.launchers.run_batch:run_request")
     async def run_request(original: Any, serving_engine_func: Any, request: Any, *args: Any) -> Any:
         async def refuse(_: Any) -> None:

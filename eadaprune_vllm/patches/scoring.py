@@ -1,4 +1,4 @@
-"""``/score`` and ``/rerank``, and ``LLM.score``: the options of images and videos in queries and documents."""
+"""``/score``, ``/rerank`` and ``LLM.score``: pruning options of images and videos in queries and documents."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ _PROCESSORS = "vllm.entrypoints.pooling.scoring.io_processor"
 
 
 def install() -> None:
-    # Queries and documents are prompts of their own, those that were parsed from all queries, then all documents.
+    # In a bi-encoder each query and each document is a prompt; all queries come before all documents.
     @wrap(f"{_PROCESSORS}:BiEncoderIOProcessor.get_request_factory_online")
     def each_online(original: Any, processor: Any, ctx: Any) -> list[Any]:
         data = processor.valid_inputs_online(ctx.request)
@@ -21,7 +21,7 @@ def install() -> None:
         factory, count = original(processor, ctx)
         return lambda: _each(processor, factory(), ctx.scoring_data), count
 
-    # A query and a document are one prompt.
+    # In a cross-encoder a query and a document are one prompt.
     @wrap(f"{_PROCESSORS}:CrossEncoderIOProcessor.get_request_factory_online")
     def pairs_online(original: Any, processor: Any, ctx: Any) -> list[Any]:
         return list(_pairs(processor, original(processor, ctx)))
@@ -41,7 +41,7 @@ def _pairs(processor: Any, pairs: Any) -> Iterator[Any]:
 
 
 def _resolve(processor: Any, prompt: Any, *contents: Any) -> Any:
-    """What is to be rendered, with the options of the images and videos in ``contents``."""
+    """The prompt with the resolved options of the images and videos in ``contents``."""
     messages = [{"content": content} for content in contents]
     extras = chat_extras(processor.renderer, messages, prompt["prompt_extras"])
     return prompt | {"prompt_extras": extras}

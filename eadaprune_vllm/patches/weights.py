@@ -1,14 +1,14 @@
-"""New weights: after any call of the workers that may have changed weights, rows that old ones made are never used.
+"""Weight updates: after any call of the workers that may change weights, embeddings of the old ones are never used.
 
-vLLM's weight version is a label that operators set, so it does not tell.
+vLLM's weight version does not help: it is a label that operators set.
 """
 
 from typing import Any
 
 from eadaprune_vllm.patching import wrap
 
-# Methods of vLLM's workers that leave the model's weights as they are. Of others, an operator's and functions among
-# them, nobody knows.
+# Methods of vLLM's workers that do not change the model's weights. All others may, such as functions, and methods of an
+# operator's worker extension.
 _KEEP_WEIGHTS = (
     "check_health",
     "checkpoint_prepare",
@@ -24,7 +24,7 @@ _KEEP_WEIGHTS = (
     "start_draft_weight_update",
     "start_weight_update",
 )
-# After these the workers' half of the encoder cache is empty, which vLLM's scheduler is not told.
+# These methods empty the encoder cache of the workers, but not that of vLLM's scheduler.
 _EMPTY_CACHE = ("finish_weight_update", "reload_weights", "reset_weights", "update_weights")
 
 
@@ -34,7 +34,7 @@ def install() -> None:
         try:
             return await original(llm, method, *args, **kwargs)
         finally:
-            _note(llm, method)
+            _after_call(llm, method)
             if method in _EMPTY_CACHE:
                 await llm.reset_encoder_cache()
 
@@ -43,11 +43,11 @@ def install() -> None:
         try:
             return original(llm, method, *args, **kwargs)
         finally:
-            _note(llm, method)
+            _after_call(llm, method)
             if method in _EMPTY_CACHE:
                 llm.reset_encoder_cache()
 
 
-def _note(llm: Any, method: Any) -> None:
+def _after_call(llm: Any, method: Any) -> None:
     if method not in _KEEP_WEIGHTS:
         llm.renderer.mm_processor.front_end.weights_changed()

@@ -1,4 +1,4 @@
-"""The reference pictures: a small, fixed mixture of what people send, the same wherever the package is installed."""
+"""The reference pictures: a small, fixed mixture of kinds of images, shipped with the package."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,17 +13,17 @@ _FRAMES = 4  # of a still picture as a video
 
 
 def pictures() -> Iterator[tuple[str, Image.Image]]:
-    """The kind of each (``photograph``, ``page``, ``chart``, ``screen`` or ``surface``) and the picture, in RGB, in the
-    order of the names of their files."""
+    """The kind of each picture (``photograph``, ``page``, ``chart``, ``screen`` or ``surface``) and the picture in RGB,
+    sorted by file name."""
     files = (file for file in Path(__file__).parent.iterdir() if file.suffix in (".jpg", ".png"))
     for file in sorted(files, key=lambda file: file.name):
         with Image.open(file) as picture:
             yield file.name.partition("-")[0], picture.convert("RGB")
 
 
-def still(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, list[Any]]:
-    """A picture as vLLM's renderer hands items over, by its modality: as an image, or to models that take none, as
-    a video that stands still.
+def as_mm_data(picture: Image.Image, limits: Mapping[str, int]) -> dict[str, list[Any]]:
+    """A picture as vLLM's multimodal data, by modality: as an image, or for models without images as a video of equal
+    frames.
 
     Args:
         picture: RGB.

@@ -1,1 +1,1 @@
-"""Before anything is served: flags, what cannot be served, and what a configuration becomes."""
+"""Start-up: flags, checks of vLLM's configuration, and its completion."""

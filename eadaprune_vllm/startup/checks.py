@@ -9,10 +9,10 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from eadaprune_vllm.architectures import ARCHITECTURES, adapter
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.models.generic import RowPerPlaceholder
+from eadaprune_vllm.models.generic import EmbedPerPlaceholder
 from eadaprune_vllm.patching import check_overrides
 
-_HAND_OVER = {
+_TRANSFER_CONNECTORS = {
     "MoRIIOConnector",
     "MooncakeConnector",
     "NixlConnector",
@@ -21,8 +21,7 @@ _HAND_OVER = {
     "P2pNcclConnector",
 }
 
-# What vLLM can be told that pruning cannot honour: (is it so in the multimodal configuration, or in the whole one?,
-# why not).
+# Unsupported configurations: a predicate of the multimodal and of the whole configuration, and the reason.
 _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     (
         lambda mm, c: envs.VLLM_USE_RUST_FRONTEND,
@@ -30,26 +29,26 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     ),
     (
         lambda mm, c: c.model_config.is_encoder_decoder,
-        "this model is an encoder-decoder, whose prompt has no place for images",
+        "this model is an encoder-decoder, whose images are not part of the prompt",
     ),
     (
-        lambda mm, c: issubclass(_adapter(c), RowPerPlaceholder) and c.model_config.uses_mrope,
-        "this model has M-RoPE positions, and how to keep those of the tokens that stay is not known for it",
+        lambda mm, c: issubclass(_adapter(c), EmbedPerPlaceholder) and c.model_config.uses_mrope,
+        "this model has M-RoPE positions, which need an adapter of its own",
     ),
     (
         lambda mm, c: "__new__" in vars(_adapter(c).__bases__[-1]),
-        "vLLM's class of this model makes one of several others, before which the plugin has none",
+        "vLLM's class of this model creates an instance of another class, which the plugin cannot replace",
     ),
     (
-        lambda mm, c: issubclass(_adapter(c), RowPerPlaceholder) and _has_prompts_of_its_own(_adapter(c)),
-        "the processor of this model fills placeholders into prompts in a way of its own",
+        lambda mm, c: issubclass(_adapter(c), EmbedPerPlaceholder) and _has_own_prompt_updates(_adapter(c)),
+        "vLLM's processor of this model has its own way of putting placeholders into prompts, which needs an adapter",
     ),
     (
         lambda mm, c: (
             c.model_config.architecture == "LlavaForConditionalGeneration"
             and c.model_config.hf_config.vision_config.model_type == "pixtral"
         ),
-        "the vision tower of this model is of type 'pixtral', whose layout is not known",
+        "the vision tower of this model is of type 'pixtral', which the adapter of LLaVA does not support",
     ),
     (
         lambda mm, c: not any(mm.get_limit_per_prompt(modality) for modality in _adapter(c).eadaprune_modalities),
@@ -58,11 +57,11 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     ),
     (
         lambda mm, c: mm.enable_mm_embeds and not _adapter(c).eadaprune_takes_embeddings,
-        "--enable-mm-embeds is not supported for this model: its embeddings do not say where in the picture they are",
+        "--enable-mm-embeds is not supported for this model: its embeddings come without their layout in the image",
     ),
     (
         lambda mm, c: mm.video_pruning_rate,
-        "--video-pruning-rate is vLLM's own pruning of videos and cannot be combined with this plugin",
+        "--video-pruning-rate is vLLM's own pruning of videos, and cannot be combined with this plugin",
     ),
     (
         lambda mm, c: mm.get_mm_processor_device_type() not in (None, "cpu"),
@@ -70,41 +69,45 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     ),
     (
         lambda mm, c: _decodes_on_gpu((mm.media_io_kwargs or {}).get("video") or {}),
-        "decoding videos on the GPU (--media-io-kwargs) is not supported: images are prepared on the CPU",
+        "decoding videos on the GPU (--media-io-kwargs) is not supported: the plugin processes images on the CPU",
     ),
-    (lambda mm, c: mm.mm_encoder_only, "--mm-encoder-only is not supported: other instances would decide again"),
+    (
+        lambda mm, c: mm.mm_encoder_only,
+        "--mm-encoder-only is not supported: the decision does not reach the other instances",
+    ),
     (
         lambda mm, c: c.ec_transfer_config,
-        "--ec-transfer-config is not supported: other instances do not know what is kept of an image",
+        "--ec-transfer-config is not supported: the decision does not reach the other instances",
     ),
     (
-        lambda mm, c: c.kv_transfer_config and _hands_over(c.kv_transfer_config),
-        "this --kv-transfer-config is not supported: other instances would decide again about the images of a request",
+        lambda mm, c: c.kv_transfer_config and _transfers_blocks(c.kv_transfer_config),
+        "this --kv-transfer-config is not supported: the decision does not reach the instance that decodes",
     ),
     (
         lambda mm, c: c.lora_config and c.lora_config.enable_tower_connector_lora,
-        "--enable-tower-connector-lora is not supported: images are encoded before it is known for which adapter",
+        "--enable-tower-connector-lora is not supported: images are encoded before a request's adapter is known",
     ),
     (
         lambda mm, c: c.parallel_config.distributed_executor_backend == "external_launcher",
-        "the external launcher (--distributed-executor-backend) is not supported: no process asks for the others",
+        "the external launcher (--distributed-executor-backend) is not supported: it has no front end that could send "
+        "decision requests for all ranks",
     ),
 ]
 
 
-def _has_prompts_of_its_own(model: Any) -> bool:
-    """Whether vLLM's processor of it does itself what ours goes between."""
+def _has_own_prompt_updates(model: Any) -> bool:
+    """Whether vLLM's processor of the model overrides methods that ``PruningProcessor`` overrides or depends on."""
     stock = next(base for base in model._processor_factory.processor.__mro__ if base.__module__.startswith("vllm."))
     names = ("_cached_apply_hf_processor", "_maybe_apply_prompt_updates")
     return any(getattr(stock, name) is not getattr(BaseMultiModalProcessor, name) for name in names)
 
 
-def _hands_over(kv_transfer: Any) -> bool:
-    """Whether blocks of a request go from one instance to another. Other connectors store blocks by their hashes, in
-    which what is kept of an image is."""
-    several = kv_transfer.kv_connector_extra_config.get("connectors", [])
-    names = {kv_transfer.kv_connector, *(connector.get("kv_connector") for connector in several)}
-    return bool(names & _HAND_OVER)
+def _transfers_blocks(kv_transfer: Any) -> bool:
+    """Whether a connector transfers the blocks of a request to another instance. Other connectors store blocks by their
+    hashes, which depend on the kept tokens."""
+    nested = kv_transfer.kv_connector_extra_config.get("connectors", [])
+    names = {kv_transfer.kv_connector, *(connector.get("kv_connector") for connector in nested)}
+    return bool(names & _TRANSFER_CONNECTORS)
 
 
 def _decodes_on_gpu(video: dict[str, Any]) -> bool:
@@ -118,8 +121,8 @@ def _adapter(vllm_config: Any) -> Any:
 
 def check(vllm_config: Any) -> None:
     """Raises:
-    StartupError: if the model is not one of ours or of an unsupported kind, vLLM's class of it is not as we know it, or
-        vLLM was told something that pruning cannot honour.
+    StartupError: if the model or another setting is not supported, or vLLM's class of the model has other methods than
+        the adapter overrides.
     """
     model_config = vllm_config.model_config
     if model_config.architecture not in ARCHITECTURES:

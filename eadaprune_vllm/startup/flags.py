@@ -12,19 +12,19 @@ from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.startup.naming import NAME, name_plugins, named_plugins
 
-# What the flags of other options than limits come to where they are not given.
-_DEFAULTS = {"energy": "what the target comes to", "load_aware": "off"}
+# Defaults in the help text, where they are not those of the schema.
+_DEFAULTS = {"energy": "the target's", "load_aware": "off"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags on ``parser``; a flag that is not given leaves no attribute."""
+    """Add the flags to ``parser``. A flag that is not given sets no attribute."""
     group = parser.add_argument_group("EAdaPrune", "Per-image visual token budgets.")
     group.add_argument(
         "--plugin",
         metavar="NAME",
         action="append",
         default=argparse.SUPPRESS,
-        help="Name a vLLM plugin to use, in addition to those loaded anyway. May be given more than once.",
+        help="Name of a vLLM plugin to load, in addition to those that vLLM loads anyway. May be repeated.",
     )
     for name, field in ServerOptions.model_fields.items():
         default = _DEFAULTS.get(name, "no limit" if field.default is None else field.default)
@@ -35,10 +35,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def apply_flags(args: argparse.Namespace) -> None:
-    """Name the plugins, and move the options given to where vLLM carries them to every front end.
+    """Load the named plugins, and move the options to ``mm_processor_kwargs``, which vLLM passes to every front end.
 
     Raises:
-        StartupError: for an unknown plugin, or options without this one.
+        StartupError: for an unknown plugin, or for options without this plugin.
     """
     if names := getattr(args, "plugin", None):
         name_plugins(names)
@@ -50,7 +50,7 @@ def apply_flags(args: argparse.Namespace) -> None:
         raise StartupError(f"{_flag(next(iter(given)))} does nothing without --plugin {NAME}")
     kwargs = args.mm_processor_kwargs or {}
     options = kwargs.get(KEY, {})
-    if isinstance(options, dict):  # anything else is refused where the options are resolved
+    if isinstance(options, dict):  # anything else is rejected later, by ``operator_options``
         args.mm_processor_kwargs = kwargs | {KEY: options | given}
 
 
@@ -59,7 +59,7 @@ def _flag(name: str) -> str:
 
 
 def _kind(annotation: Any) -> dict[str, Any]:
-    """What argparse is told about a flag whose option is of this type."""
+    """argparse's keyword arguments for an option of this type."""
     if get_origin(annotation) is UnionType:
         (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
     if annotation is bool:

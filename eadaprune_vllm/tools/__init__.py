@@ -1,1 +1,1 @@
-"""What stands behind the commands: choosing a threshold, looking at decisions, measuring answers."""
+"""The functions behind the commands: choosing a threshold, explaining decisions, measuring answers, diagnosis."""

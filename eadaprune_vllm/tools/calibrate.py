@@ -1,4 +1,4 @@
-"""Which threshold gives images a mean budget: encodes them once, keeps their spectra, solves for it."""
+"""Finds the threshold at which images keep a share of their tokens on average, from spectra that are stored."""
 
 import glob
 import json
@@ -20,19 +20,21 @@ from eadaprune_vllm.tools.images import is_url, read
 
 
 def find_images(sources: Iterable[str]) -> list[str]:
-    """Args:
-        sources: image files, folders of such (searched all the way down), glob patterns, URLs, and JSONL files whose
-            lines are strings or objects with a key ``image`` or ``url``. Relative paths there are relative to the file.
+    """Resolve sources to paths and URLs of images, without duplicates.
+
+    Args:
+        sources: image files, folders (searched recursively), glob patterns, URLs, and JSONL files whose lines are
+            strings or objects with a key ``image`` or ``url``. Relative paths in such a file are relative to it.
 
     Raises:
-        ValueError: if a source holds no image.
+        ValueError: if a source has no image.
     """
     found: list[str] = []
     for source in sources:
-        some = list(_images_of(source))
-        if not some:
-            raise ValueError(f"{source}: no images there")
-        found += some
+        images = list(_images_of(source))
+        if not images:
+            raise ValueError(f"{source}: no images found")
+        found += images
     return list(dict.fromkeys(found))
 
 
@@ -56,23 +58,23 @@ def _images_of(source: str) -> Iterator[str]:
 
 
 def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -> tuple[list[Curve], dict[str, str]]:
-    """The spectra of all images that can be encoded; those in ``store`` are taken from there, the others are added.
+    """The spectra of all images that can be encoded, from ``store`` or newly encoded and added to it.
 
     Args:
-        examiner: the model that encodes, if there is anything to encode.
-        images: where they are.
-        store: a JSONL file; what it holds after an interruption is not lost.
-        scope: the option of that name.
+        examiner: encodes images that are not in the store.
+        images: paths or URLs.
+        store: a JSONL file. An interrupted run can be continued with it.
+        scope: the option ``scope``.
 
     Returns:
-        The spectra, and why which images were skipped.
+        The spectra, and by image why it was skipped.
 
     Raises:
-        ValueError: if the store is about something else, or no image can be encoded.
-        EAdaPruneError: if the model can say nothing of any image.
+        ValueError: if the store is of another model or scope, or no image can be encoded.
+        EAdaPruneError: if the examiner fails for a reason that is not an image.
     """
     known = _stored(store, examiner.about | {"scope": scope})
-    # Which tokens stay does not matter here, and these are found at once.
+    # The selector does not matter here; this one is the fastest.
     given = {"scope": scope, "selector": "uniform"}
     found = {where: identity for where in images if (identity := _identity(where))}
     skipped = dict.fromkeys(set(images) - found.keys(), "there is no such file")
@@ -83,10 +85,10 @@ def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -
                 spectrum = examiner.examine(read(where), given, spectrum=True).spectrum
             except EAdaPruneError:
                 raise
-            except Exception as error:  # whatever is wrong with one image, the others count
+            except Exception as error:  # a bad image is skipped
                 skipped[where] = str(error).partition("\n")[0] or type(error).__name__
                 continue
-            assert spectrum, "it was asked for"
+            assert spectrum, "it was requested"
             known[found[where]] = spectrum
             line = {"image": where, "identity": found[where], "thresholds": spectrum}
             file.write(json.dumps(line) + "\n")
@@ -98,7 +100,7 @@ def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -
 
 
 def _stored(store: Path, about: dict[str, Any]) -> dict[str, list[float]]:
-    """By identity; the file is made if there is none. A line that an interruption left unfinished is dropped."""
+    """The stored spectra by identity. Creates the file if there is none; drops an incomplete last line."""
     header = json.dumps(about) + "\n"
     text = store.read_text() if store.exists() else ""
     if not text.startswith(header) and not header.startswith(text):
@@ -112,7 +114,7 @@ def _stored(store: Path, about: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _identity(where: str) -> str | None:
-    """What tells an image from others; a file that was changed is another image. None if there is no such file."""
+    """Identifies an image; a changed file has another identity. None if there is no such file."""
     if is_url(where):
         return where
     try:
@@ -126,13 +128,13 @@ def solve(curves: Sequence[Curve], target: float, options: PruneOptions) -> Prun
     """The options with the threshold below 1.0 at which the mean share of tokens is closest to ``target``.
 
     Raises:
-        ValueError: if no threshold gives as little or as much.
+        ValueError: if no threshold reaches the target.
     """
     targets = Targets(curves, options)
-    if not targets.least <= target <= targets.most:
+    if not targets.min_target <= target <= targets.max_target:
         raise ValueError(
-            f"these images can keep a share of {targets.least:.3f} to {targets.most:.3f} of their tokens on average, "
-            f"not {target:g}"
+            f"thresholds keep {targets.min_target:.3f} to {targets.max_target:.3f} of the tokens of these images on "
+            f"average, so target {target:g} is not reachable"
         )
     return options.model_copy(update={"energy": targets.energy(target)})
 

@@ -1,6 +1,6 @@
-"""Whether this package works here, with a model and at a server, in lines for a bug report.
+"""Diagnoses an installation, a model and a server, in lines for a bug report.
 
-Starts no engine and loads no weights. What is looked at is imported late: that it cannot be is a finding too.
+It starts no engine and loads no weights. Imports are late, because an import error is a finding too.
 """
 
 import logging
@@ -19,56 +19,56 @@ from eadaprune_vllm.startup.naming import NAME, named_plugins
 
 State = Literal["ok", "warning", "failed"]
 GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")  # where vLLM looks for this package
-_SECONDS = 10  # that a server has for its answer
+_SECONDS = 10  # a server's time to respond
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """One line of the output.
 
     Attributes:
-        about: what was looked at.
-        says: what there is to say of it.
-        state: whether that is well; None for a mere fact.
+        about: what was checked.
+        text: the result.
+        state: of the check; None for plain information.
     """
 
     about: str
-    says: str
+    text: str
     state: State | None = None
 
     def __str__(self) -> str:
-        return f"{self.about:<14} " + ": ".join(filter(None, (self.state, self.says)))
+        return f"{self.about:<14} " + ": ".join(filter(None, (self.state, self.text)))
 
 
 def examine(
     model: str | None = None, dtype: str | None = None, revision: str | None = None, url: str | None = None
 ) -> Iterator[Finding]:
-    """Look at everything, one after the other; nothing is raised. Activates the plugin in this process.
+    """Run all checks, without raising. Activates the plugin in this process.
 
     Args:
-        model: folder or hub id of a model that might be served, if any.
-        dtype: vLLM's, of that.
-        revision: of the hub's model.
-        url: of a running server, if there is one.
+        model: folder or hub id of a model to check.
+        dtype: vLLM's dtype of the model.
+        revision: of the model on the hub.
+        url: of a running server to check.
     """
     yield Finding(NAME, __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
-    yield from _tried("vLLM", release())
-    yield from _tried("torch", torch_and_gpus())
-    yield from _tried("transformers", transformers())
-    yield named()
-    found = [*_tried("patches", patches())]
-    yield from found
-    if model is not None and any(each.state == "failed" for each in found):
-        yield Finding("model", "nothing can be said of it without the patches", "failed")
+    yield from _without_raising("vLLM", check_vllm())
+    yield from _without_raising("torch", check_torch())
+    yield from _without_raising("transformers", check_transformers())
+    yield check_plugin()
+    patches = [*_without_raising("patches", check_patches())]
+    yield from patches
+    if model is not None and any(each.state == "failed" for each in patches):
+        yield Finding("model", "not checked, because the patches failed", "failed")
     elif model is not None:
-        yield from _tried("model", of_model(model, dtype, revision))
+        yield from _without_raising("model", check_model(model, dtype, revision))
     if url is not None:
-        yield from _tried("server", of_server(url))
+        yield from _without_raising("server", check_server(url))
 
 
-def _tried(about: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """The findings, and what ends them before their time, whatever that is."""
+def _without_raising(about: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings; an exception becomes the last one."""
     try:
         yield from findings
     except Exception as error:
@@ -76,7 +76,7 @@ def _tried(about: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def _sentence(error: Exception) -> str:
-    """What it says, in one line."""
+    """The error's message in one line."""
     text = str(error).removeprefix(f"{NAME}: ")
     if isinstance(error, ValidationError):
         text = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
@@ -85,85 +85,87 @@ def _sentence(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def release() -> Iterator[Finding]:
-    """The vLLM in use, and the device it is for. Whether it may be of another version is for the patches to say."""
+def check_vllm() -> Iterator[Finding]:
+    """The version of vLLM, and its device. An unsupported version is a warning; the patches may fail with it."""
     from vllm.platforms import current_platform
 
     found, device = f"{compat.version()}, supported is {compat.SUPPORTED}", current_platform.device_type
     yield Finding("vLLM", found, "ok" if compat.is_supported() else "warning")
-    # Without one vLLM starts nothing.
-    yield Finding("vLLM's device", device or "it finds none", "ok" if device else "failed")
+    # Without a device vLLM does not start.
+    yield Finding("vLLM's device", device or "none found", "ok" if device else "failed")
 
 
-def torch_and_gpus() -> Iterator[Finding]:
+def check_torch() -> Iterator[Finding]:
     """torch's version, and the GPUs that it finds."""
     import torch
 
     yield Finding("torch", torch.__version__)
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    yield Finding("GPUs", ", ".join(gpus) or "torch finds none")
+    yield Finding("GPUs", ", ".join(gpus) or "none found by torch")
 
 
-def transformers() -> Iterator[Finding]:
+def check_transformers() -> Iterator[Finding]:
+    """The version of transformers."""
     yield Finding("transformers", metadata.version("transformers"))
 
 
-def named() -> Finding:
-    """Whether vLLM finds the plugin, and may load it."""
+def check_plugin() -> Finding:
+    """Whether vLLM finds the plugin, and loads it."""
     entries = [entry for group in GROUPS for entry in metadata.entry_points(group=group) if entry.name == NAME]
     missing = {*GROUPS} - {entry.group for entry in entries}
     names = named_plugins()
     if missing:
-        return Finding("plugin", f"vLLM does not find {NAME} among {', '.join(sorted(missing))}: install it", "failed")
+        groups = ", ".join(sorted(missing))
+        return Finding("plugin", f"not installed: there is no entry point {NAME} in {groups}", "failed")
     if names is None:
-        return Finding("plugin", f"installed; to be named by --plugin {NAME}", "ok")
+        return Finding("plugin", f"installed; --plugin {NAME} activates it", "ok")
     if NAME not in names:
-        return Finding("plugin", f"VLLM_PLUGINS does not list {NAME}, so vLLM never asks it for its flags", "failed")
-    return Finding("plugin", "installed, and named in VLLM_PLUGINS", "ok")
+        return Finding("plugin", f"VLLM_PLUGINS does not list {NAME}, so vLLM does not load it", "failed")
+    return Finding("plugin", "installed, and activated by VLLM_PLUGINS", "ok")
 
 
-def patches() -> Iterator[Finding]:
-    """Whether vLLM has all that the plugin takes hold of; activates it.
+def check_patches() -> Iterator[Finding]:
+    """Whether all patches fit this vLLM; activates the plugin.
 
     Raises:
-        StartupError: if it lacks what pruning depends on.
+        StartupError: if vLLM lacks what pruning depends on.
     """
     from eadaprune_vllm import plugin
     from eadaprune_vllm.patches import command_line
 
-    with _warnings() as warned:
+    with _warnings() as warnings:
         plugin.activate()
         command_line.install()
         import_module("eadaprune_vllm.http.plugin")
-    yield from [Finding("patches", text, "warning") for text in warned] or [Finding("patches", "all there", "ok")]
+    yield from [Finding("patches", text, "warning") for text in warnings] or [Finding("patches", "all applied", "ok")]
 
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What this package warns of while it is open, however little vLLM may log."""
-    import_module("vllm.logger")  # or else it would take the handler off again
-    said: list[str] = []
+    """Context manager that collects the warnings of this package, whatever vLLM's log level."""
+    import_module("vllm.logger")  # on import it removes handlers
+    messages: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage().removeprefix(f"{NAME}: "))
+            messages.append(record.getMessage().removeprefix(f"{NAME}: "))
 
     logger, handler = logging.getLogger("vllm.eadaprune_vllm"), Collector(logging.WARNING)
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
     try:
-        yield said
+        yield messages
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
 
 
-def of_model(model: str, dtype: str | None = None, revision: str | None = None) -> Iterator[Finding]:
-    """Whether a model can be served, and what an image costs at most; needs the plugin to be active.
+def check_model(model: str, dtype: str | None = None, revision: str | None = None) -> Iterator[Finding]:
+    """Whether a model can be served, and the tokens of its largest image. The plugin must be active.
 
     Raises:
-        StartupError: if it cannot.
-        Exception: whatever vLLM and transformers raise of it.
+        StartupError: if the model cannot be served with pruning.
+        Exception: other errors of vLLM and transformers.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -172,7 +174,7 @@ def of_model(model: str, dtype: str | None = None, revision: str | None = None) 
     from eadaprune_vllm.core.server_options import ServerOptions
     from eadaprune_vllm.startup.configuration import kv_bytes_per_token
 
-    config = EngineArgs(model, dtype=dtype or "auto", revision=revision).create_engine_config()  # which checks it
+    config = EngineArgs(model, dtype=dtype or "auto", revision=revision).create_engine_config()  # runs startup.checks
     served, per_token = config.model_config, kv_bytes_per_token(config)
     options = ServerOptions.of(served.multimodal_config)
     most = MultiModalBudget(config, MULTIMODAL_REGISTRY, enable_cache=False).mm_max_toks_per_item
@@ -182,19 +184,19 @@ def of_model(model: str, dtype: str | None = None, revision: str | None = None) 
     for modality in (*MODALITIES, CHUNK):
         if tokens := most.get(modality):
             floor, size = min(options.floor(tokens), tokens), tokens * per_token / 2**20
-            text = f"{tokens} tokens, {size:.1f} MiB of KV cache; never cut below {floor} by default"
+            text = f"{tokens} tokens, {size:.1f} MiB of KV cache; by default at least {floor} are kept"
             yield Finding(f"largest {modality}", text)
     if options.target is None:
         yield Finding("default", f"energy {options.energy:g}, which keeps every token")
     else:
-        yield Finding("default", f"target {options.target:g}, whose energy a server finds when it starts")
+        yield Finding("default", f"target {options.target:g}; the server computes its energy when it starts")
 
 
-def of_server(url: str) -> Iterator[Finding]:
-    """What a server says of itself.
+def check_server(url: str) -> Iterator[Finding]:
+    """The configuration of a running server.
 
     Raises:
-        ServerError: if it does not answer, does not let this client in, or does not prune.
+        ServerError: if it cannot be reached, denies access, or does not prune.
     """
     from eadaprune_vllm.tools.examiner import ServedModel
 
@@ -203,5 +205,5 @@ def of_server(url: str) -> Iterator[Finding]:
     target = config.reference.options.target
     yield Finding("server", f"{NAME} {config.version} on vLLM {config.vllm_version}", "ok")
     yield Finding("serves", f"{', '.join(config.models)}: {config.architecture} in {config.dtype}")
-    yield Finding("in force", ("" if target is None else f"target {target:g}: ") + str(config.reference))
+    yield Finding("default", ("" if target is None else f"target {target:g}: ") + str(config.reference))
     yield Finding("endpoints", str(len(config.endpoints)))

@@ -1,4 +1,4 @@
-"""Whether answers stay right: asks a running server questions under several settings, and counts."""
+"""Measures the accuracy of a running server's answers with several pruning options."""
 
 import asyncio
 import itertools
@@ -26,12 +26,14 @@ _INTERVAL = (2.5, 97.5)  # percentiles
 
 @dataclass(frozen=True)
 class Setting:
-    """Options to ask under, and what they are called.
+    """Named pruning options.
 
     Attributes:
+        name: in tables.
         kind: ``none``, ``adaptive`` or ``fixed``.
-        matched: of a fixed budget, the adaptive setting whose mean it has.
-        by_image: more options of single images.
+        options: of all images.
+        matched: for a fixed budget, the name of the adaptive setting with the same mean.
+        by_image: further options of single images.
     """
 
     name: str
@@ -50,11 +52,13 @@ UNPRUNED = Setting("no pruning", "none", {"energy": 1.0})
 
 @dataclass
 class Results:
-    """What came of a question set under each setting, question by question.
+    """The results of a question set with each setting, question by question.
 
     Attributes:
+        questions: of the set.
+        settings: in the order of tables.
         correct: by setting, ``[questions]`` bool.
-        kept: by setting, ``[questions]`` int64, tokens that the question's image kept.
+        kept: by setting, ``[questions]`` int64, kept tokens of the question's image.
     """
 
     questions: Sequence[Question]
@@ -63,15 +67,15 @@ class Results:
     kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def chance(self) -> dict[str, float]:
-        """How often the most frequent answer of a category is right, by category."""
+        """By category, the accuracy of always giving its most frequent answer."""
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         for question in self.questions:
             answers[question.category][normalized(question.answers[0])] += 1
         return {category: max(found.values()) / found.total() for category, found in sorted(answers.items())}
 
     def summary(self) -> list[dict[str, Any]]:
-        """For each setting accuracy and mean tokens, overall and by category and group; and for fixed budgets by how
-        much the adaptive one of the same mean is better, with 95 % intervals."""
+        """For each setting accuracy and mean tokens, overall and by category and group; for fixed budgets also the
+        difference of the adaptive setting with the same mean. With 95 % intervals."""
         images = np.unique([question.image for question in self.questions], return_inverse=True)[1]
         members: dict[str, dict[str, NDArray[np.bool_]]] = {}
         for attribute in ("category", "group"):
@@ -111,35 +115,35 @@ def interval(values: NDArray[Any], images: NDArray[Any]) -> tuple[float, float]:
 
     Args:
         values: ``[questions]``; differences make the bootstrap a paired one.
-        images: ``[questions]``, which image each is about.
+        images: ``[questions]``, the image of each question.
     """
     number = np.unique(images, return_inverse=True)[1]
     sums, counts = np.bincount(number, values.astype(float)), np.bincount(number)
-    drawn = np.random.default_rng(0).integers(len(sums), size=(BOOTSTRAP, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), _INTERVAL)
+    resampled = np.random.default_rng(0).integers(len(sums), size=(BOOTSTRAP, len(sums)))
+    low, high = np.percentile(sums[resampled].sum(1) / counts[resampled].sum(1), _INTERVAL)
     return float(low), float(high)
 
 
 @lru_cache(64)
 def _url(image: str) -> str:
-    """Files are sent as they are: the server need not be able to read them."""
+    """A URL for the server. The content of a file is sent, because the server may not have access to it."""
     return image if is_url(image) else data_url(Path(image).read_bytes(), image)
 
 
 def adaptive(energies: Iterable[float], selectors: Sequence[str], targets: Iterable[float] = ()) -> list[Setting]:
-    """Thresholds and targets with each selector, or with the server's if there is none."""
+    """Settings with thresholds and targets, each with each selector, by default with the server's."""
     named = [(f"energy {energy:g}", {"energy": energy}) for energy in energies]
     named += [(f"target {target:g}", {"target": target}) for target in targets]
     return _settings("adaptive", named, selectors)
 
 
 def default(selectors: Sequence[str]) -> list[Setting]:
-    """What the server does unasked, with each selector, or with its own if there is none."""
+    """The server's default threshold with each selector, by default with the server's."""
     return _settings("adaptive", [("the server's default", {})], selectors)
 
 
 def fixed(tokens: Iterable[int], selectors: Sequence[str]) -> list[Setting]:
-    """Budgets with each selector, or with the server's if there is none."""
+    """Fixed budgets, each with each selector, by default with the server's."""
     return _settings("fixed", [(f"{count} tokens", exactly(count)) for count in tokens], selectors)
 
 
@@ -153,19 +157,19 @@ def _settings(kind: str, named: Sequence[tuple[str, dict[str, Any]]], selectors:
 
 
 def matched(results: Results) -> list[Setting]:
-    """For each adaptive setting a fixed one of the same mean and selector."""
+    """For each adaptive setting a fixed budget with the same mean and selector."""
     found = []
     for setting in results.settings:
         if setting.kind == "adaptive":
             count = round(float(results.kept[setting.name].mean()))
             name = f"{count} tokens, {setting.selector} (as {setting.name})"
-            others = {key: value for key, value in setting.options.items() if key != "target"}  # exactly() has energy
+            others = {key: value for key, value in setting.options.items() if key != "target"}  # exactly() sets energy
             found.append(Setting(name, "fixed", others | exactly(count), setting.name))
     return found
 
 
 def exactly(count: int) -> dict[str, Any]:
-    """Options under which every image keeps that many tokens."""
+    """Options with which every image keeps ``count`` tokens."""
     return {"energy": 0.5, "min_tokens": count, "max_tokens": count}
 
 
@@ -179,19 +183,19 @@ async def run(
     suffix: str = "",
     concurrency: int = 16,
 ) -> None:
-    """Ask all questions under every setting, with a progress bar.
+    """Send all questions with every setting, with a progress bar.
 
     Args:
-        results: takes what comes of it.
+        results: to fill.
         url: of the server.
-        settings: to ask under.
-        with_matched: whether to ask after that at fixed budgets of the means that adaptive settings had.
+        settings: to measure.
+        with_matched: whether to measure fixed budgets with the means of the adaptive settings afterwards.
         model: name of the served model; by default the server's first.
         suffix: put after each question.
-        concurrency: requests at a time.
+        concurrency: concurrent requests.
 
     Raises:
-        ValueError: if the server refuses a question, cannot be reached or does not prune.
+        ValueError: if the server rejects a question, cannot be reached or does not prune.
     """
     key = os.environ.get("OPENAI_API_KEY", "none")
     progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
@@ -200,18 +204,18 @@ async def run(
             model = model or (await client.models.list()).data[0].id
             with progress:
 
-                async def under(name: str, settings: Sequence[Setting]) -> None:
+                async def measure(name: str, settings: Sequence[Setting]) -> None:
                     task = progress.add_task(name, total=len(settings) * len(results.questions))
-                    await _ask(client, model, results, settings, concurrency, partial(progress.advance, task), suffix)
+                    await _send(client, model, results, settings, concurrency, partial(progress.advance, task), suffix)
 
-                await under("Asking", settings)
+                await measure("Questions", settings)
                 if with_matched:
-                    await under("Asking at the means", matched(results))
+                    await measure("Fixed budgets", matched(results))
     except* (APIError, OSError, RuntimeError) as errors:
         raise ValueError(str(errors.exceptions[0])) from None
 
 
-async def _ask(
+async def _send(
     client: AsyncOpenAI,
     model: str,
     results: Results,
@@ -220,21 +224,21 @@ async def _ask(
     progress: Callable[[], None],
     suffix: str,
 ) -> None:
-    """Ask every question under every setting, greedily, and add what came of it to ``results``.
+    """Send every question with every setting, with greedy sampling, and add the results.
 
-    An image is sent under all settings before the next one, each question under all settings before the next: the
-    server then encodes it once for each setting, where requests at the same time are of different ones.
+    Questions are sorted by image, and each question is sent with all settings before the next. So concurrent requests
+    have different settings, and the server encodes an image once per setting.
 
     Args:
         client: of the server.
         model: name of the served model.
         results: gets the settings.
-        concurrency: requests at a time.
+        concurrency: concurrent requests.
         progress: called after each answer.
         suffix: put after each question.
 
     Raises:
-        openai.APIError: if the server refuses a question.
+        openai.APIError: if the server rejects a question.
         OSError: if an image cannot be read.
         RuntimeError: if the server does not prune.
     """
@@ -268,9 +272,9 @@ async def _ask(
             )
             report = (answer.model_extra or {}).get(KEY)
             if not report:
-                raise RuntimeError("the server's answers have no report: is it running with --plugin eadaprune?")
-            said = normalized(answer.choices[0].message.content or "")
-            results.correct[setting.name][number] = said in map(normalized, question.answers)
+                raise RuntimeError("the server's responses have no report: is it running with --plugin eadaprune?")
+            text = normalized(answer.choices[0].message.content or "")
+            results.correct[setting.name][number] = text in map(normalized, question.answers)
             results.kept[setting.name][number] = report["kept_tokens"]
             progress()
 

@@ -1,4 +1,4 @@
-"""Whom the commands ask about images: a server, or an engine of their own (``offline``)."""
+"""Where commands get decisions about images from: a server, or an engine of their own (``offline``)."""
 
 import os
 from functools import cached_property
@@ -12,55 +12,54 @@ from eadaprune_vllm.core.report import Config, ItemPreview, Preview
 from eadaprune_vllm.errors import ServerError
 from eadaprune_vllm.tools.images import data_url
 
-Answer = TypeVar("Answer", bound=BaseModel)
-# Of the server's refusals, those that are about what was sent to it.
-_ABOUT_THE_IMAGE = (400, 413, 422, 500)
-_SECONDS = 600  # an image may wait for those of other clients
+Body = TypeVar("Body", bound=BaseModel)
+# Status codes of errors that are about the image.
+_IMAGE_ERRORS = (400, 413, 422, 500)
+_SECONDS = 600  # an image may be queued behind those of other clients
 _SECONDS_TO_CONNECT = 10
 
 
 class Examiner(Protocol):
-    """A model that can be asked what pruning makes of an image. What it says raises EAdaPruneError if it can say
-    nothing of any."""
+    """A source of decisions. Its methods raise EAdaPruneError for errors that are not about an image."""
 
     @property
     def name(self) -> str:
-        """For titles."""
+        """The model's name, for titles."""
 
     @property
     def about(self) -> dict[str, Any]:
-        """What spectra depend on, as JSON, the scope aside; ``budget`` among it, the server's option."""
+        """What spectra depend on, except for the scope, as JSON. Includes the server's option ``budget``."""
 
     @property
     def defaults(self) -> PruneOptions:
-        """The options that are in force where none are given."""
+        """The effective options if none are given."""
 
     def examine(
         self, image: bytes, given: dict[str, Any], *, spectrum: bool = False, overlay: bool = False
     ) -> ItemPreview:
-        """What would become of an image.
+        """The decision about an image.
 
         Args:
-            image: a file's content.
-            given: pruning options, on top of the defaults.
-            spectrum: whether to tell the whole spectrum.
+            image: content of an image file.
+            given: pruning options; the others have defaults.
+            spectrum: whether to include the whole spectrum.
             overlay: whether to draw what is kept.
 
         Raises:
-            ValueError: if nothing can be said of this image under these options.
+            ValueError: if this image cannot be pruned with these options.
         """
 
     def close(self) -> None:
-        """To be called once nothing more is asked."""
+        """Free what it holds."""
 
 
 class ServedModel:
-    """A model behind a running server that has the plugin. The API key is that of the environment, ``OPENAI_API_KEY``.
-    What it says raises ServerError if the server cannot be reached, does not let this client in, or does not prune.
+    """A model behind a running server with the plugin. The API key is taken from ``OPENAI_API_KEY``. Methods raise
+    ServerError if the server cannot be reached, denies access, or does not prune.
 
     Args:
         url: of the server.
-        seconds: that it has for each answer.
+        seconds: timeout of each response.
     """
 
     def __init__(self, url: str, seconds: float = _SECONDS) -> None:
@@ -74,8 +73,8 @@ class ServedModel:
 
     @cached_property
     def config(self) -> Config:
-        """What the server says of itself."""
-        return self._ask(Config, "GET", "config")
+        """The server's configuration."""
+        return self._call(Config, "GET", "config")
 
     @property
     def name(self) -> str:
@@ -94,14 +93,14 @@ class ServedModel:
         self, image: bytes, given: dict[str, Any], *, spectrum: bool = False, overlay: bool = False
     ) -> ItemPreview:
         """Raises:
-        ValueError: in the server's words, if it refuses the image or the options.
+        ValueError: with the server's message, if it rejects the image or the options.
         """
         part = {"type": "image_url", "image_url": {"url": data_url(image)}}
         body = {"messages": [{"role": "user", "content": [part]}], KEY: given, "spectrum": spectrum, "overlay": overlay}
-        (found,) = self._ask(Preview, "POST", "preview", body).images
+        (found,) = self._call(Preview, "POST", "preview", body).images
         return found
 
-    def _ask(self, kind: type[Answer], method: str, route: str, body: object = None) -> Answer:
+    def _call(self, kind: type[Body], method: str, route: str, body: object = None) -> Body:
         try:
             response = self._client.request(method, f"{self._url}/v1/eadaprune/{route}", json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -112,14 +111,14 @@ class ServedModel:
             try:
                 return kind.model_validate_json(response.content)
             except ValidationError:
-                raise ServerError(f"{self._url} does not answer as this version of the plugin does") from None
-        if body and response.status_code in _ABOUT_THE_IMAGE:
+                raise ServerError(f"{self._url} runs an incompatible version of the plugin") from None
+        if body and response.status_code in _IMAGE_ERRORS:
             raise ValueError(_sentence(response))
         raise ServerError(f"{self._url}: {_sentence(response)}")
 
 
 def _sentence(response: httpx.Response) -> str:
-    """The reason that a server gives, in vLLM's shape or another."""
+    """The message of a server's error, in vLLM's format or another."""
     try:
         found = response.json()["error"]
         return str(found["message"] if isinstance(found, dict) else found)

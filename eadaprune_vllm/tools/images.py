@@ -9,20 +9,20 @@ from urllib.parse import unquote, urlsplit
 import httpx
 from PIL import Image, ImageOps
 
-_SECONDS = 60  # that a host has for each part of its answer
+_SECONDS = 60  # timeout of connecting, and of each read
 
 
 def is_url(where: str) -> bool:
-    """Whether this is a URL, and not the path of a file."""
+    """Whether this is a URL, not a path."""
     return where.startswith(("http://", "https://", "file://", "data:"))
 
 
 def read(where: str) -> bytes:
-    """The image file at a path or URL, as it is.
+    """The content of the image file at a path or URL.
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if the URL leads to none.
+        ValueError: if the URL cannot be fetched.
     """
     if where.startswith("data:"):
         return base64.b64decode(where.partition(",")[2], validate=True)
@@ -37,7 +37,7 @@ def read(where: str) -> bytes:
 
 
 def data_url(file: bytes, name: str = "") -> str:
-    """An image file in a ``data:`` URL: a server need not be able to read it. Its kind is guessed from its name."""
+    """An image file as a ``data:`` URL. Its media type is guessed from its name."""
     kind = mimetypes.guess_type(name)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
@@ -46,6 +46,6 @@ def picture(file: bytes) -> Image.Image:
     """The picture in an image file, upright, in RGB.
 
     Raises:
-        OSError: if it holds none.
+        OSError: if it is not an image.
     """
     return ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")

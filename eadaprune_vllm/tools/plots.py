@@ -14,8 +14,12 @@ _STYLES = {"adaptive": "-o", "fixed": "--x"}
 
 
 def accuracy(rows: Sequence[dict[str, Any]], by: str = "group") -> Figure:
-    """Accuracy against mean tokens, overall and for each group, or category, of questions. ``rows`` as of
-    ``Results.summary``."""
+    """Accuracy against mean tokens, overall and for each group (or category) of questions.
+
+    Args:
+        rows: as from ``Results.summary``.
+        by: ``group`` or ``category``.
+    """
     groups = list(rows[0][by])
     views = ["all questions", *groups] if len(groups) > 1 else ["all questions"]
     figure = Figure(figsize=(6 * min(len(views), 3), 4.5 * -(-len(views) // 3)), layout="constrained")
@@ -69,8 +73,8 @@ def caption(report: ItemReport) -> str:
     return f"{threshold}\n{report.kept_tokens} of {report.visual_tokens} tokens{bound}"
 
 
-def _held(report: ItemReport, k: int, curve: Sequence[tuple[int, float]]) -> float:
-    """Where a budget is on the curve that it goes by."""
+def _energy(report: ItemReport, k: int, curve: Sequence[tuple[int, float]]) -> float:
+    """The energy of a budget on the curve."""
     known = [energy for energy in (report.spectral_energy, report.span_energy) if energy is not None]
     return (known or [energy for tokens, energy in reversed(curve) if tokens <= k])[0]
 
@@ -80,12 +84,12 @@ def explanation(
     curve: Sequence[tuple[int, float]],
     chosen: Sequence[ItemReport],
 ) -> Figure:
-    """An image under several thresholds, above the curve of its energy.
+    """An image with several thresholds, above the curve of its energy.
 
     Args:
         panels: captions and pictures.
-        curve: tokens, and the share of the energy they hold.
-        chosen: what became of it at each threshold.
+        curve: kept tokens, and the share of the energy they hold.
+        chosen: the decision at each threshold.
     """
     figure = Figure(figsize=(3.2 * max(len(panels), 3), 6), layout="constrained")
     layout = figure.add_gridspec(2, max(len(panels), 3), height_ratios=(3, 2))
@@ -95,12 +99,12 @@ def explanation(
         axes.set_title(caption, fontsize=9)
         axes.axis("off")
     axes = figure.add_subplot(layout[1, :])
-    # What is missing, on a logarithmic scale: thresholds worth telling apart are close to 1.
+    # The missing share on a logarithmic scale, because useful thresholds are close to 1.
     missing = [max(1 - energy, 1e-5) for _, energy in curve]
     axes.plot([k for k, _ in curve], missing, color="black")
     for number, report in enumerate(chosen):
         k, label = report.kept_tokens - report.newline_tokens, f"energy {report.energy_threshold:g}"
-        axes.plot(k, max(1 - _held(report, k, curve), 1e-5), "o", color=f"C{number}", label=f"{label}: {k} tokens")
+        axes.plot(k, max(1 - _energy(report, k, curve), 1e-5), "o", color=f"C{number}", label=f"{label}: {k} tokens")
         axes.axvline(k, color=f"C{number}", linewidth=0.5)
     axes.set_xscale("log")
     axes.set_yscale("log")

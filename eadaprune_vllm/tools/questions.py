@@ -1,4 +1,4 @@
-"""Sets of questions about images, one in a line of JSON."""
+"""Question sets: JSONL files with one question about an image per line."""
 
 import json
 import re
@@ -14,8 +14,8 @@ class Question(BaseModel):
 
     Attributes:
         image: path, relative to the file, or URL.
-        answers: any of them is right; compared without regard to case, articles, punctuation and space.
-        category, group: results are also reported for each of these.
+        answers: the accepted answers; compared without case, articles, punctuation and white space.
+        category, group: results are also reported by these.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -29,7 +29,7 @@ class Question(BaseModel):
 
 def read_questions(path: Path) -> list[Question]:
     """Raises:
-    ValueError: naming the line that is no question.
+    ValueError: naming the first invalid line.
     """
     questions = []
     for number, line in enumerate(path.read_text().splitlines(), 1):

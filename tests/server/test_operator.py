@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from shared import Reference
 from transformers import AutoImageProcessor
 
-from eadaprune_vllm.core.draw import picture, seen
+from eadaprune_vllm.core.draw import picture, preprocessed
 from eadaprune_vllm.core.selectors import SELECTORS
 from eadaprune_vllm.core.server_options import ServerOptions
 
@@ -155,7 +155,7 @@ def test_preview_says_what_a_request_would_get(
         assert image["overlay"].startswith("data:image/jpeg;base64,")
         overlay = picture(image["overlay"])
         assert overlay.size == (336, 336)
-        shown = patches(seen(processor, images[name]))
+        shown = patches(preprocessed(processor, images[name]))
         pruned = ~np.isin(np.arange(576), kept.indices)
         shown[pruned] = 0.3 * shown[pruned] @ [[0.299], [0.587], [0.114]]  # dark and grey
         assert np.abs(patches(overlay) - shown).max() < 10

@@ -1,15 +1,13 @@
-"""How long it takes to decide on a budget and a selection:  python benchmarks/budget.py [--device cuda]
+"""How long budget and selection take:  python benchmarks/budget.py [--device cuda]
 
-Each contender decides on the budget of the same feature matrices, in turns; the randomized ones find budgets of up to
-``K_MAX`` tokens. What the plugin runs is timed with the selection of tokens, the others without; once of a third of the
-tokens, as at the default target, whatever the budget; once by span, whose budget is another; and once for an energy
-above 0.999, for which the spectrum is in float64. It decides on windows of large images, which have budgets of their
-own. The matrices have a dominant direction, a steep head and a flat tail, as those of vision towers do. Times are also
-shares of what the tower of such an image would take, if it ran as fast as one product of large matrices does here.
-Writes ``budget.json``, ``budget.png``.
+Each contender computes the budget of the same feature matrices, in turns. The randomized ones find budgets of up to
+``K_MAX`` tokens. The plugin's are timed with the selection of tokens: with each selector; with a third of the tokens,
+as at the default target; by span, whose budget is another; and above an energy of 0.999, for which the spectrum is in
+float64. The plugin cuts large images into windows, which have budgets of their own. The matrices have a dominant
+direction, a steep head and a flat tail, as those of vision towers do. Times are also shares of what the tower of such
+an image would take, if it ran as fast as a product of large matrices does here. Writes ``budget.json``, ``budget.png``.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +20,9 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 import typer
-from common import RESULTS, about
+from common import RESULTS, Output, save, show
 from matplotlib import pyplot as plt
 from rich.console import Console
-from rich.table import Table
 from threadpoolctl import ThreadpoolController
 
 from eadaprune_vllm.core.budget import TIE_TOLERANCE
@@ -193,12 +190,24 @@ def measure(batch: torch.Tensor, seconds: float) -> dict[str, dict[str, Any]]:
     }
 
 
+def report(size: str, count: int, windows: bool, found: dict[str, dict[str, Any]]) -> None:
+    """Print the times of one size; deviations from ``svdvals`` only of budgets that are meant to be the same."""
+    rows = []
+    for name, row in found.items():
+        other = name in (A_THIRD, BY_SPAN, FLOAT64) or (windows and name.startswith("eadaprune"))
+        off_by = "" if other else f"{min(row['deviation'])} to {max(row['deviation'])}"
+        ratios = [found[than]["milliseconds"] / row["milliseconds"] for than in ("svdvals", "randomized SVD")]
+        rows.append([name, row["milliseconds"], *ratios, 100 * row["share_of_tower"], off_by])
+    title = f"{size}, {count} at a time: milliseconds per image; budgets hold {ENERGY} of the energy"
+    show(title, ["contender", "ms", "x svdvals", "x randomized", "% of tower", "budget off by"], rows)
+
+
 def main(
     device: Annotated[str, typer.Option(help="Where features are, and contenders compute.")] = "cpu",
     batch: Annotated[list[int], typer.Option(help="Images at a time.")] = [1, 8, 32],  # noqa: B006
     seconds: Annotated[float, typer.Option(help="For each contender, size and batch; at least three times.")] = 4,
     most_tokens: Annotated[int, typer.Option(help="Of an image; larger ones are left out.")] = 16384,
-    output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
+    output: Output = RESULTS,
 ) -> None:
     console = Console()
     found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
@@ -210,29 +219,14 @@ def main(
         encoding = 1000 * tower.operations(rows) / best
         for count in batch if rows <= WINDOW["tile"] else batch[:1]:
             with console.status(f"{size}, {count} at a time"):
-                found[size][count] = measure(features(count, rows, columns, device), seconds)
-            table = Table(
-                title=f"{size}, {count} at a time: milliseconds per image; budgets are {ENERGY} of the energy"
-            )
-            for heading in ("contender", "ms", "x svdvals", "x randomized", "% of tower", "budget off by"):
-                table.add_column(heading, justify="left" if heading == "contender" else "right")
-            each = found[size][count]
-            for name, row in each.items():
+                each = measure(features(count, rows, columns, device), seconds)
+            for row in each.values():
                 row["share_of_tower"] = row["milliseconds"] / encoding
-                other = name in (A_THIRD, BY_SPAN, FLOAT64) or (name.startswith("eadaprune") and rows > WINDOW["tile"])
-                ratios = [each[than]["milliseconds"] / row["milliseconds"] for than in ("svdvals", "randomized SVD")]
-                table.add_row(
-                    name,
-                    f"{row['milliseconds']:.2f}",
-                    *(f"{r:.2f}" for r in ratios),
-                    f"{100 * row['share_of_tower']:.2f}",
-                    "" if other else f"{min(row['deviation'])} to {max(row['deviation'])}",
-                )
-            console.print(table)
+            found[size][count] = each
+            report(size, count, rows > WINDOW["tile"], found[size][count])
     name = "budget" if device == "cpu" else f"budget-{device}"
-    output.mkdir(exist_ok=True)
     settings = {"energy": ENERGY, "k_max": K_MAX, "computed_on": device, "operations_per_second": best}
-    (output / f"{name}.json").write_text(json.dumps({"about": about() | settings, "found": found}, indent=1) + "\n")
+    save(output / f"{name}.json", settings, found=found)
     draw(found, output / f"{name}.png")
 
 

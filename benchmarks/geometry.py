@@ -24,6 +24,7 @@ CLIP_L = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+IMAGE_TOKENS = 576  # of LLaVA-1.5
 VOCABULARY = 32064
 # Llama 3.2 1B, and the Vicuna 7B of LLaVA-1.5. The tiny ones, with towers as tiny, are to try a benchmark out.
 LANGUAGE_MODELS = {
@@ -68,6 +69,22 @@ def make_geometry(folder: Path, language_model: str = "1b") -> LlavaConfig:
     )
     save_without_weights(config, tokenizer, folder)
     return config
+
+
+def flops(config: LlavaConfig, images: int, prompt_tokens: float) -> float:
+    """Additions and multiplications for one prompt up to its first token: a pair of them counts as two."""
+
+    def layers(width: int, inner: int, kv: int, gated: bool, depth: int, tokens: float, causal: bool) -> float:
+        weights = width * width * 2 + width * kv * 2 + width * inner * (3 if gated else 2)
+        attention = 4 * tokens * width / (2 if causal else 1)
+        return depth * tokens * (2 * weights + attention)
+
+    vision, text = config.vision_config, config.text_config
+    width, depth = vision.hidden_size, vision.num_hidden_layers + 1 + config.vision_feature_layer
+    tower = layers(width, vision.intermediate_size, width, False, depth, IMAGE_TOKENS + 1, causal=False)
+    width, kv = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    language = layers(width, text.intermediate_size, kv, True, text.num_hidden_layers, prompt_tokens, causal=True)
+    return images * tower + language
 
 
 def make_qwen(folder: Path, language_model: str) -> None:

@@ -1,87 +1,59 @@
-"""Large images beside stock vLLM:  python benchmarks/large.py
+"""Large images, stock vLLM and the plugin:  python benchmarks/large.py
 
-Two real servers of a Qwen2.5-VL of real geometry with random weights, stock vLLM and the plugin. One request at a time
-with an image of its own: the time to its only token, and what of it the engine spent on encoding, spectrum and
-selection. Features of random weights have no spectrum worth a threshold, so a third of the tokens is kept by
-``min_tokens = max_tokens``. Writes ``large.json`` after each size.
+A Qwen2.5-VL of real geometry with random weights; one request at a time, each with a new image: seconds to its only
+token, and how many of them the engine spends on encoding, spectrum and selection. A third of the tokens is kept. Writes
+``large.json`` after each size.
 """
 
-import json
+import itertools
 import math
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
-from common import RESULTS, about, scene
+from common import RESULTS, Flags, Output, save, scene, show_medians
 from geometry import QWEN, make_qwen
-from rich.console import Console
-from rich.table import Table
-from serving import STAGES, servers, stages
-
-from eadaprune_vllm.demo.server import Server
-from eadaprune_vllm.tools.evaluate import exactly
+from servers import FLAGS, STAGES, Contender, ask, contenders, in_turns, stages, stock_and_plugin
 
 PIXELS = 28  # of one token, each way
 
 
-def seconds(server: Server, image: Path, options: dict[str, Any] | None) -> float:
-    """Until the answer of one token is there."""
-    part = {"type": "image_url", "image_url": {"url": f"file://{image}"}}
-    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
-    body = {"model": server.NAME, "messages": messages, "max_tokens": 1} | ({"eadaprune": options} if options else {})
-    start = time.perf_counter()
-    httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=600).raise_for_status()
-    return time.perf_counter() - start
+def measure(contender: Contender, image: Path) -> dict[str, float]:
+    """Seconds until the answer of one token is there, and of each stage."""
+    before = stages(contender.server)
+    seconds = ask(contender.server, image.as_uri(), contender.options).seconds
+    after = stages(contender.server)
+    return {"seconds": seconds} | {stage: after[stage] - before[stage] for stage in STAGES}
 
 
 def main(
-    tokens: Annotated[list[int], typer.Option(help="Of the images.")] = [1024, 4096, 16384],  # noqa: B006
-    requests: Annotated[int, typer.Option(help="Of each size and contender, after one that does not count.")] = 3,
+    tokens: Annotated[list[int], typer.Option(help="Tokens of an image.")] = [1024, 4096, 16384],  # noqa: B006
+    requests: Annotated[int, typer.Option(help="Requests of each size and contender, after one to warm up.")] = 3,
     language_model: Annotated[str, typer.Option(help=f"One of {', '.join(QWEN)}.")] = "7b",
-    flags: Annotated[str, typer.Option(help="More flags for both servers, separated by spaces.")] = "",
-    output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
+    flags: Flags = "",
+    output: Output = RESULTS,
 ) -> None:
-    rows: list[dict[str, Any]] = []
+    found: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, seeds = Path(name), itertools.count()
         make_qwen(folder / "model", language_model)
-        given = ["--max-model-len", str(max(tokens) + 1024), *flags.split()]
-        with servers(folder, folder / "model", given) as (stock, pruned):
+        own = [*FLAGS, "--max-model-len", str(max(tokens) + 1024), *flags.split()]
+        with stock_and_plugin(folder, folder / "model", own) as both:
             for count in tokens:
-                contenders: dict[str, tuple[Server, dict[str, Any] | None]] = {
-                    "stock": (stock, None),
-                    "energy 1": (pruned, {"energy": 1.0}),
-                    "a third": (pruned, exactly(count // 3)),
-                }
                 side = PIXELS * math.isqrt(count)
-                for contender, (server, options) in contenders.items():
-                    times = []
-                    for number in range(requests + 1):
-                        image = folder / f"{contender}-{count}-{number}.jpg"
-                        scene(hash((count, number)) % 2**32).resize((side, side)).save(image)
-                        before = stages(server)
-                        times.append(seconds(server, image, options))
-                        after = stages(server)
-                        spent = {stage: after[stage] - before[stage] for stage in STAGES}
-                    row: dict[str, Any] = {
-                        "tokens": count,
-                        "contender": contender,
-                        "seconds": statistics.median(times[1:]),
-                    }
-                    rows.append(row | {"runs": times[1:], "last": spent})
-                output.mkdir(exist_ok=True)
-                (output / "large.json").write_text(json.dumps({"about": about(), "found": rows}, indent=1) + "\n")
-    table = Table(title="Seconds to the only token, and of that to decide, one request at a time")
-    for heading in ("tokens", "contender", "seconds", *STAGES):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = [f"{number:.3f}" for number in (row["seconds"], *row["last"].values())]
-        table.add_row(str(row["tokens"]), row["contender"], *cells)
-    Console().print(table)
+
+                def ask_once(contender: Contender, side: int = side) -> dict[str, float]:
+                    seed = next(seeds)
+                    image = folder / f"{seed}.jpg"
+                    scene(seed).resize((side, side)).save(image)
+                    return measure(contender, image)
+
+                found[count] = in_turns(contenders(*both, {"a third": count // 3}), requests, ask_once)
+                save(output / "large.json", {"flags": own, "language_model": language_model}, found=found)
+    for count, rounds in found.items():
+        title = f"{count} tokens: seconds to the only token and for each stage, median of {requests}"
+        show_medians(title, rounds, ["seconds", *STAGES])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """A burst that overflows the KV cache, with and without load-aware thresholds:  python benchmarks/load.py
 
-The same requests, at the same times, go to a server whose thresholds stay and to one whose thresholds follow the load,
-in turns. Each has an image of its own, and thresholds start at 1.0: nothing is pruned before there is load. Random
-weights: this is about queues and the KV cache, not about answers. The language model is narrow and deep, so that the
-engine is busy with it, and not with the vision tower. Writes ``load.json`` and ``load.png``.
+The same requests, at the same times, go to a server whose thresholds stay and to one whose thresholds follow its load,
+in turns. Each has a new image, and thresholds start at 1.0: nothing is pruned before there is load. Weights are random:
+this is about queues and the KV cache, not about answers. The language model is narrow and deep, so that it keeps the
+engine busy, and not the vision tower. Writes ``load.json`` and ``load.png``.
 """
 
 import json
@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +20,11 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 import typer
-from common import RESULTS, about
+from common import RESULTS, Output, save, show_medians
 from matplotlib import pyplot as plt
-from openai import OpenAI
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from servers import ask
 
 from eadaprune_vllm.core.draw import data_url
 from eadaprune_vllm.demo.model import make_model
@@ -37,44 +37,31 @@ FLAGS += ["--eadaprune-min-tokens", "16"]
 FLAGS += ["--block-size", "32", "--num-gpu-blocks-override", "192", "--max-model-len", "2048", "--max-num-seqs", "64"]
 FOLLOW = ["--eadaprune-load-aware", json.dumps(POLICY)]
 COUNTED = ["vllm:num_preemptions_total", "vllm:request_queue_time_seconds_sum", "vllm:prompt_tokens_total"]
+SHOWN = ["seconds", "median_first_token", "mean_queue_seconds", "preemptions", "prompt_tokens", "last_level"]
 
 
-def picture(number: int) -> Image.Image:
-    """Coloured squares and noise: of middling density."""
-    random = np.random.default_rng(number)
+def picture(seed: int) -> Image.Image:
+    """Coloured squares and noise: of middling density, where those of ``common.scene`` differ."""
+    random = np.random.default_rng(seed)
     squares = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((336, 336))
     return Image.fromarray(np.clip(np.array(squares) + random.normal(0, 12, (336, 336, 3)), 0, 255).astype(np.uint8))
 
 
-def ask(server: Server, number: int, max_tokens: int) -> dict[str, float]:
-    """One streamed request: when its first token came, when it ended, and the threshold that its image got."""
-    url = data_url(picture(number))
-    start, first, energy = time.perf_counter(), 0.0, 0.0
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-        chunks = client.chat.completions.create(
-            model=server.NAME,
-            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}],
-            max_tokens=max_tokens,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        for chunk in chunks:
-            if report := (chunk.model_extra or {}).get("eadaprune"):
-                energy = report["images"][0]["energy_threshold"]
-            if not first and chunk.choices:
-                first = time.perf_counter() - start
-    return {"first_token": first, "seconds": time.perf_counter() - start, "energy": energy}
-
-
 def burst(server: Server, requests: int, gap: float, max_tokens: int, seed: int) -> dict[str, Any]:
+    """Send requests ``gap`` seconds apart, and wait for all answers.
+
+    Returns:
+        What ``SHOWN`` names (times in seconds), and all answers in the order of their requests.
+    """
+    urls = [data_url(picture(seed + number)) for number in range(requests)]
     before = server.samples()
     start = time.perf_counter()
     with ThreadPoolExecutor(requests) as pool:
-        asked = []
-        for number in range(requests):
+        pending = []
+        for number, url in enumerate(urls):
             time.sleep(max(0.0, start + number * gap - time.perf_counter()))
-            asked.append(pool.submit(ask, server, seed + number, max_tokens))
-        answers = [each.result() for each in asked]
+            pending.append(pool.submit(ask, server, url, max_tokens=max_tokens))
+        answers = [asdict(each.result()) for each in pending]
     seconds = time.perf_counter() - start
     after = server.samples()
     preemptions, queued, prompt = (total(after, name) - total(before, name) for name in COUNTED)
@@ -92,11 +79,10 @@ def burst(server: Server, requests: int, gap: float, max_tokens: int, seed: int)
 def main(
     requests: Annotated[int, typer.Option(help="Requests of a burst.")] = 60,
     gap: Annotated[float, typer.Option(help="Seconds between two of them.")] = 0.4,
-    max_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 100,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 100,
     rounds: Annotated[int, typer.Option(help="Bursts per server.")] = 3,
-    output: Annotated[Path, typer.Option(help="Folder that takes the results.")] = RESULTS,
+    output: Output = RESULTS,
 ) -> None:
-    console = Console()
     names = {"thresholds stay": [], "thresholds follow the load": FOLLOW}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -104,21 +90,18 @@ def main(
         make_model(model, text_layers=TEXT_LAYERS)
         for turn in range(rounds):
             for name, flags in names.items():
-                status = console.status(f"{name}, burst {turn + 1} of {rounds}")
+                status = Console().status(f"{name}, burst {turn + 1} of {rounds}")
                 with status, Server(Path(folder, "log"), model, *FLAGS, *flags) as server:
-                    ask(server, 0, 4)
+                    ask(server, data_url(picture(0)), max_tokens=4)
                     found[name].append(burst(server, requests, gap, max_tokens, seed=1000 * turn + 1))
-    table = Table("", *(f"{name} (median of {rounds})" for name in names))
-    for key in ("seconds", "median_first_token", "mean_queue_seconds", "preemptions", "prompt_tokens", "last_level"):
-        table.add_row(key, *(f"{statistics.median(each[key] for each in found[name]):.4g}" for name in names))
-    console.print(table)
+    show_medians(f"Median of {rounds} bursts", found, SHOWN)
     settings = {"policy": POLICY, "requests": requests, "gap": gap, "max_tokens": max_tokens, "flags": FLAGS}
-    output.mkdir(exist_ok=True)
-    (output / "load.json").write_text(json.dumps({"about": about() | settings, "bursts": found}, indent=1) + "\n")
+    save(output / "load.json", settings, bursts=found)
     draw(found, gap, output / "load.png")
 
 
 def draw(found: dict[str, list[dict[str, Any]]], gap: float, path: Path) -> None:
+    """Draw when first tokens came, and thresholds in force, over the time of each request."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     for number, (name, bursts) in enumerate(found.items()):
         for each in bursts:

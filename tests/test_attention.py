@@ -52,7 +52,7 @@ def test_it_is_the_mean_over_heads_and_queries(monkeypatch: pytest.MonkeyPatch) 
     expected = weights(query, key).mean((0, 1))
     torch.testing.assert_close(received_attention(query, key, 0.4), expected)
     for held in (1, 60):  # one and two queries at a time
-        monkeypatch.setattr(attention, "_WEIGHTS", held)
+        monkeypatch.setattr(attention, "_MAX_WEIGHTS", held)
         torch.testing.assert_close(received_attention(query, key, 0.4), expected)
 
 

@@ -217,7 +217,7 @@ def test_what_fails_in_the_encoder_fails_alone(error: Exception) -> None:
     assert model.batches == [("image", [20, 21, 22]), ("image", [20]), ("image", [21]), ("image", [22])]
     assert isinstance(failed, DecisionError)
     assert failed.reason == "engine"
-    assert ("too little memory" in failed.error) == isinstance(error, torch.OutOfMemoryError)
+    assert ("not enough memory" in failed.error) == isinstance(error, torch.OutOfMemoryError)
     for answer, of in ((good, given[0]), (last, given[2])):
         assert as_decided(answer).decision.indices.tolist() == alone(of[:, :4]).indices.tolist()
 
@@ -290,7 +290,7 @@ def test_rows_that_vllm_does_not_expect_fail_alone(model: Model) -> None:
     good, failed = answered(model, asked(rows(20)), question)
     assert isinstance(good, DecisionResult)
     assert failed == DecisionError(
-        "this image could not be encoded: 20 rows were encoded where vLLM expects 19 placeholders"
+        "this image could not be pruned: the model made 20 embeddings where vLLM expects 19 placeholders"
     )
 
 

@@ -77,16 +77,16 @@ def test_all_is_well(stub: Stub, model: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert found["eadaprune"] == __version__
     assert found["vLLM"] == f"ok: {compat.version()}, supported is {compat.SUPPORTED}"
-    assert found["plugin"] == "ok: installed; to be named by --plugin eadaprune"
-    assert found["patches"] == "ok: all there"
+    assert found["plugin"] == "ok: installed; --plugin eadaprune activates it"
+    assert found["patches"] == "ok: all applied"
     assert found["model"] == "ok: LlavaForConditionalGeneration in float32, prompts of up to 4096 tokens"
     assert found["KV cache"] == "1024 bytes per token"  # key and value x layers x KV heads x head size x bytes
-    assert found["largest image"] == "576 tokens, 0.6 MiB of KV cache; never cut below 64 by default"
-    assert found["default"] == "target 0.33, whose energy a server finds when it starts"
+    assert found["largest image"] == "576 tokens, 0.6 MiB of KV cache; by default at least 64 are kept"
+    assert found["default"] == "target 0.33; the server computes its energy when it starts"
     assert found["server"] == "ok: eadaprune 1 on vLLM 1"
     assert found["serves"] == "served: A in float32"
-    assert found["in force"].startswith("target 0.33: energy 0.3")
-    assert found["in force"].endswith(" of the tokens of reference pictures: pages 33%")
+    assert found["default"].startswith("target 0.33: energy 0.3")
+    assert found["default"].endswith(" of the tokens of reference pictures: pages 33%")
     assert found["endpoints"] == "0"
     assert not stub.asked
 
@@ -154,7 +154,7 @@ def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
     qwen, video, pages, llama, nowhere = map(lines, screens)
     assert qwen["model"].startswith("ok: Qwen2_5_VLForConditionalGeneration in bfloat16")
     assert qwen["KV cache"] == "768 bytes per token"
-    assert qwen["largest image"] == "144 tokens, 0.1 MiB of KV cache; never cut below 16 by default"
+    assert qwen["largest image"] == "144 tokens, 0.1 MiB of KV cache; by default at least 16 are kept"
     assert "largest image" not in video
     assert "largest video" in video
     assert pages["default"] == "energy 1, which keeps every token"
@@ -171,20 +171,20 @@ def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
         (401, '{"error": "Unauthorized"}', "{}: Unauthorized"),
         (404, "", "{} does not prune: is it running with --plugin eadaprune?"),
         (503, "", "{}: 503 Service Unavailable"),
-        (200, "{{}}", "{} does not answer as this version of the plugin does"),
+        (200, "{{}}", "{} runs an incompatible version of the plugin"),
     ],
 )
 def test_what_a_server_says_is_a_line(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, status: int, body: str, says: str
 ) -> None:
-    monkeypatch.setattr(doctor, "patches", lambda: iter([Finding("patches", "all there", "ok")]))
+    monkeypatch.setattr(doctor, "check_patches", lambda: iter([Finding("patches", "all applied", "ok")]))
     stub.failing = status, body
     *_, last = doctor.examine(url=stub.url)
     assert last == Finding("server", says.format(stub.url), "failed")
 
 
 def test_a_server_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "patches", lambda: iter([]))
+    monkeypatch.setattr(doctor, "check_patches", lambda: iter([]))
     *_, last = doctor.examine(url="http://127.0.0.1:9")
     assert last == Finding("server", "http://127.0.0.1:9: [Errno 111] Connection refused", "failed")
 
@@ -202,4 +202,4 @@ def test_whether_the_plugin_is_found_and_named(monkeypatch: pytest.MonkeyPatch) 
 def test_what_goes_with_a_model_is_refused_without_one(flag: str) -> None:
     done = CliRunner().invoke(app, ["doctor", flag, "x"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert done.exit_code == 2
-    assert "--dtype and --revision go with --model" in done.stderr
+    assert "--dtype and --revision need --model" in done.stderr

@@ -253,7 +253,7 @@ def test_embeddings_that_do_not_go_with_their_grid_are_refused(
     fits = layout(name, 24, image_embeds=torch.zeros(24, width), image_grid_thw=torch.tensor([1, 8, 12]))
     assert fits.grids == ((4, 6),)
     embeds = torch.zeros(rows, width + more)
-    words = rf"shape \({rows}, {width + more}\) do not go with a grid of {grid[0]} x {grid[1]} x {grid[2]}"
+    words = rf"shape \({rows}, {width + more}\) do not fit a grid of {grid[0]} x {grid[1]} x {grid[2]}"
     with pytest.raises(ValueError, match=words):
         layout(name, rows, image_embeds=embeds, image_grid_thw=torch.tensor(grid))
 

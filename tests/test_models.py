@@ -196,7 +196,7 @@ def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:
     """And pixels as vLLM does."""
     found = load("llava")
     given = [torch.randn(3, 128), torch.randn(5, 128)]
-    embedded = found.model.embed_multimodal(image_rows=given, image_kept=[torch.arange(3), torch.arange(5)])
+    embedded = found.model.embed_multimodal(image_mm_embeds=given, image_kept=[torch.arange(3), torch.arange(5)])
     assert all(torch.equal(*pair) for pair in zip(embedded, given, strict=True))
     (new,) = found.read({"image": [SCENES["square"]]}, energy=1.0)
     (decided,) = found.decided({"image": [SCENES["square"]]}, energy=1.0)

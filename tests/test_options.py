@@ -131,7 +131,7 @@ BOUNDS = LIMITS | {"energy": 0.9, "min_share": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("override", "field", "clamped"),
+    ("override", "field", "clamp_to"),
     [
         ({"energy": 0.4}, "energy", {"energy": 0.5}),
         ({"energy": 0.99}, "energy", {"energy": 0.95}),

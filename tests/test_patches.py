@@ -190,7 +190,7 @@ def test_an_override_of_nothing_stops_the_start(name: str) -> None:
     module = ModuleType("of_ours")
     cls.__module__ = module.__name__
     vars(module).update(Ours=cls)
-    with pytest.raises(StartupError, match=f"has no vllm.somewhere:Theirs.{name} of the kind known from"):
+    with pytest.raises(StartupError, match=f"has no vllm.somewhere:Theirs.{name} with the signature it has in"):
         check_overrides(module)
 
 
@@ -312,7 +312,7 @@ def test_what_is_gone_stops_the_start_or_is_left_out_with_a_warning(
 ) -> None:
     def wrapper(original: Call, other: int) -> Any: ...
 
-    with pytest.raises(StartupError, match=f"has no {path} of the kind known from .*, which pruning depends on"):
+    with pytest.raises(StartupError, match=f"has no {path} with the signature it has in .*, and pruning depends on it"):
         wrap(path)(wrapper)
     warned: list[str] = []
     logger = SimpleNamespace(warning=lambda text, *args: warned.append(text % args))

@@ -59,7 +59,7 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
     add_flags(parser)
     assert vars(parser.parse_args([])) == {}
     text = " ".join(parser.format_help().split())
-    assert "A number greater than 0 and at most 1. (default: what the target comes to)" in text
+    assert "A number greater than 0 and at most 1. (default: the target's)" in text
     assert "(default: None)" not in text
     assert "(default: no limit)" in text
     options: dict[str, object] = {

@@ -193,13 +193,13 @@ def test_more_than_can_ever_fit_is_not_asked_about(processor: PruningProcessor, 
     """Nor shown: each keeps 64 tokens at least, and there is room for 150."""
     three = [images[name] for name in ("coffee", "moon", "rocket")]
     assert len(next(apply(processor, {}, *three[:2]))) == 2
-    with pytest.raises(VLLMValidationError, match="length is 150 tokens, and this request has at least 192, however"):
+    with pytest.raises(VLLMValidationError, match="length is 150 tokens, and this request has at least 192, even"):
         next(apply(processor, {}, *three))
     for each in (three, three[:1] * 3):
         choices = Choices({"image": (Choice(processor.server_options.defaults),) * 3})
         items = preview.iter_preview_items(processor, {"image": each}, choices)
         assert [next(items).pending.needs_decision for _ in range(2)] == [True] * 2
-        with pytest.raises(VLLMValidationError, match="at least 192, however"):
+        with pytest.raises(VLLMValidationError, match="at least 192, even"):
             next(items)
 
 

@@ -4,8 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from pictures import FOLDER, PICTURES, main
 from PIL import Image
-from reference_pictures import FOLDER, PICTURES, main
 
 from eadaprune_vllm.reference import pictures
 

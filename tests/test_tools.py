@@ -65,7 +65,7 @@ def test_the_solved_threshold_gives_the_mean_that_was_asked_for(target: float) -
 
 
 def test_a_mean_that_no_threshold_gives_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"can keep a share of 0\.100 to 0\.300 of their tokens on average, not 0\.8"):
+    with pytest.raises(ValueError, match=r"keep 0\.100 to 0\.300 of the tokens of these images on average, so target 0\.8 is not"):
         calibrate.solve(curves(10), 0.8, PruneOptions(min_tokens=4, max_tokens=12))
 
 
@@ -82,7 +82,7 @@ def test_images_are_found_in_folders_globs_and_lists(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     listed = [*every[:2], "https://example.org/c.png"]
     assert calibrate.find_images([str(tmp_path / "list.jsonl"), every[0]]) == listed
-    with pytest.raises(ValueError, match="nowhere: no images there"):
+    with pytest.raises(ValueError, match="nowhere: no images found"):
         calibrate.find_images(["nowhere"])
 
 
@@ -144,7 +144,7 @@ def test_budgets_by_span_are_told_from_those_by_the_spectrum(stub: Stub, folder:
 
 def test_options_that_are_not_given_are_the_servers(stub: Stub, folder: Path) -> None:
     few = run(*calibrate_command(folder, "--url", stub.url, "--target", 0.02))
-    assert "these images can keep a share of 0.040 to 1.000 of their tokens on average, not 0.02" in few.stderr
+    assert "thresholds keep 0.040 to 1.000 of the tokens of these images on average, so target 0.02 is not reachable" in few.stderr
 
 
 def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, f
         (401, '{"error": "Unauthorized"}', ": Unauthorized"),
         (404, '{"detail": "Not Found"}', " does not prune: is it running with --plugin eadaprune?"),
         (503, "over there", ": 503 Service Unavailable"),
-        (200, "{}", " does not answer as this version of the plugin does"),
+        (200, "{}", " runs an incompatible version of the plugin"),
     ],
 )
 def test_what_a_server_says_ends_the_command(stub: Stub, folder: Path, status: int, body: str, words: str) -> None:
@@ -179,10 +179,10 @@ def test_what_a_server_says_ends_the_command(stub: Stub, folder: Path, status: i
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give either --url, of a server, or --model"),
-        (["--url", "http://127.0.0.1:9", "--model", "m"], "give either --url, of a server, or --model"),
-        (["--url", "http://127.0.0.1:9", "--dtype", "float32"], "--dtype and --revision go with --model"),
-        (["--url", "http://127.0.0.1:9", "--revision", "main"], "--dtype and --revision go with --model"),
+        ([], "give either --url of a server, or --model"),
+        (["--url", "http://127.0.0.1:9", "--model", "m"], "give either --url of a server, or --model"),
+        (["--url", "http://127.0.0.1:9", "--dtype", "float32"], "--dtype and --revision need --model"),
+        (["--url", "http://127.0.0.1:9", "--revision", "main"], "--dtype and --revision need --model"),
         (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9: [Errno 111] Connection refused"),
         (["--url", "127.0.0.1"], "missing an 'http://' or 'https://' protocol"),
     ],

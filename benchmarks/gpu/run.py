@@ -1,16 +1,16 @@
-"""What only a GPU can tell, on one GPU:  python benchmarks/gpu/run.py [--rehearse] [OUTPUT [PART ...]]
+"""The benchmarks that need a GPU, on one GPU:  python benchmarks/gpu/run.py [--rehearse] [OUTPUT [PART ...]]
 
-LLaVA-1.5-7B's geometry with random weights. Runs the benchmarks beside this folder, one after the other, and joins
-what they find in ``gpu.json``. A part that fails, or takes longer than it may, is there with what it had found, and the
-others go on. Called again with the same folder, the parts that were not finished go on where they were.
+LLaVA-1.5-7B's geometry with random weights. Runs the scripts in the folder above, one after the other, and joins their
+results in ``gpu.json``. A part that fails or runs into its time limit is recorded with the results so far, and the next
+one starts. Called again with the same folder, parts that were not finished continue.
 
 - ``serving-1``, ``serving-32``: stock vLLM, the plugin at energy 1.0, and pruned, in one run; 1, 16 and 64 requests at
-  a time with images of their own, 1 and 32 tokens per answer. Also what the engine spends on each image, by stages.
-- ``budget``: eigenvalues and the other ways to a budget on the GPU, in batches, beside the plugin's
+  a time with new images, 1 and 32 tokens per answer. Also what the engine spends on each image, by stages.
+- ``budget``: eigenvalues and other ways to compute a budget on the GPU, in batches, beside the plugin's
 - ``large``: images of 1024, 4096 and 16384 tokens, with the geometry of Qwen2.5-VL-7B
 - ``capacity``: how many requests fit into the KV cache
 
-``--rehearse`` runs the same on a CPU, with tiny models and few requests: whether it runs, not how fast.
+``--rehearse`` runs the same on a CPU, with tiny models and few requests, to see that it runs.
 """
 
 import json
@@ -41,11 +41,11 @@ class Part:
     """One benchmark.
 
     Attributes:
-        command: what is the same everywhere.
-        gpu: what it is told besides on a GPU.
-        rehearsal: the same in a rehearsal.
-        file: what it writes.
-        seconds: that it may take.
+        command: script and arguments that are always the same.
+        gpu: more arguments on a GPU.
+        rehearsal: more arguments in a rehearsal.
+        file: name, or pattern of it, of what it writes.
+        seconds: time limit.
     """
 
     command: list[str]
@@ -65,7 +65,7 @@ PARTS = {
 
 
 def run(part: Part, folder: Path, rehearse: bool) -> dict[str, object]:
-    """What a part found, so far as it came, and how it ended."""
+    """Run a part; returns its exit status, its results so far, and if it failed the end of its log."""
     folder.mkdir(parents=True, exist_ok=True)
     script, *arguments = [*part.command, *(part.rehearsal if rehearse else part.gpu)]
     with (folder / "log").open("w") as log:
@@ -74,7 +74,7 @@ def run(part: Part, folder: Path, rehearse: bool) -> dict[str, object]:
         try:
             process.wait(part.seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # so that it stops its servers
+            process.send_signal(signal.SIGINT)  # lets it stop its servers
             process.wait()
     found: dict[str, object] = {"status": process.returncode}
     if process.returncode:
@@ -86,7 +86,7 @@ def run(part: Part, folder: Path, rehearse: bool) -> dict[str, object]:
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the results.")] = HERE / "results" / "gpu",
-    names: Annotated[list[str] | None, typer.Argument(metavar="[PART]...", help="By default what is left.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[PART]...", help="Default: those not finished.")] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="On a CPU, with tiny models.")] = False,
 ) -> None:
     joined = output / "gpu.json"

@@ -125,7 +125,7 @@ def test_calibrate_refuses_what_it_cannot_do(pruning: Server, folder: Path, tmp_
     arguments = ["calibrate", folder / "flat.png", "--url", pruning.url, "--store", store]
     run(*arguments, "--target", 100 / 576, "--histogram", tmp_path / "budgets.png")  # the others find its spectrum
     few = refusal(*arguments, "--target", 0.01)
-    assert "these images can keep a share of 0.028 to " in few
+    assert "thresholds keep 0.028 to " in few
     other = refusal(*arguments, "--target", 0.1, "--scope", "image")
     assert "choose another --store" in other
     notes = tmp_path / "notes.txt"
@@ -136,7 +136,7 @@ def test_calibrate_refuses_what_it_cannot_do(pruning: Server, folder: Path, tmp_
     bad = refusal(*arguments, "--target", 0.1, "--min-tokens", 0)
     assert "options.min_tokens=0 is not allowed; it must be an integer at least 1" in bad
     nowhere = refusal("calibrate", tmp_path / "none", "--url", pruning.url, "--target", 0.1)
-    assert "no images there" in nowhere
+    assert "no images found" in nowhere
 
 
 @pytest.mark.parametrize("with_server", [True, False])

@@ -27,7 +27,7 @@ def server(start: Callable[..., Server]) -> Server:
 def test_it_says_at_start_what_the_target_comes_to(server: Server, logs: Path) -> None:
     reference = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()["reference"]
     log = (logs / "targets.log").read_text()
-    assert "eadaprune: target 0.33 is out of reach of this model" in log  # its features have 144 numbers
+    assert "eadaprune: target 0.33 is not reachable with this model" in log  # its features have 144 numbers
     assert f"eadaprune: energy {reference['options']['energy']:g} keeps {reference['kept']:.0%} of the tokens" in log
     assert reference["options"]["target"] == pytest.approx(reference["kept"], abs=0.01)
     assert 0.111 <= reference["min_target"] < reference["kept"] < reference["max_target"] <= 144 / NUM_TOKENS

@@ -50,7 +50,7 @@ CASES = [
     Case("unrecognized arguments: --eadaprune-enregy", [*PRUNING, "--eadaprune-enregy", "0.9"]),
     Case("eadaprune.x is not an option", [*PRUNING, "--mm-processor-kwargs", '{"eadaprune": {"x": 1}}']),
     Case(
-        "needs the statistics that --disable-log-stats switches off",
+        "needs vLLM's statistics, which --disable-log-stats switches off",
         [*PRUNING, "--eadaprune-load-aware", "--disable-log-stats"],
     ),
     Case("so there is nothing to prune", ["--language-model-only"], {"VLLM_PLUGINS": "eadaprune"}),
@@ -59,7 +59,7 @@ CASES = [
         env={"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": VLLM},  # any path; it is never run
     ),
     Case(
-        "supported is >=0.99 (set EADAPRUNE_SKIP_VERSION_CHECK=1 to try it all the same)",
+        "supported is >=0.99 (set EADAPRUNE_SKIP_VERSION_CHECK=1 to try it anyway)",
         env={"PYTHONPATH": "."},
         change=other_version,
     ),

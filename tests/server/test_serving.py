@@ -249,7 +249,7 @@ def test_uuid_only_images_hit_under_the_same_options(pruning: Server, images: Im
     assert again.usage.prompt_tokens == first.usage.prompt_tokens
     with pytest.raises(
         openai.BadRequestError,
-        match="must have been sent before, under the same pruning options",
+        match="must have been sent before, with the same pruning options",
     ):
         ask(None, 0.91)
 

@@ -1,7 +1,7 @@
-"""Makes the reference pictures:  python benchmarks/reference_pictures.py [--output FOLDER]
+"""Make the reference pictures again:  python benchmarks/reference/pictures.py [--output FOLDER]
 
-Photographs come with scikit-image, everything else is drawn here and is the same in every run. Writes one file for each
-picture, ``<kind>-<name>``, to ``eadaprune_vllm/reference``, whose README says what they are for.
+Photographs come with scikit-image. Everything else is drawn here and is the same in every run. Writes one file for each
+picture, ``<kind>-<name>``, to ``eadaprune_vllm/reference``, whose README says what the pictures are for.
 """
 
 import io
@@ -13,9 +13,11 @@ from typing import Annotated
 import numpy as np
 import skimage.data
 import typer
+from drawing import noisy
 from matplotlib.figure import Figure
+from pages import columns, invoice, letter, receipt
 from PIL import Image
-from reference_pages import columns, desktop, invoice, letter, noisy, receipt, terminal
+from screens import desktop, terminal
 
 import eadaprune_vllm.reference
 

@@ -82,13 +82,13 @@ def seen(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> list[list[i
     """What workers were asked to decide about."""
     calls: list[list[int]] = []
 
-    def decide(runner: Any, asked: list[DecisionRequest], answers: bool) -> list[DecisionResponse]:
+    def decide(runner: Any, requests: list[DecisionRequest], respond: bool) -> list[DecisionResponse]:
         assert runner == "runner"
-        assert answers == (ranks.rank == 0)
-        calls.append([name_of(each) for each in asked])
+        assert respond == (ranks.rank == 0)
+        calls.append([name_of(each) for each in requests])
         if 13 in calls[-1]:
             raise ValueError("thirteen")
-        return [decided(1 + name_of(each) % 4) for each in asked]
+        return [decided(1 + name_of(each) % 4) for each in requests]
 
     monkeypatch.setattr(worker, "decide", decide)
     return calls
@@ -103,7 +103,7 @@ def test_a_worker_answers(ranks: SimpleNamespace, seen: list[list[int]]) -> None
 def test_a_worker_never_raises(
     ranks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def decide(*_: Any) -> list[DecisionResponse]:
+    def decide(*_: Any, **__: Any) -> list[DecisionResponse]:
         raise error
 
     monkeypatch.setattr(worker, "decide", decide)

@@ -52,8 +52,8 @@ def test_what_was_rendered_before_is_known_by_what_was_kept() -> None:
         SimpleNamespace(modality="image", identifier="c", data=None),
     ]
     input_processor._identify(features)
-    assert update.content.kept
-    names = ["a" + digest(update.content.kept.placeholders), "b", "c"]
+    assert update.content.decision
+    names = ["a" + digest(update.content.decision.placeholders), "b", "c"]
     assert [feature.identifier for feature in features] == names
 
 
@@ -73,7 +73,7 @@ def test_placeholders_that_do_not_stay_are_taken_out_from_between_text() -> None
         found = frames.pruned(decision)
         assert found.full == left
         assert int(found.embeds.sum()) == len(stays)
-        assert found.kept is decision
+        assert found.decision is decision
     assert len(frames.full) == 8  # it is the cached one of others
 
 
@@ -92,7 +92,7 @@ def test_newlines_are_counted() -> None:
 def test_names_tell_what_is_kept_and_nothing_else() -> None:
     def identifier(decision: PruneDecision | None, weights: float = 0.0) -> str:
         found = Items({}, weights_changed_at=weights)
-        found.add_report(one(), PrunedDetails([IMAGE], kept=decision))
+        found.add_report(one(), PrunedDetails([IMAGE], decision=decision))
         (name,) = found.identifiers.values()
         return name
 

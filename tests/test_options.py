@@ -141,12 +141,12 @@ BOUNDS = LIMITS | {"energy": 0.9, "min_share": 0.0}
         ({"min_tokens": 300}, "min_tokens", {"min_tokens": 200}),
     ],
 )
-def test_requests_beyond_the_bounds(override: dict[str, object], field: str, clamp_budget: dict[str, object]) -> None:
+def test_requests_beyond_the_bounds(override: dict[str, object], field: str, clamp_to: dict[str, object]) -> None:
     with pytest.raises(InvalidOptionsError, match=rf"^x\.{field}=.* is outside the bounds of this server") as error:
         ServerOptions.model_validate(BOUNDS).resolve(OptionSource("x", override))
     assert "energy_floor=0.5, energy_ceiling=0.95, max_tokens_ceiling=200" in str(error.value)
     server = ServerOptions.model_validate(BOUNDS | {"out_of_bounds": "clamp"})
-    expected = PruneOptions.model_validate({"energy": 0.9, "max_tokens": 200} | clamp_budget)
+    expected = PruneOptions.model_validate({"energy": 0.9, "max_tokens": 200} | clamp_to)
     assert server.resolve(OptionSource("x", override)) == expected
 
 

@@ -65,7 +65,9 @@ def test_the_solved_threshold_gives_the_mean_that_was_asked_for(target: float) -
 
 
 def test_a_mean_that_no_threshold_gives_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"keep 0\.100 to 0\.300 of the tokens of these images on average, so target 0\.8 is not"):
+    with pytest.raises(
+        ValueError, match=r"keep 0\.100 to 0\.300 of the tokens of these images on average, so target 0\.8 is not"
+    ):
         calibrate.solve(curves(10), 0.8, PruneOptions(min_tokens=4, max_tokens=12))
 
 
@@ -144,7 +146,10 @@ def test_budgets_by_span_are_told_from_those_by_the_spectrum(stub: Stub, folder:
 
 def test_options_that_are_not_given_are_the_servers(stub: Stub, folder: Path) -> None:
     few = run(*calibrate_command(folder, "--url", stub.url, "--target", 0.02))
-    assert "thresholds keep 0.040 to 1.000 of the tokens of these images on average, so target 0.02 is not reachable" in few.stderr
+    assert (
+        "thresholds keep 0.040 to 1.000 of the tokens of these images on average, so target 0.02 is not reachable"
+        in few.stderr
+    )
 
 
 def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, folder: Path) -> None:

@@ -113,7 +113,9 @@ def iter_preview_items(
             options, key = choice.options, (name, hashes[modality][index], choice.options)
             if key not in known:
                 new = processor.read(inputs, modality, index, options)
-                background = functools.partial(processor.eadaprune_background, inputs.mm_data_items[modality].get(index))
+                background = functools.partial(
+                    processor.eadaprune_background, inputs.mm_data_items[modality].get(index)
+                )
                 known[key] = PreviewItem(name, background, options, new, new.min_placeholders(options))
                 new.needs_decision = new.request.explain = True
             min_length += known[key].min_placeholders

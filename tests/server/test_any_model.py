@@ -53,7 +53,10 @@ def test_a_model_that_fits_is_pruned_and_at_energy_one_its_answers_are_stocks(ru
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("broken", "Idefics3ForConditionalGeneration cannot be pruned: this image could not be pruned: the model made 79 emb"),
+        (
+            "broken",
+            "Idefics3ForConditionalGeneration cannot be pruned: this image could not be pruned: the model made 79 emb",
+        ),
         ("unnamed", "the architecture Idefics3ForConditionalGeneration is not supported"),
     ],
 )

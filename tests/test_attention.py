@@ -76,7 +76,7 @@ def test_each_image_of_a_batch_in_the_last_layer_counts(has_cls: bool) -> None:
 
 
 @pytest.mark.parametrize("split_heads", [False, True])
-def test_sequences_in_one_row_are_apart(split_heads: bool) -> None:
+def test_packed_sequences_are_separated(split_heads: bool) -> None:
     tower, query, key = Tower(False), torch.randn(1, 6, HEADS * SIZE), torch.randn(1, 6, HEADS * SIZE)
     given = [x.view(1, 6, HEADS, SIZE) if split_heads else x for x in (query, key)]
     with capturing(tower, True) as found:
@@ -85,7 +85,7 @@ def test_sequences_in_one_row_are_apart(split_heads: bool) -> None:
     torch.testing.assert_close(found(), torch.cat([part.mean((0, 1)) for part in parts]))
 
 
-def test_nothing_is_observed_unless_it_is_wanted() -> None:
+def test_attention_is_captured_only_if_wanted() -> None:
     tower, rows = Tower(False), torch.randn(1, 6, HEADS * SIZE)
     with capturing(tower, False) as found:
         tower.layers[1](rows, rows, rows)
@@ -96,7 +96,7 @@ def test_nothing_is_observed_unless_it_is_wanted() -> None:
     assert found() is None
 
 
-def test_heads_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank has some of them."""
     tower, rows = Tower(False), torch.randn(1, 6, HEADS * SIZE)
     others = torch.rand(6)
@@ -109,7 +109,7 @@ def test_heads_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found(), (own + others) / 2)
 
 
-def test_where_sequences_end_in_a_way_of_its_own_nothing_is_observed() -> None:
+def test_flashinfer_attention_is_not_captured() -> None:
     tower = Tower(has_cls=False)
     for layer in tower.layers:
         layer.attn_backend = AttentionBackendEnum.FLASHINFER

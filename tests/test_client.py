@@ -91,7 +91,7 @@ def run(test: Callable[[Engine, DecisionClient], Awaitable[None]], most: int = 1
     asyncio.run(connected())
 
 
-def test_every_question_gets_its_own_answer() -> None:
+def test_responses_are_matched_to_requests() -> None:
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         found = await asyncio.gather(*(asked(decision_client, 100 * number, 7) for number in range(9)))
         assert [names(each) for each in found] == [list(range(100 * number, 100 * number + 7)) for number in range(9)]
@@ -101,7 +101,7 @@ def test_every_question_gets_its_own_answer() -> None:
     run(test)
 
 
-def test_what_waits_travels_together_one_call_at_a_time() -> None:
+def test_pending_requests_are_batched_one_call_at_a_time() -> None:
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
         tasks = [asked(decision_client, 0, 1)]
@@ -117,7 +117,7 @@ def test_what_waits_travels_together_one_call_at_a_time() -> None:
     run(test)
 
 
-def test_a_call_holds_no_more_than_the_encoders_memory_was_measured_with() -> None:
+def test_batches_stay_within_the_profiled_encoder_budget() -> None:
     """Unless one image alone is more."""
 
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
@@ -159,7 +159,7 @@ def test_requests_take_turns() -> None:
     run(test)
 
 
-def test_what_is_cancelled_is_not_asked() -> None:
+def test_cancelled_decisions_are_not_sent() -> None:
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
         tasks = [asked(decision_client, first, 6) for first in (0, 100, 200)]
@@ -176,7 +176,7 @@ def test_what_is_cancelled_is_not_asked() -> None:
     run(test)
 
 
-def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
+def test_cancelled_requests_leave_nothing_behind() -> None:
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
         tasks = [asked(decision_client, 0, 1)]
@@ -197,7 +197,7 @@ def test_nothing_is_left_of_requests_that_are_cancelled() -> None:
 
 
 @pytest.mark.parametrize("sent", [False, True])
-def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
+def test_shared_decision_is_requested_once(sent: bool) -> None:
     """Before and while it is asked; afterwards it is asked anew. Whoever gives up leaves it to the others."""
 
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
@@ -226,7 +226,7 @@ def test_what_several_requests_ask_is_asked_once(sent: bool) -> None:
     run(test)
 
 
-def test_what_several_requests_ask_fails_for_all_of_them() -> None:
+def test_shared_decision_fails_for_all_callers() -> None:
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
         engine.fails = {1}
@@ -241,7 +241,7 @@ def test_what_several_requests_ask_fails_for_all_of_them() -> None:
     run(test)
 
 
-def test_an_error_of_a_call_reaches_those_whose_questions_it_held() -> None:
+def test_error_of_a_batch_reaches_all_its_callers() -> None:
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         engine.held.clear()
         first = asked(decision_client, 900, 1)
@@ -260,7 +260,7 @@ def test_an_error_of_a_call_reaches_those_whose_questions_it_held() -> None:
     run(test)
 
 
-def test_whoever_may_wait_asks_from_another_thread() -> None:
+def test_other_threads_may_block() -> None:
     """While the loop goes on with others."""
 
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
@@ -285,7 +285,7 @@ def test_a_client_may_be_connected_before_there_is_a_loop() -> None:
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_a_client_that_blocks_is_asked_in_batches(in_process: bool) -> None:
+def test_blocking_client_sends_batches(in_process: bool) -> None:
     calls: list[list[int]] = []
 
     def answer(payload: bytes) -> bytes:
@@ -307,7 +307,7 @@ def test_a_client_that_blocks_is_asked_in_batches(in_process: bool) -> None:
     assert decision_client.decide_sync([]) == []
 
 
-def test_several_engines_are_asked_in_turn() -> None:
+def test_engines_are_called_in_turn() -> None:
     asked: list[bytes] = []
 
     async def call(method: str, payload: bytes, engine: bytes) -> bytes:
@@ -328,7 +328,7 @@ def test_several_engines_are_asked_in_turn() -> None:
     assert asked == [b"a", b"b", b"c", b"a", b"c"]
 
 
-def test_an_engine_that_is_idle_is_asked_before_one_that_is_not() -> None:
+def test_idle_engine_is_called_first() -> None:
     """One call at a time to each."""
 
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
@@ -384,7 +384,7 @@ def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> No
         stepping.result()
 
 
-def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_decisions_fail_if_the_engine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.05)
@@ -400,7 +400,7 @@ def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.Monke
     run(test)
 
 
-def test_an_engine_that_was_scaled_away_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removed_engine_blocks_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two, the one that is gone never answers; who waits for it is told, and later requests go to the other."""
     from vllm.exceptions import RetryableRequestError
 
@@ -433,7 +433,7 @@ def test_an_engine_that_was_scaled_away_holds_up_nobody(monkeypatch: pytest.Monk
     run(test)
 
 
-def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
+def test_after_an_error_the_rest_of_the_request_is_not_sent() -> None:
     """Neither where the call fails, nor where the engine answers that an image cannot be encoded. What another request
     asks too, is."""
 
@@ -463,7 +463,7 @@ def test_siblings_of_a_question_that_failed_are_not_asked() -> None:
     run(test)
 
 
-def test_nobody_waits_on_the_event_loop_for_what_comes_by_it() -> None:
+def test_blocking_on_the_event_loop_raises() -> None:
     async def test(engine: Engine, decision_client: DecisionClient) -> None:
         with pytest.raises(RuntimeError, match="render_cmpl_async"):
             decision_client.decide_sync([question()])
@@ -490,7 +490,7 @@ class Client:
         raise EngineDeadError
 
 
-def test_a_thread_that_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocking_call_raises_if_the_engine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     monkeypatch.setattr(engine_client, "_WATCH_SECONDS", 0.01)
@@ -500,7 +500,7 @@ def test_a_thread_that_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest
         decision_client.decide_sync([question()])
 
 
-def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:
+def test_rejecting_engine_leads_to_a_retryable_error() -> None:
     from vllm.exceptions import RetryableRequestError
 
     async def refuse(*_: Any, **__: Any) -> bytes:
@@ -514,7 +514,7 @@ def test_an_engine_that_refuses_questions_says_when_to_come_back() -> None:
     run(test)
 
 
-def test_answers_are_unpacked_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_are_unpacked_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that other requests go on meanwhile: they may be large."""
     threads: set[int] = set()
     original = unpack_responses

@@ -68,7 +68,7 @@ def test_the_engine_encodes_by_graphs_where_there_are_any() -> None:
     assert added(waiting, Model()) == {2}
 
 
-def test_rows_that_are_ready_pass_vllms_graphs_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_embeddings_bypass_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EncoderCudaGraphManager, "execute", EncoderCudaGraphManager.execute)  # put back at the end
     cudagraph.install()
     manager = object.__new__(EncoderCudaGraphManager)

@@ -120,7 +120,7 @@ def test_by_span_no_spectrum_is_computed(model: Model, selector: str, monkeypatc
     assert tokens_needed(explained.explanation.thresholds.numpy(), 0.8) == len(found.decision)
 
 
-def test_newlines_are_no_features_but_go_along(model: Model) -> None:
+def test_newlines_are_kept_but_are_no_features(model: Model) -> None:
     given = rows(31)
     given[-1] = 1e6
     (found,) = map(as_decided, answered(model, asked(given, "video")))
@@ -130,7 +130,7 @@ def test_newlines_are_no_features_but_go_along(model: Model) -> None:
     assert found.decision.indices.max() < 30
 
 
-def test_features_that_are_others_than_rows_decide(model: Model) -> None:
+def test_separate_features_are_used_for_the_decision(model: Model) -> None:
     model.apart = True
     given = rows(30)
     (found,) = map(as_decided, answered(model, asked(given)))
@@ -139,7 +139,7 @@ def test_features_that_are_others_than_rows_decide(model: Model) -> None:
     assert torch.equal(found.embeds, given[found.decision.placeholders])
 
 
-def test_what_vllm_would_batch_is_a_batch_and_answers_keep_their_order(model: Model) -> None:
+def test_batches_are_vllms_and_responses_keep_their_order(model: Model) -> None:
     lengths = [20, 21, 22, 23, 24]
     modalities = ["image", "video", "image", "video", "image"]
     questions = [asked(rows(length), modality) for length, modality in zip(lengths, modalities, strict=True)]
@@ -148,7 +148,7 @@ def test_what_vllm_would_batch_is_a_batch_and_answers_keep_their_order(model: Mo
     assert [answer.decision.unpruned for answer in found] == lengths
 
 
-def test_attention_is_observed_of_one_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_captured_one_image_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     class Observing:
         """Yields attention ``0, 1, 2, ...`` where it is wanted."""
 
@@ -188,7 +188,7 @@ def test_features_that_are_not_finite_fail_alone(model: Model, energy: float, ba
     assert isinstance(last, DecisionResult)
 
 
-def test_rows_that_overflow_their_dtype_are_refused(model: Model) -> None:
+def test_embeddings_that_overflow_their_dtype_fail(model: Model) -> None:
     """Though the features, which are others, do not."""
     given = rows(20).half()
     given[:, 7] = torch.inf
@@ -222,7 +222,7 @@ def test_what_fails_in_the_encoder_fails_alone(error: Exception) -> None:
         assert as_decided(answer).decision.indices.tolist() == alone(of[:, :4]).indices.tolist()
 
 
-def test_several_ranks_do_not_encode_anew_what_failed() -> None:
+def test_tensor_parallel_ranks_do_not_retry() -> None:
     """One would wait for the others in a collective of the first attempt."""
     model = Small()
     with pytest.raises(torch.OutOfMemoryError):
@@ -230,7 +230,7 @@ def test_several_ranks_do_not_encode_anew_what_failed() -> None:
     assert model.batches == [("image", [20, 22])]
 
 
-def test_memory_that_runs_out_over_one_leaves_the_others(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_fails_one_image_only(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy(encoding: Encoding, options: PruneOptions) -> Any:
         if encoding.tokens.num_tokens == 21:
             raise torch.OutOfMemoryError
@@ -265,7 +265,7 @@ def test_spectra_of_a_batch_are_computed_together(model: Model, monkeypatch: pyt
         assert decided.spectrum_seconds > 0
 
 
-def test_what_cannot_be_computed_together_is_computed_alone(
+def test_failed_batch_of_spectra_is_computed_one_by_one(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     eigvalsh = torch.linalg.eigvalsh
@@ -283,7 +283,7 @@ def test_what_cannot_be_computed_together_is_computed_alone(
     assert warning == "Spectra of 2 images were not computed together (OutOfMemoryError())"
 
 
-def test_rows_that_vllm_does_not_expect_fail_alone(model: Model) -> None:
+def test_wrong_number_of_embeddings_fails_alone(model: Model) -> None:
     question = asked(rows(20))
     question.num_placeholders = 19
     model.eadaprune_layout = lambda *_: Layout.whole(1, len(_[2]["rows"]))  # type: ignore[method-assign]
@@ -294,19 +294,19 @@ def test_rows_that_vllm_does_not_expect_fail_alone(model: Model) -> None:
     )
 
 
-def test_nothing_at_all_fails_alone(model: Model) -> None:
+def test_empty_features_fail_alone(model: Model) -> None:
     """Embeddings of a client may be none."""
     good, failed = answered(model, asked(rows(20)), asked(rows(0)))
     assert isinstance(good, DecisionResult)
     assert isinstance(failed, DecisionError)
 
 
-def test_ranks_that_do_not_answer_encode_all_the_same(model: Model) -> None:
+def test_other_ranks_encode_too(model: Model) -> None:
     assert answered(model, asked(rows(20)), asked(rows(21), "video"), answers=False) == []
     assert model.batches == [("image", [20]), ("video", [21])]
 
 
-def test_what_a_decision_rests_on_comes_in_the_place_of_rows(model: Model) -> None:
+def test_explanations_have_no_embeddings(model: Model) -> None:
     given = rows(30)
     (found,) = map(as_decided, answered(model, asked(given, explain=True)))
     (decision,) = map(as_decided, answered(model, asked(given)))
@@ -321,6 +321,6 @@ def test_what_a_decision_rests_on_comes_in_the_place_of_rows(model: Model) -> No
     assert len(found.decision) == int((needed <= 0.9).sum())
 
 
-def test_nothing_is_answered_to_nothing(model: Model) -> None:
+def test_empty_batch_has_no_responses(model: Model) -> None:
     assert answered(model) == []
     assert not model.batches

@@ -32,7 +32,7 @@ def run(*command: object, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def test_what_is_generated_is_current_and_names_metrics_that_exist() -> None:
+def test_generated_files_are_current_and_name_existing_metrics() -> None:
     run(sys.executable, "deploy/generate.py", "--check")
 
 
@@ -51,7 +51,7 @@ def test_a_stale_file_and_an_unknown_metric_are_found(tmp_path: Path) -> None:
         assert message in done.stdout
 
 
-def test_the_boards_conventions() -> None:
+def test_dashboard_follows_conventions() -> None:
     board = json.loads((DEPLOY / "grafana/eadaprune.json").read_text())
     assert (board["title"], board["uid"], board["tags"]) == ("vLLM / EAdaPrune", "vllm-eadaprune", ["vllm"])
     names = [variable["name"] for variable in board["templating"]["list"]]
@@ -149,7 +149,7 @@ def test_flags_of_the_manifests_are_vllms_and_ours() -> None:
     assert {arg for arg in args if arg.startswith("--") and arg not in known} == set()
 
 
-def test_names_that_operators_take_are_free() -> None:
+def test_worker_methods_do_not_collide() -> None:
     """LeaderWorkerSet makes a headless service of its own name, by which the nodes find each other."""
     for folder in OVERLAYS:
         manifests = objects(folder)

@@ -71,7 +71,7 @@ def lines(screen: str) -> dict[str, str]:
 
 
 @pytest.mark.server
-def test_all_is_well(stub: Stub, model: Path) -> None:
+def test_all_checks_pass(stub: Stub, model: Path) -> None:
     done = run("-m", "eadaprune_vllm.cli", "doctor", "--model", model, "--dtype", "float32", "--url", stub.url)
     found = lines(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -117,7 +117,7 @@ def test_all_is_well(stub: Stub, model: Path) -> None:
         ("nothing is installed", 1, "eadaprune", __version__),
     ],
 )
-def test_what_does_not_fit_is_a_line(
+def test_patches_that_do_not_fit_are_findings(
     screens: Callable[[str], "subprocess.CompletedProcess[str]"], machine: str, status: int, about: str, says: str
 ) -> None:
     done = screens(machine)
@@ -142,9 +142,7 @@ def screens(
 
 
 @pytest.mark.server
-def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
-    family: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_model_check_reports_support_and_cost(family: Callable[[str], Path], tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "llama")
@@ -174,7 +172,7 @@ def test_of_a_model_it_says_whether_it_can_be_served_and_what_images_cost(
         (200, "{{}}", "{} runs an incompatible version of the plugin"),
     ],
 )
-def test_what_a_server_says_is_a_line(
+def test_server_errors_are_findings(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, status: int, body: str, says: str
 ) -> None:
     monkeypatch.setattr(doctor, "check_patches", lambda: iter([Finding("patches", "all applied", "ok")]))
@@ -183,13 +181,13 @@ def test_what_a_server_says_is_a_line(
     assert last == Finding("server", says.format(stub.url), "failed")
 
 
-def test_a_server_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "check_patches", lambda: iter([]))
     *_, last = doctor.examine(url="http://127.0.0.1:9")
     assert last == Finding("server", "http://127.0.0.1:9: [Errno 111] Connection refused", "failed")
 
 
-def test_whether_the_plugin_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_check_reports_installation_and_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other,eadaprune")
     assert doctor.check_plugin() == Finding("plugin", "installed, and activated by VLLM_PLUGINS", "ok")
     monkeypatch.setenv("VLLM_PLUGINS", "other")
@@ -199,7 +197,7 @@ def test_whether_the_plugin_is_found_and_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("flag", ["--dtype", "--revision"])
-def test_what_goes_with_a_model_is_refused_without_one(flag: str) -> None:
+def test_model_flags_need_a_model(flag: str) -> None:
     done = CliRunner().invoke(app, ["doctor", flag, "x"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert done.exit_code == 2
     assert "--dtype and --revision need --model" in done.stderr

@@ -12,7 +12,7 @@ from eadaprune_vllm.core.draw import data_url, dim_pruned, jpeg, picture
 
 @pytest.mark.parametrize("count", [1, 2, 5, 32, 500])
 @pytest.mark.parametrize("size", [(2048, 1536), (9000, 4)])
-def test_what_is_drawn_is_small_however_much_there_is(size: tuple[int, int], count: int) -> None:
+def test_overlays_are_small(size: tuple[int, int], count: int) -> None:
     """Smaller than the file of one large picture, though every frame of a video were one."""
     frame = photo("astronaut").resize(size)
     grids = [(6, 8)] * count
@@ -25,7 +25,7 @@ def test_what_is_drawn_is_small_however_much_there_is(size: tuple[int, int], cou
         assert len(data_url(drawn, "jpeg")) < len(source.getvalue())
 
 
-def test_a_picture_behind_every_grid_is_shrunk_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_shared_by_grids_is_shrunk_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shrunk = list[tuple[int, int]]()
 
     def resize(image: Image.Image, size: tuple[int, int], *args: object, **kwargs: object) -> Image.Image:
@@ -39,7 +39,7 @@ def test_a_picture_behind_every_grid_is_shrunk_once(monkeypatch: pytest.MonkeyPa
     assert shrunk == [(256, 192)]
 
 
-def test_what_is_pruned_is_dark_and_grey() -> None:
+def test_pruned_patches_are_dark_and_grey() -> None:
     red = Image.new("RGB", (64, 32), (200, 40, 40))
     drawn = dim_pruned(lambda _: red, [1], [(1, 2)])
     assert red.getpixel((0, 0)) == (200, 40, 40)

@@ -94,7 +94,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, ranks: SimpleNamespace) -> list[list[i
     return calls
 
 
-def test_a_worker_answers(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
+def test_worker_responds(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
     found = unpack_responses(Worker().eadaprune_decide(pack([question(name=2), question(name=3)])))
     assert [len(answer.decision) for answer in found if isinstance(answer, DecisionResult)] == [3, 4]
 
@@ -114,7 +114,7 @@ def test_a_worker_never_raises(
     assert Worker().eadaprune_decide(payload) == b""
 
 
-def test_only_one_rank_sends_what_all_of_the_first_stage_compute(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
+def test_only_rank_0_of_the_first_stage_responds(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
     payload = pack([question(name=5)])
     ranks.rank = 1
     assert Worker().eadaprune_decide(payload) == b""
@@ -124,7 +124,7 @@ def test_only_one_rank_sends_what_all_of_the_first_stage_compute(ranks: SimpleNa
     assert seen == [[5]]
 
 
-def test_while_weights_are_updated_nothing_is_decided(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
+def test_decisions_fail_during_weight_updates(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
     busy = Worker()
     busy._weight_update_active = True  # type: ignore[attr-defined]
     (found,) = unpack_responses(busy.eadaprune_decide(pack([question()])))
@@ -161,7 +161,7 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Core()
 
 
-def test_questions_are_answered_one_after_each_step(core: Any) -> None:
+def test_one_batch_runs_after_each_step(core: Any) -> None:
     promises: list[Future[bytes]] = [engine_core.decide(core, payload) for payload in (b"1", b"2", b"3")]
     assert not any(promise.done() for promise in promises)
     for number in range(3):
@@ -171,12 +171,12 @@ def test_questions_are_answered_one_after_each_step(core: Any) -> None:
     assert [promise.result() for promise in promises] == [b"answer to 1", b"answer to 2", b"answer to 3"]
 
 
-def test_without_a_question_nothing_happens(core: Any) -> None:
+def test_without_requests_nothing_runs(core: Any) -> None:
     assert not engine_core.run_next(core)
 
 
 @pytest.mark.parametrize("state", ["paused", "asleep"])
-def test_while_it_is_paused_or_asleep_questions_wait(core: Any, state: str) -> None:
+def test_decisions_wait_while_the_engine_is_paused_or_asleep(core: Any, state: str) -> None:
     promise = engine_core.decide(core, b"1")
 
     def rest(rests: bool) -> None:
@@ -191,7 +191,7 @@ def test_while_it_is_paused_or_asleep_questions_wait(core: Any, state: str) -> N
     assert promise.result() == b"answer to 1"
 
 
-def test_an_engine_that_refuses_requests_refuses_questions(core: Any) -> None:
+def test_engine_that_rejects_requests_rejects_decision_requests(core: Any) -> None:
     waiting = engine_core.decide(core, b"1")
     core.reject_new_requests = core.paused = True
     assert engine_core.decide(core, b"2") == REJECTED
@@ -203,7 +203,7 @@ def test_an_engine_that_refuses_requests_refuses_questions(core: Any) -> None:
     assert later.result() == b"answer to 3"
 
 
-def test_an_error_goes_to_who_asked(core: Any) -> None:
+def test_error_reaches_the_caller(core: Any) -> None:
     bad, good = engine_core.decide(core, b"bad"), engine_core.decide(core, b"good")
     assert engine_core.run_next(core)
     assert engine_core.run_next(core)
@@ -212,7 +212,7 @@ def test_an_error_goes_to_who_asked(core: Any) -> None:
     assert good.result() == b"answer to good"
 
 
-def test_an_engine_dies_of_ranks_that_do_not_answer_in_time(core: Any) -> None:
+def test_engine_dies_if_ranks_time_out(core: Any) -> None:
     """As of a step that takes too long. Its clients then tell those who wait."""
     slow = engine_core.decide(core, b"slow")
     with pytest.raises(TimeoutError):
@@ -220,7 +220,7 @@ def test_an_engine_dies_of_ranks_that_do_not_answer_in_time(core: Any) -> None:
     assert not slow.done()
 
 
-def test_without_a_loop_an_engine_that_sleeps_says_so() -> None:
+def test_in_process_engine_that_sleeps_raises() -> None:
     """What encodes would read memory that is not there."""
     core = Core()
     core.model_executor.is_sleeping = True
@@ -228,5 +228,5 @@ def test_without_a_loop_an_engine_that_sleeps_says_so() -> None:
         engine_core.decide(core, b"1")
 
 
-def test_without_a_loop_the_answer_is_there_at_once() -> None:
+def test_in_process_engine_responds_at_once() -> None:
     assert engine_core.decide(Core(), b"1") == b"answer to 1"

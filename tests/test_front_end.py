@@ -48,7 +48,7 @@ def new() -> PendingItem:
 
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize(("source", "other"), [("request", "preview"), ("preview", "request")])
-def test_stages_are_timed_and_failures_counted(waits: bool, source: Source, other: Source) -> None:
+def test_stages_are_timed_and_errors_counted(waits: bool, source: Source, other: Source) -> None:
     """By whose they are."""
     registry = CollectorRegistry()
     decision_client = Prepared(decided(1), DecisionError("NaN", "features"), decided(3), DecisionError("no memory"))
@@ -71,7 +71,7 @@ def test_stages_are_timed_and_failures_counted(waits: bool, source: Source, othe
             assert value("eadaprune_rejected_requests_total", reason=reason, source=of) == times
 
 
-def test_what_two_requests_wait_for_is_timed_once() -> None:
+def test_shared_decision_is_timed_once() -> None:
     registry = CollectorRegistry()
     front_end = FrontEnd(Prepared(decided(1), decided(1)), Metrics(registry), "m", 1)
     shared = new()
@@ -118,7 +118,7 @@ class Renderer:
     "kwargs",
     [None, {}, {"other": 1}, {"other": 1, "eadaprune": {"energy": 0.5}}, {"eadaprune": None}, {"eadaprune": [0.5]}],
 )
-def test_a_renderer_goes_on_once_all_is_decided(waits: bool, kwargs: dict[str, Any] | None) -> None:
+def test_renderer_continues_once_all_items_are_decided(waits: bool, kwargs: dict[str, Any] | None) -> None:
     renderer = Renderer(FrontEnd(Prepared(decided(), decided()), Metrics(CollectorRegistry()), "m", 1))
     decide_between(renderer)
     before = dict(kwargs) if kwargs else kwargs
@@ -133,6 +133,6 @@ def test_a_renderer_goes_on_once_all_is_decided(waits: bool, kwargs: dict[str, A
     assert kwargs == before  # they are the client's, and may be those of more prompts
 
 
-def test_a_renderer_of_another_kind_stops_the_start() -> None:
+def test_renderer_without_the_expected_methods_stops_the_start() -> None:
     with pytest.raises(StartupError, match="renderer is not of the kind known"):
         decide_between(SimpleNamespace(mm_processor=SimpleNamespace(front_end=None)))

@@ -36,13 +36,13 @@ def test_our_classes_are_in_front_of_vllms() -> None:
     assert sys.modules[ours.__module__] is sys.modules[made.processor.__module__] is generic
 
 
-def test_what_reads_pages_keeps_all_of_them_by_default() -> None:
+def test_generic_ocr_models_keep_everything_by_default() -> None:
     assert generic.LightOnOCRForConditionalGeneration.eadaprune_energy == 1.0
     assert generic.Gemma3ForConditionalGeneration.eadaprune_energy is None
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "__path__", "Nothing"])
-def test_there_is_no_class_for_what_vllm_has_no_multimodal_model_of(name: str) -> None:
+def test_unknown_architectures_have_no_generic_class(name: str) -> None:
     assert not hasattr(generic, name)
 
 
@@ -105,15 +105,13 @@ def test_processors_that_fill_prompts_themselves_are_refused(config: Any, monkey
 
 
 @pytest.mark.parametrize("name", ["MiniCPMV", "MiniCPMO"])
-def test_classes_that_make_others_are_refused(config: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_with_their_own_new_are_refused(config: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, config.model_config.architecture, f"{generic.__name__}:{name}")
     with pytest.raises(StartupError, match="creates an instance of another class"):
         checks.check(config)
 
 
-def test_positions_that_are_not_those_of_tokens_are_refused(
-    family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mrope_without_an_adapter_is_refused(family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineArgs(str(family("qwen2_vl")), max_model_len=1024).create_engine_config()
     checks.check(config)
     name = config.model_config.architecture

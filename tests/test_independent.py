@@ -13,7 +13,7 @@ from eadaprune_vllm.core.selectors import VisualTokens
 
 
 @pytest.mark.parametrize("budget", ["spectrum", "span"])
-def test_other_decisions_are_told_apart(budget: Budget) -> None:
+def test_different_decisions_have_different_identifiers(budget: Budget) -> None:
     features = torch.randn(60, 40) * torch.arange(1, 41) ** -1.0
     encoding = Encoding(VisualTokens(features, None), Layout.whole(6, 10), budget)
     options = PruneOptions(energy=0.9, min_tokens=1)

@@ -41,7 +41,7 @@ def new(*, needs_decision: bool = True, is_client_embedding: bool = False) -> Pe
     return PendingItem(DecisionRequest("image", data, "{}", 4), update, needs_decision, is_client_embedding)
 
 
-def test_what_was_rendered_before_is_known_by_what_was_kept() -> None:
+def test_rendered_requests_are_identified_by_kept_tokens() -> None:
     """As images are that are decided on here."""
     whole, pruned = new(), new()
     pruned.set_response(decided(2))
@@ -62,7 +62,7 @@ def test_tokens_are_placeholders_unless_it_says_which() -> None:
     assert placeholders(TIME, IMAGE, IMAGE).embeds.tolist() == [False, True, True]
 
 
-def test_placeholders_that_do_not_stay_are_taken_out_from_between_text() -> None:
+def test_dropped_placeholders_are_removed_between_text() -> None:
     frames = placeholders(60, IMAGE, IMAGE, 61, 62, IMAGE, IMAGE, 63)
     for stays, left in (
         ([0, 1, 2, 3], [60, IMAGE, IMAGE, 61, 62, IMAGE, IMAGE, 63]),
@@ -77,7 +77,7 @@ def test_placeholders_that_do_not_stay_are_taken_out_from_between_text() -> None
     assert len(frames.full) == 8  # it is the cached one of others
 
 
-def test_which_stay_does_not_go_by_what_told_placeholders_from_text() -> None:
+def test_pruned_is_embed_is_independent_of_the_original() -> None:
     """It may know of nothing but the unpruned tokens."""
     mask = torch.tensor([False, True, True, True, True, False])
     found = PrunedDetails([60, 1, 2, 3, 4, 61], lambda _: mask).pruned(kept(2))
@@ -89,7 +89,7 @@ def test_newlines_are_counted() -> None:
     assert PrunedDetails([IMAGE] * 6, num_newlines=2).pruned(kept(2, newlines=True)).num_newlines == 1
 
 
-def test_names_tell_what_is_kept_and_nothing_else() -> None:
+def test_identifiers_depend_on_kept_tokens_only() -> None:
     def identifier(decision: PruneDecision | None, weights: float = 0.0) -> str:
         found = Items({}, weights_changed_at=weights)
         found.add_report(one(), PrunedDetails([IMAGE], decision=decision))
@@ -115,14 +115,14 @@ def test_the_report_of_a_decision() -> None:
     assert (found.selector, found.cached) == ("span", True)  # nothing is known about attention
 
 
-def test_the_report_of_what_nothing_was_asked_about() -> None:
+def test_report_without_a_decision() -> None:
     found = replace(placeholders(TIME, IMAGE, IMAGE), num_newlines=1).report(one(energy=1.0, selector="hybrid"))
     assert (found.visual_tokens, found.kept_tokens, found.newline_tokens) == (2, 2, 1)
     assert (found.energy_threshold, found.spectral_energy, found.span_energy, found.bound) == (1.0, 1.0, 1.0, None)
     assert (found.selector, found.cached) == ("hybrid", False)
 
 
-def test_rows_go_to_the_engine_in_the_place_of_pixels() -> None:
+def test_embeddings_are_sent_instead_of_pixels() -> None:
     """With what vLLM leaves on the CPU: positions are computed by it."""
     found, answer = new(), decided(2)
     found.set_response(answer)
@@ -139,13 +139,13 @@ def test_rows_go_to_the_engine_in_the_place_of_pixels() -> None:
     assert new().update.content.full == found.update.content.full  # another request may share it
 
 
-def test_pixels_are_let_go_once_there_is_an_answer() -> None:
+def test_pixels_are_freed_once_decided() -> None:
     found = new()
     found.set_response(decided())
     assert list(found.request.item) == ["image_grid_thw"]
 
 
-def test_what_may_lose_nothing_goes_as_vllm_sends_it() -> None:
+def test_items_that_keep_everything_are_sent_as_by_vllm() -> None:
     found = new(needs_decision=False)
     assert found.pruned() == (found.request.item, found.update)
     assert "pixel_values" in found.pruned()[0]
@@ -158,7 +158,7 @@ def test_at_least_so_many_stay(min_tokens: int, fewest: int) -> None:
 
 
 @pytest.mark.parametrize(("own", "error"), [(True, VLLMValidationError), (False, VLLMServerError)])
-def test_what_cannot_be_decided_is_the_fault_of_who_computed_it(own: bool, error: type[Exception]) -> None:
+def test_errors_are_the_clients_fault_for_client_embeddings_only(own: bool, error: type[Exception]) -> None:
     found = new(is_client_embedding=own)
     found.set_response(DecisionError("NaN in this image"))
     for ask in (found.decided, found.pruned):
@@ -176,7 +176,7 @@ def test_what_cannot_be_decided_is_the_fault_of_who_computed_it(own: bool, error
         ({"enabled": False, "energy": 0.5, "max_tokens": 20}, False),
     ],
 )
-def test_what_may_lose_tokens(options: dict[str, Any], may: bool) -> None:
+def test_options_that_may_drop_tokens(options: dict[str, Any], may: bool) -> None:
     assert may_prune(PruneOptions.model_validate(options)) is may
 
 
@@ -186,14 +186,14 @@ def items(*names: str, energy: float = 0.5) -> Items:
     return Items({"image": [Item("image", name, f"{name}-options", options, energy) for name in names]})
 
 
-def test_one_that_may_lose_tokens_is_enough() -> None:
+def test_one_prunable_item_makes_the_request_prunable() -> None:
     found = items("a", "b", energy=1.0)
     assert not found.any_prunable
     found.by_modality["image"][1] = replace(found.by_modality["image"][1], options=PruneOptions(energy=0.5))
     assert found.any_prunable
 
 
-def test_only_what_has_no_answer_yet_is_asked() -> None:
+def test_only_undecided_items_are_requested() -> None:
     found = items("a")
     answered = new()
     answered.set_response(decided())
@@ -201,7 +201,7 @@ def test_only_what_has_no_answer_yet_is_asked() -> None:
     assert found.undecided() == [found.pending["open"]]
 
 
-def test_what_became_of_a_request() -> None:
+def test_report_of_a_request() -> None:
     found, decisions = items("a", "b"), (kept(1), kept(2))
     answers: list[DecisionResponse] = [decided(1), decided(2)]
     for name, answer in zip("ab", answers, strict=True):
@@ -220,7 +220,7 @@ def test_what_became_of_a_request() -> None:
     assert first[1:] != second[1:]
 
 
-def test_chunks_are_what_a_client_sent() -> None:
+def test_vision_chunks_have_the_clients_modality() -> None:
     chunks = [{"type": "image"}, {"type": "video_chunk"}, {"type": "image"}]
     given: dict[str, list[Any]] = {"vision_chunk": chunks, "audio": [None]}
     assert client_modalities(given) == {"vision_chunk": ["image", "video", "image"], "audio": ["audio"]}
@@ -231,7 +231,7 @@ def test_chunks_are_what_a_client_sent() -> None:
     ("limits", "modality"),
     [({"vision_chunk": 9}, "vision_chunk"), ({"image": 1, "video": 1}, "image"), ({"image": 0, "video": 1}, "video")],
 )
-def test_a_picture_is_what_a_model_takes(limits: dict[str, int], modality: str) -> None:
+def test_picture_becomes_mm_data_that_the_model_takes(limits: dict[str, int], modality: str) -> None:
     picture = Image.new("RGB", (6, 4))
     ((found, (item,)),) = as_mm_data(picture, limits).items()
     assert found == modality

@@ -131,7 +131,7 @@ def test_a_batch_may_be_padded_with_tiles(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TILED)
-def test_an_image_that_is_seen_whole_has_one_newline(name: str) -> None:
+def test_image_without_tiles_has_one_newline(name: str) -> None:
     found, is_newline = of_image(name, (300, 500), num_tiles=1)
     assert is_newline.nonzero().tolist() == [[64]]
     assert torch.equal(found.is_newline, is_newline)
@@ -190,7 +190,7 @@ def test_tiles_of_a_page_are_one_picture_before_the_whole_and_a_separator(column
 
 
 @pytest.mark.parametrize("columns", [False, True])
-def test_what_ends_a_line_of_molmo_stays_with_its_tokens_and_what_ends_a_picture_always(columns: bool) -> None:
+def test_molmo_line_ends_follow_their_tokens_and_picture_ends_are_kept(columns: bool) -> None:
     """As vLLM's own functions arrange them; the lines of the whole image may have no end."""
     config = small("molmo2")[1]
     patch, column, end = config.image_patch_id, config.image_col_id, config.image_end_token_id
@@ -211,7 +211,7 @@ def test_what_ends_a_line_of_molmo_stays_with_its_tokens_and_what_ends_a_picture
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_siglip"])
-def test_embeddings_of_a_client_are_no_grid(name: str) -> None:
+def test_client_embeddings_have_no_grid(name: str) -> None:
     assert layout(name, 64, pixel_values=torch.zeros(3, 112, 112)).grids == ((8, 8),)
     assert layout(name, 64, image_embeds=torch.zeros(64, 4)).grids == ((1, 64),)
     assert layout(name, 7, image_embeds=torch.zeros(7, 4)).grids == ((1, 7),)
@@ -226,7 +226,7 @@ def test_temporal_patches_are_the_parts_of_a_grid(name: str, modality: str) -> N
     assert not found.is_newline.any()
 
 
-def test_frames_that_are_encoded_by_themselves_are_the_parts_of_a_video() -> None:
+def test_separately_encoded_frames_are_parts() -> None:
     found = layout("llava_onevision2", 3 * 24, "video", video_grid_thw=torch.tensor([[1, 8, 12]] * 3))
     assert found.part.tolist() == [0] * 24 + [1] * 24 + [2] * 24
     assert found.grids == ((4, 6),) * 3
@@ -246,7 +246,7 @@ def test_frames_that_are_encoded_by_themselves_are_the_parts_of_a_video() -> Non
         ((-1, -8, 12), 24, 0),
     ],
 )
-def test_embeddings_that_do_not_go_with_their_grid_are_refused(
+def test_client_embeddings_that_do_not_fit_their_grid_are_rejected(
     name: str, grid: tuple[int, int, int], rows: int, more: int
 ) -> None:
     width = 128 * 3 if name.startswith("qwen3_vl") else 128  # with what two DeepStack levels add
@@ -274,7 +274,7 @@ def test_a_cls_token_is_not_among_the_tokens_that_attention_is_given_to() -> Non
 
 
 @pytest.mark.parametrize("name", TILED)
-def test_attention_goes_the_way_of_features(name: str) -> None:
+def test_attention_is_arranged_like_features(name: str) -> None:
     for size in ((300, 500), (90, 70), (130, 2000), (800, 5)):
         count, cls = tiles(name, size), int(model(name).eadaprune_has_cls)
         drawn = torch.rand(count, side(name) ** 2 + cls)

@@ -59,7 +59,7 @@ def test_the_level_is_never_more_than_a_step_from_the_pressure() -> None:
         assert load.level or pressure < 1 / STEPS
 
 
-def test_several_engines_count_alike() -> None:
+def test_engines_are_counted_as_by_vllm() -> None:
     load = Load(POLICY, engines=2)
     load.observe(0, 0.9, 0)
     assert load.level == 0.5
@@ -67,9 +67,7 @@ def test_several_engines_count_alike() -> None:
     assert load.level == 1
 
 
-def test_an_engine_that_was_busy_when_last_heard_of_counts_for_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_report_of_a_busy_engine_counts_until_it_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     here, there = (Load(POLICY, shared=tmp_path / "load") for _ in range(2))
@@ -82,7 +80,7 @@ def test_an_engine_that_was_busy_when_last_heard_of_counts_for_a_while(
     assert here.level == 0.5
 
 
-def test_front_ends_share_what_they_are_told(tmp_path: Path) -> None:
+def test_front_ends_share_reports_of_load(tmp_path: Path) -> None:
     here = Load(POLICY, engines=2, shared=tmp_path / "load")
     here.observe(0, 0.9, 0)
     code = f"""if True:
@@ -98,19 +96,19 @@ def test_front_ends_share_what_they_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("level", "energy"), [(0, 0.99), (0.25, 0.9675), (0.5, 0.945), (0.75, 0.9225), (1, 0.9)])
-def test_the_threshold_goes_its_way_to_the_floor(level: float, energy: float) -> None:
+def test_threshold_falls_to_the_floor(level: float, energy: float) -> None:
     options = PruneOptions(energy=0.99, min_tokens=7, max_tokens=100)
     assert Choice(options, energy_floor=0.9).at(level) == options.model_copy(update={"energy": energy})
 
 
 @pytest.mark.parametrize("level", [0, 0.5, 1])
 @pytest.mark.parametrize("floor", [None, 0.8, 0.85])
-def test_what_is_at_the_floor_or_below_or_exempt_stays(level: float, floor: float | None) -> None:
+def test_thresholds_at_the_floor_below_it_or_exempt_are_not_lowered(level: float, floor: float | None) -> None:
     options = PruneOptions(energy=0.8)
     assert Choice(options, floor).at(level) is options
 
 
-def test_pruning_that_is_off_comes_on_under_load() -> None:
+def test_load_switches_disabled_pruning_on() -> None:
     off = Choice(PruneOptions(enabled=False, energy=0.5), energy_floor=0.9)
     assert off.at(0).threshold == 1
     assert off.at(1).threshold == 0.9
@@ -146,7 +144,7 @@ def test_a_policy_that_makes_no_sense_is_refused(policy: object, message: str) -
         overlay(ServerOptions(energy=0.99), {"load_aware": policy}, "x")
 
 
-def test_images_of_earlier_turns_are_told_from_new_ones() -> None:
+def test_images_of_earlier_turns_are_recognised() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:,"}}
     user = {"role": "user", "content": [image, {"type": "text", "text": "?"}, image]}
     answer = {"role": "assistant", "content": "!"}
@@ -161,7 +159,7 @@ def test_images_of_earlier_turns_are_told_from_new_ones() -> None:
     assert answered(user, answer, user, answer, result) == [True, True, True, True, False]
 
 
-def test_what_is_held_keeps_the_threshold_it_last_had() -> None:
+def test_sticky_items_keep_their_last_threshold() -> None:
     load = Load(POLICY)
     front_end = FrontEnd(DecisionClient(1), Metrics(CollectorRegistry()), "m", 1, load)
     choice = Choice(PruneOptions(energy=0.98), energy_floor=0.9)

@@ -34,7 +34,7 @@ def assert_same_decision(one: PruneDecision, other: PruneDecision) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 7), (0, 7), (300, 64)])
-def test_rows_arrive_to_the_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_embeddings_survive_packing_bit_for_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Short tensors travel within the message, long ones beside it."""
     rows = torch.randn(shape).to(dtype)
     (found,) = unpack_responses(pack([decided(rows=rows)]))
@@ -44,7 +44,7 @@ def test_rows_arrive_to_the_bit(dtype: torch.dtype, shape: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("newlines", [False, True])
-def test_a_decision_arrives_whole(newlines: bool) -> None:
+def test_decision_survives_packing(newlines: bool) -> None:
     explanation = Explanation([(1, 0.5), (4, 1.0)], torch.rand(4, dtype=torch.float64), [(2, 2), (1, 3)])
     said = DecisionResult(kept(3, newlines), torch.zeros(0, 2), {"encode": 0.5, "select": 0.25}, explanation)
     (found,) = unpack_responses(pack([said]))
@@ -57,7 +57,7 @@ def test_a_decision_arrives_whole(newlines: bool) -> None:
     assert torch.equal(found.explanation.thresholds, explanation.thresholds)
 
 
-def test_failures_keep_their_place_among_decisions() -> None:
+def test_errors_keep_their_place_among_results() -> None:
     said: list[DecisionResponse] = [
         decided(1),
         DecisionError("no memory"),
@@ -74,7 +74,7 @@ class Buffer(bytearray):
     """One that can be watched."""
 
 
-def test_answers_do_not_hold_each_others_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """One may be cached for long after the others are gone."""
     held: list[weakref.ref[Buffer]] = []
 
@@ -94,7 +94,7 @@ def test_answers_do_not_hold_each_others_memory(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_items_arrive_as_vllm_would_send_them(dtype: torch.dtype) -> None:
+def test_items_survive_packing(dtype: torch.dtype) -> None:
     pixels, grid = torch.randn(30, 40).to(dtype), torch.tensor([1, 4, 6])
     said = [
         DecisionRequest("image", item("image", ("image_grid_thw",), pixel_values=pixels, image_grid_thw=grid), "{}", 6),
@@ -116,12 +116,12 @@ def test_items_arrive_as_vllm_would_send_them(dtype: torch.dtype) -> None:
     assert torch.equal(video.get_data()["pixel_values_videos"], pixels[:2])
 
 
-def test_nothing_arrives_of_nothing() -> None:
+def test_empty_batches_survive_packing() -> None:
     assert unpack_requests(pack([])) == []
     assert unpack_responses(pack([])) == []
 
 
-def test_what_was_cut_off_is_not_taken_for_a_message() -> None:
+def test_truncated_payloads_are_rejected() -> None:
     data = pack([DecisionRequest("image", item(pixel_values=torch.randn(30, 40)), "{}", 6)])
     (first,) = struct.unpack_from("<Q", data)
     cuts: list[tuple[int, type[Exception]]] = [

@@ -155,7 +155,7 @@ def test_decisions_are_those_of_the_reference(load: Callable[[str], Loaded], nam
 
 
 @pytest.mark.parametrize("name", OF_IMAGES)
-def test_rows_are_what_transformers_feeds_its_language_model_with(load: Callable[[str], Loaded], name: str) -> None:
+def test_embeddings_equal_those_of_transformers(load: Callable[[str], Loaded], name: str) -> None:
     """In the order of its prompt, newlines included, and with what DeepStack levels add."""
     found = load(name)
     for image, decided in zip(IMAGES.values(), found.decided({"image": [*IMAGES.values()]}, energy=1.0), strict=True):
@@ -166,7 +166,7 @@ def test_rows_are_what_transformers_feeds_its_language_model_with(load: Callable
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_encoded_beside_an_image_does_not_matter(load: Callable[[str], Loaded], name: str) -> None:
+def test_decisions_do_not_depend_on_the_batch(load: Callable[[str], Loaded], name: str) -> None:
     found = load(name)
     together = found.decided(found.items, **OPTIONS[0])
     alone = [
@@ -192,7 +192,7 @@ def test_our_classes_have_the_names_of_vllms(name: str) -> None:
     assert adapter(name).__name__ == stock
 
 
-def test_a_model_embeds_rows_as_they_are(load: Callable[[str], Loaded]) -> None:
+def test_model_embeds_pruned_items_as_they_are(load: Callable[[str], Loaded]) -> None:
     """And pixels as vLLM does."""
     found = load("llava")
     given = [torch.randn(3, 128), torch.randn(5, 128)]

@@ -79,7 +79,7 @@ def test_different_options_have_different_keys() -> None:
     assert len({overlay(DEFAULTS, override, "x").key for override in overrides}) == len(overrides)
 
 
-def test_a_key_gives_the_options_back() -> None:
+def test_key_parses_to_the_options() -> None:
     options = PruneOptions(energy=0.123456789012345, max_tokens=77, selector="attention")
     assert PruneOptions.model_validate_json(options.key) == options
 
@@ -94,7 +94,7 @@ def test_every_option_is_described() -> None:
     assert all(field.description for field in ServerOptions.model_fields.values())
 
 
-def test_layers_are_put_on_top_of_each_other_in_order() -> None:
+def test_sources_override_each_other_in_order() -> None:
     server = ServerOptions(energy=0.9, min_tokens=4, min_share=0)
     layers = [
         OptionSource("header", {"energy": 0.8}),
@@ -108,7 +108,7 @@ def test_layers_are_put_on_top_of_each_other_in_order() -> None:
     )
 
 
-def test_a_bad_layer_is_refused_even_where_a_later_one_covers_it() -> None:
+def test_invalid_options_are_rejected_even_if_overridden() -> None:
     with pytest.raises(InvalidOptionsError, match=r"request\.energy=7"):
         ServerOptions().resolve(OptionSource("request", {"energy": 7}), OptionSource("image", {"energy": 0.7}))
 

@@ -205,19 +205,19 @@ def test_every_attribute_that_is_read_exists(path: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5"])
-def test_every_name_that_stands_for_something_else_while_a_model_is_built_exists(module: str) -> None:
+def test_every_name_replaced_while_a_model_is_built_exists(module: str) -> None:
     assert callable(imported(f"vllm.model_executor.models.{module}:mrope_positions_factor"))
 
 
 @pytest.mark.parametrize("moved", compat.RENAMED, ids=[moved.path for moved in compat.RENAMED])
-def test_what_moved_is_where_this_release_has_it(moved: compat.RenamedSymbol) -> None:
+def test_renamed_symbols_exist_in_this_release(moved: compat.RenamedSymbol) -> None:
     here = moved.path if Version(compat.version()) >= Version(moved.until) else moved.before
     owner, name = compat.find(moved.path)
     assert (owner, name) == (imported(here.rpartition(".")[0]), here.rpartition(".")[2])
 
 
 @pytest.mark.parametrize("moved", compat.RENAMED, ids=[moved.path for moved in compat.RENAMED])
-def test_what_moved_is_still_needed_by_the_oldest_release(moved: compat.RenamedSymbol) -> None:
+def test_renamed_symbols_are_needed_by_the_oldest_release(moved: compat.RenamedSymbol) -> None:
     oldest = compat.RELEASES[0]
     assert Version(oldest) < Version(moved.until), f"vLLM {oldest} has {moved.path}: remove this entry"
 
@@ -307,7 +307,7 @@ def test_wrapping_twice_wraps_once(host: ModuleType) -> None:
 @pytest.mark.parametrize(
     "path", ["patched_module:gone", "patched_module:Owner.gone", "no_such_host:f", "patched_module:function"]
 )
-def test_what_is_gone_stops_the_start_or_is_left_out_with_a_warning(
+def test_missing_functions_stop_the_start_or_are_left_out_with_a_warning(
     host: ModuleType, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrapper(original: Call, other: int) -> Any: ...
@@ -322,7 +322,7 @@ def test_what_is_gone_stops_the_start_or_is_left_out_with_a_warning(
     assert host.function(1) == 1
 
 
-def test_what_moved_is_found_where_it_was(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renamed_symbols_are_found_under_their_old_names(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = compat.RenamedSymbol("patched_module:Newer.method", before="patched_module:Owner.method", until="9")
     monkeypatch.setattr(compat, "RENAMED", (moved,))
     assert compat.find(moved.path) == (host.Owner, "method")

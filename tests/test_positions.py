@@ -162,9 +162,7 @@ def test_positions_are_those_of_stock_vllm(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grid", [(1, 12, 8), (1, 8, 40), (4, 6, 8), (9, 4, 4)])
-def test_an_item_takes_no_more_positions_than_its_layout_says(
-    family: Callable[[str], Path], name: str, grid: tuple[int, int, int]
-) -> None:
+def test_mrope_span_is_an_upper_bound(family: Callable[[str], Path], name: str, grid: tuple[int, int, int]) -> None:
     """Of an image, exactly so many."""
     config = AutoConfig.from_pretrained(family(name))
     modality = "image" if grid[0] == 1 else "video"
@@ -193,7 +191,7 @@ def canvas_class(canvas: CanvasPrompt) -> Any:
     return adapter(canvas.config.architectures[0])
 
 
-def test_a_canvas_takes_fewer_positions_than_its_layout_says(canvas: CanvasPrompt, canvas_class: Any) -> None:
+def test_mrope_span_is_an_upper_bound_for_a_canvas(canvas: CanvasPrompt, canvas_class: Any) -> None:
     """Because of text that has tokens of slices, vLLM numbers all tokens one after the other, and then it takes as
     many."""
     tokens, mrope_span = 5 * 24 + 4 * 12, 0
@@ -211,7 +209,7 @@ def test_a_canvas_takes_fewer_positions_than_its_layout_says(canvas: CanvasPromp
     assert delta + len(canvas.pruned) == len(canvas.unpruned) == tokens + len(canvas.pruned) - 5
 
 
-def test_without_a_canvas_tokens_that_are_left_are_numbered(canvas: CanvasPrompt, canvas_class: Any) -> None:
+def test_without_a_canvas_positions_are_consecutive(canvas: CanvasPrompt, canvas_class: Any) -> None:
     canvas.config.mrope_mode = None
     positions, delta = canvas.positions(canvas_class, pruned=True)
     assert positions.tolist() == [[*range(len(canvas.pruned))]] * 3

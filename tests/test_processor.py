@@ -86,7 +86,7 @@ def made_by(steps: Any) -> Any:
     return last.value.value
 
 
-def test_what_is_asked_becomes_a_prompt(processor: PruningProcessor, images: Images) -> None:
+def test_question_becomes_a_prompt(processor: PruningProcessor, images: Images) -> None:
     steps = apply(processor, {"energy": 0.25}, images["coffee"], images["moon"])
     asked = next(steps)
     assert [(each.request.modality, each.request.num_placeholders) for each in asked] == [("image", 576)] * 2
@@ -111,9 +111,7 @@ def test_images_of_a_prompt_are_numbered_where_a_model_wants_that(model: Path, i
 
 
 @pytest.mark.parametrize("before", [[40], [13, 40]])
-def test_tokens_that_a_prompt_has_already_give_way_to_those_that_are_left(
-    family: Family, images: Images, before: list[int]
-) -> None:
+def test_tokens_already_in_the_prompt_are_replaced(family: Family, images: Images, before: list[int]) -> None:
     """So that a prompt may be longer than the model takes before it is pruned, but not after. One that was cut on the
     left may begin with the end of another image."""
     processor = build(family("pixtral"))
@@ -129,7 +127,7 @@ def test_tokens_that_a_prompt_has_already_give_way_to_those_that_are_left(
     assert made["prompt_token_ids"] == [*before, image, image, *[line_break] * 11, end, text]
 
 
-def test_nothing_is_asked_about_what_keeps_everything(processor: PruningProcessor, images: Images) -> None:
+def test_items_that_keep_everything_need_no_decision(processor: PruningProcessor, images: Images) -> None:
     made = made_by(apply(processor, {"energy": 1.0}, images["coffee"]))
     assert [place.length for place in made["mm_placeholders"]["image"]] == [576]
     assert "pixel_values" in made["mm_kwargs"]["image"][0]
@@ -156,12 +154,12 @@ def test_embeddings_that_are_not_finite_are_refused(
         next(processor.apply(given, TimingContext(enabled=False)))
 
 
-def test_one_image_of_two_requests_is_read_once(processor: PruningProcessor, images: Images) -> None:
+def test_image_of_two_requests_is_processed_once(processor: PruningProcessor, images: Images) -> None:
     first, second, other = (next(apply(processor, options, images["coffee"])) for options in ({}, {}, {"energy": 0.25}))
     assert first == second != other
 
 
-def test_no_more_is_read_in_one_turn_than_one_question_holds(processor: PruningProcessor, images: Images) -> None:
+def test_one_step_reads_at_most_one_batch(processor: PruningProcessor, images: Images) -> None:
     assert processor.front_end
     processor.front_end.decision_client.max_encoder_tokens = 576
     steps = apply(processor, {}, images["coffee"], images["moon"])
@@ -171,7 +169,7 @@ def test_no_more_is_read_in_one_turn_than_one_question_holds(processor: PruningP
     assert len(made_by(steps)["prompt_token_ids"]) == 4
 
 
-def test_nothing_that_old_weights_made_goes_on(processor: PruningProcessor, images: Images) -> None:
+def test_new_weights_restart_processing(processor: PruningProcessor, images: Images) -> None:
     """Neither to the request that asked about it, nor to others with the same image."""
     assert processor.front_end
     first, second, third = (apply(processor, {}, images["coffee"]) for _ in range(3))
@@ -189,7 +187,7 @@ def test_nothing_that_old_weights_made_goes_on(processor: PruningProcessor, imag
     assert not {*before.values()} & {*after.values()}
 
 
-def test_more_than_can_ever_fit_is_not_asked_about(processor: PruningProcessor, images: Images) -> None:
+def test_too_long_prompts_are_rejected_before_a_decision(processor: PruningProcessor, images: Images) -> None:
     """Nor shown: each keeps 64 tokens at least, and there is room for 150."""
     three = [images[name] for name in ("coffee", "moon", "rocket")]
     assert len(next(apply(processor, {}, *three[:2]))) == 2

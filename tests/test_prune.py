@@ -55,7 +55,7 @@ def test_null_case_keeps_every_token(options: dict[str, object], scope: str) -> 
     assert (kept.spectral_energy, kept.span_energy) == (1.0, 1.0)
 
 
-def test_every_token_means_no_more_than_the_most_allowed() -> None:
+def test_keeping_every_token_respects_the_ceiling() -> None:
     """So that a bound on tokens holds at any threshold, and min = max is a fixed budget."""
     found = image(30, 8)
     kept = prune(found, PruneOptions(energy=1.0, min_tokens=1, max_tokens=5))
@@ -146,7 +146,7 @@ def test_a_newline_stays_while_its_line_keeps_a_token() -> None:
     assert full.newlines == 3
 
 
-def test_positions_run_ahead_by_what_is_taken_from_the_extent() -> None:
+def test_position_slack_is_mrope_span_minus_tokens() -> None:
     """Unless there are more tokens than positions."""
     found = tokens(30, 8)
     for mrope_span, slack in ((10, 5), (3, 0), (0, 0)):
@@ -154,7 +154,7 @@ def test_positions_run_ahead_by_what_is_taken_from_the_extent() -> None:
         assert prune(encoding, PruneOptions(min_tokens=5, max_tokens=5)).position_slack == slack
 
 
-def test_fewer_tokens_than_parts_go_to_those_that_hold_most() -> None:
+def test_if_there_are_fewer_tokens_than_parts_the_largest_parts_get_them() -> None:
     found = tiles(*[0.75] * 24)
     found.tokens.features[found.layout.part >= 16] *= 10
     kept = counts(found, energy=0.9, min_tokens=1, max_tokens=8)

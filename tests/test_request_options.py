@@ -101,7 +101,7 @@ def test_content_that_can_be_read_once_is_still_there_afterwards() -> None:
         ([user({"type": "image_url", "image_url": {"url": "", "eadaprune": {}}})], {}, "belongs to", "eadaprune"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(
+def test_unsupported_configurations_are_refused(
     messages: list[Any], settings: dict[str, Any], words: str, field: str
 ) -> None:
     with pytest.raises(InvalidOptionsError, match=re.escape(words)) as error:
@@ -109,7 +109,7 @@ def test_what_cannot_be_honoured_is_refused(
     assert error.value.field == field
 
 
-def test_choices_go_along_with_items() -> None:
+def test_choices_are_paired_with_items() -> None:
     first, second, third = (Choice(PruneOptions(energy=energy)) for energy in (0.1, 0.2, 0.3))
     choices = Choices(image=(first, second), video=(third,))
     assert list(choices.for_items(["image", "video", "image"])) == [first, third, second]

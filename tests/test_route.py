@@ -118,7 +118,7 @@ def test_the_report_is_in_the_first_event_and_only_there(app: FastAPI) -> None:
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
 
 
-def test_what_a_stream_renders_later_has_the_options_too() -> None:
+def test_later_turns_of_a_stream_have_the_options() -> None:
     """As where built-in tools are called: their output goes into another prompt. Each stream has its own."""
     turns: dict[str | None, list[str | None]] = {"0.5": [], "0.7": []}
 
@@ -169,7 +169,7 @@ def test_the_context_of_a_stream_ends_with_it() -> None:
     asyncio.run(consume())
 
 
-def test_the_report_may_be_all_there_is(app: FastAPI) -> None:
+def test_empty_json_object_gets_the_report(app: FastAPI) -> None:
     whole, streamed = post(app, CHAT, {"empty": True}, {"empty": True, "stream": True})
     assert whole.json().keys() == {"eadaprune"}
     assert int(whole.headers["content-length"]) == len(whole.content)
@@ -203,13 +203,13 @@ def test_options_in_the_wrong_place_are_refused(app: FastAPI, path: str, body: A
         post(app, path, body)
 
 
-def test_a_body_without_mm_processor_kwargs_refuses_options_there(app: FastAPI) -> None:
+def test_options_in_mm_processor_kwargs_are_rejected_if_the_body_has_no_such_field(app: FastAPI) -> None:
     with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing in mm_processor_kwargs at {CHAT}"):
         post(app, CHAT, {"messages": [], "mm_processor_kwargs": {"eadaprune": {"energy": 0.5}}})
     assert post(app, CHAT, {"messages": [], "mm_processor_kwargs": {"other": 1}})[0].status_code == 200
 
 
-def test_what_is_rendered_stays_as_it_is(app: FastAPI) -> None:
+def test_rendered_bodies_are_not_changed(app: FastAPI) -> None:
     (response,) = post(app, RENDER, {})
     assert response.json().keys() == {"options", "header"}
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
@@ -244,7 +244,7 @@ def test_derendering_takes_the_request_as_it_was_rendered(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("body", [rb'{"\u0065adaprune": {}}', '{"eadaprune": {}}'.encode("utf-16")])
-def test_the_field_is_refused_however_it_is_written(app: FastAPI, body: bytes) -> None:
+def test_field_is_rejected_in_any_json_encoding(app: FastAPI, body: bytes) -> None:
     async def send() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             await client.post(OTHER, content=body, headers={"content-type": "application/json"})
@@ -277,7 +277,7 @@ def test_other_bodies_are_left_to_fastapi(app: FastAPI) -> None:
         assert asyncio.run(send(path, b"eadaprune=1", "application/x-www-form-urlencoded")).status_code == 422
 
 
-def test_nothing_is_left_of_thousands_of_aborted_requests(app: FastAPI) -> None:
+def test_thousands_of_aborted_requests_leave_nothing_behind(app: FastAPI) -> None:
     async def abort_many() -> None:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

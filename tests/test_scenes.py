@@ -22,7 +22,7 @@ def scenes() -> list[Scene]:
     return [make_scene(seed, held_out=True) for seed in range(150)]
 
 
-def test_a_scene_is_its_seed() -> None:
+def test_scene_is_determined_by_its_seed() -> None:
     first, again, other = make_scene(5, True), make_scene(5, True), make_scene(5, False)
     assert first.things == again.things
     assert first.image.tobytes() == again.image.tobytes()
@@ -55,7 +55,7 @@ def matching(scene: Scene, words: str) -> list[Thing]:
     ]
 
 
-def test_every_answer_is_right_and_the_only_one(scenes: list[Scene]) -> None:
+def test_every_question_has_exactly_one_right_answer(scenes: list[Scene]) -> None:
     seen = Counter[str]()
     for scene in scenes:
         for question in ask(scene):
@@ -85,7 +85,7 @@ def test_every_answer_is_right_and_the_only_one(scenes: list[Scene]) -> None:
     assert min(seen.values()) > 100
 
 
-def test_a_question_is_about_what_gives_its_answer(scenes: list[Scene]) -> None:
+def test_question_is_about_the_thing_that_gives_its_answer(scenes: list[Scene]) -> None:
     for scene in scenes:
         for question in ask(scene):
             if question.category == "count":

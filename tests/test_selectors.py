@@ -29,7 +29,7 @@ def test_span_picks_the_token_with_most_energy_outside_the_span(shape: tuple[int
         assert residual[pick] == pytest.approx(float(residual.max()), rel=1e-4)
 
 
-def test_span_goes_on_from_where_it_stopped() -> None:
+def test_span_can_be_continued() -> None:
     found = tokens(torch.randn(40, 50))
     at_once = span(VisualTokens(found.features, None), 30).tolist()
     assert [span(found, k).tolist() for k in (5, 30, 12)] == [at_once[:5], at_once, at_once[:12]]
@@ -66,7 +66,7 @@ def test_diversity_picks_the_token_least_like_any_chosen(shape: tuple[int, int])
         assert alike[picks[step]] == pytest.approx(float(alike.min()), abs=1e-5)
 
 
-def test_diversity_goes_by_direction_and_bears_zeros() -> None:
+def test_diversity_ignores_norms_and_handles_zeros() -> None:
     features = torch.tensor([[1.0, 0], [100, 1], [0, 0], [0, 1], [-1, 0]])
     assert diversity(tokens(features), 3).tolist() == [4, 0, 2]
 
@@ -81,7 +81,7 @@ def test_hybrid_is_half_attention_and_then_the_least_alike() -> None:
 
 
 @pytest.mark.parametrize("selector", ["span", "diversity", "hybrid"])
-def test_of_very_many_tokens_the_last_are_chosen_at_once(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_beyond_the_greedy_steps_are_chosen_at_once(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that hold most, or are least alike, after the last step."""
     found = tokens(torch.randn(40, 20))
     one_by_one = SELECTORS[selector](found, 8).tolist()
@@ -114,7 +114,7 @@ def test_every_selector_returns_k_distinct_tokens(selector: str, num_tokens: int
         assert len(set(picks.tolist()) & set(range(num_tokens))) == k
 
 
-def test_products_are_never_in_less_than_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gram_matrices_are_never_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever vLLM's own may be in; which they are again afterwards."""
     seen: list[str] = []
     product = torch.Tensor.__matmul__

@@ -31,7 +31,7 @@ def cache() -> Cache:
     return Cache(SimpleNamespace(get_multimodal_config=lambda: multimodal))
 
 
-def test_what_was_sent_is_known(cache: Cache) -> None:
+def test_sent_items_are_cached(cache: Cache) -> None:
     feature = cache.process("a")
     sender_cache.mark_sent([feature])
     assert cache.process("a").data is None
@@ -40,7 +40,7 @@ def test_what_was_sent_is_known(cache: Cache) -> None:
     assert cache.is_cached_item("a")
 
 
-def test_what_waits_is_handed_out_as_it_is(cache: Cache) -> None:
+def test_unsent_item_is_returned_with_its_data(cache: Cache) -> None:
     first, second = cache.process("a"), cache.process("a")
     assert second.data is first.data
     del first
@@ -48,7 +48,7 @@ def test_what_waits_is_handed_out_as_it_is(cache: Cache) -> None:
     assert cache.process("a").data is None
 
 
-def test_what_was_dropped_unsent_is_processed_again(cache: Cache) -> None:
+def test_item_dropped_before_sending_is_processed_again(cache: Cache) -> None:
     cache.process("a")
     cache.process("b")  # after which nothing is held of the first
     assert not cache.is_cached_item("a")
@@ -56,7 +56,7 @@ def test_what_was_dropped_unsent_is_processed_again(cache: Cache) -> None:
     assert cache.process("a").data is None
 
 
-def test_what_a_request_was_told_is_cached_stays_until_it_has_it(cache: Cache) -> None:
+def test_entry_a_request_relies_on_is_kept_alive(cache: Cache) -> None:
     feature = cache.process("a")
     assert cache.is_cached_item("a")
     del feature  # its request is cancelled while another one with the image is processed
@@ -64,21 +64,21 @@ def test_what_a_request_was_told_is_cached_stays_until_it_has_it(cache: Cache) -
     assert data is not None
 
 
-def test_an_image_goes_once_with_a_request(cache: Cache) -> None:
+def test_repeated_image_is_sent_once_per_request(cache: Cache) -> None:
     features = [cache.process(mm_hash) for mm_hash in "abab"]
     assert None not in [feature.data for feature in features]
     sender_cache.mark_sent(features)
     assert [feature.data is None for feature in features] == [False, False, True, True]
 
 
-def test_nothing_is_kept_of_thousands_that_were_dropped(cache: Cache) -> None:
+def test_dropped_items_leave_no_references(cache: Cache) -> None:
     for number in range(5000):
         cache.process(str(number))
     assert len(cache._cache) <= 100
     assert len(sender_cache.unsent_items(cache).data) <= 2 * 100 + 1
 
 
-def test_what_is_larger_than_the_cache_is_not_followed(cache: Cache) -> None:
+def test_items_larger_than_the_cache_are_not_tracked(cache: Cache) -> None:
     sender_cache.mark_sent([cache.process("a", nbytes=20_000)])
     assert cache.process("a", nbytes=20_000).data is not None
     assert not sender_cache.unsent_items(cache).data

@@ -205,7 +205,7 @@ def test_tokens_that_a_budget_by_span_chooses_hold_thresholds_near_one(kind: str
         assert (rows @ basis).square().sum() / rows.square().sum() >= energy - 1e-5
 
 
-def test_a_budget_by_span_goes_no_further_than_it_must() -> None:
+def test_budget_by_span_chooses_no_more_tokens_than_needed() -> None:
     features = matrix("power law", 100, 120)
     tokens = VisualTokens(features, None)
     found = span_spectrum([tokens], 0.8, 1)
@@ -226,7 +226,7 @@ def test_a_budget_by_span_of_more_tokens_than_are_chosen_one_by_one(monkeypatch:
     assert 10 < exact.budget(0.95) <= found.budget(0.95) < 100
 
 
-def test_parts_reach_a_threshold_by_span_as_they_would_alone() -> None:
+def test_each_part_reaches_the_threshold_by_span() -> None:
     features = [matrix(kind, 30, 40) for kind in ("gaussian", "low rank", "power law")]
     features.append(torch.zeros(10, 40))
     together = span_spectrum([VisualTokens(each, None) for each in features], 0.9, 1)

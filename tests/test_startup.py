@@ -38,7 +38,7 @@ from eadaprune_vllm.startup.flags import apply_flags
         ),
     ],
 )
-def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], words: str) -> None:
+def test_unsupported_flags_are_refused(model: Path, settings: dict[str, Any], words: str) -> None:
     config = EngineArgs(str(model), max_model_len=1024, **settings).create_engine_config()
     with pytest.raises(StartupError, match=words):
         checks.check(config)
@@ -52,7 +52,7 @@ def test_flags_that_cannot_be_honoured(model: Path, settings: dict[str, Any], wo
         ({"media_io_kwargs": {"video": {"backend": "pynvvideocodec"}}}, "decoding videos on the GPU"),
     ],
 )
-def test_flags_about_videos_cannot_be_honoured(
+def test_unsupported_video_flags_are_refused(
     family: Callable[[str], Path], settings: dict[str, Any], words: str
 ) -> None:
     config = EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config()
@@ -61,7 +61,7 @@ def test_flags_about_videos_cannot_be_honoured(
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "glm4v", "glm_ocr", "paddleocr_vl"])
-def test_embeddings_that_do_not_say_where_lines_end_are_refused(family: Callable[[str], Path], name: str) -> None:
+def test_client_embeddings_without_layout_are_refused(family: Callable[[str], Path], name: str) -> None:
     config = EngineArgs(str(family(name)), max_model_len=1024, enable_mm_embeds=True).create_engine_config()
     with pytest.raises(StartupError, match="--enable-mm-embeds is not supported for this model"):
         checks.check(config)
@@ -94,16 +94,16 @@ def config(model: Path) -> Any:
         {"enable_mm_embeds": True},
     ],
 )
-def test_flags_of_vllms_own_encoder_are_honoured(family: Callable[[str], Path], settings: dict[str, Any]) -> None:
+def test_flags_of_vllms_encoder_work(family: Callable[[str], Path], settings: dict[str, Any]) -> None:
     checks.check(EngineArgs(str(family("qwen2_5_vl")), max_model_len=1024, **settings).create_engine_config())
 
 
-def test_models_of_modelscope_are_vllms_business(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope_models_are_left_to_vllm(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
     checks.check(config)
 
 
-def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> None:
+def test_connectors_between_instances_are_refused(config: Any) -> None:
     checks.check(config)
     kv_transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
     several = {"connectors": [{"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}]}
@@ -124,14 +124,14 @@ def test_instances_that_would_not_know_what_is_kept_are_refused(config: Any) -> 
     checks.check(config)
 
 
-def test_a_tower_whose_layout_is_not_known_is_refused(config: Any) -> None:
+def test_unknown_vision_tower_is_refused(config: Any) -> None:
     """Of a model of LLaVA's class."""
     config.model_config.hf_config.vision_config = PixtralVisionConfig()
     with pytest.raises(StartupError, match="vision tower of this model is of type 'pixtral'"):
         checks.check(config)
 
 
-def test_workers_answer_whatever_else_they_are(config: Any) -> None:
+def test_worker_extension_works_with_any_worker(config: Any) -> None:
     configuration.configure(config, ServerOptions())
     assert config.parallel_config.worker_extension_cls == OURS
     config.parallel_config.worker_extension_cls = "some.module.Extension"
@@ -142,7 +142,7 @@ def test_workers_answer_whatever_else_they_are(config: Any) -> None:
     assert config.parallel_config.worker_extension_cls == once
 
 
-def test_the_front_end_asks_and_counts_for_this_model(config: Any) -> None:
+def test_front_end_is_created_for_this_model(config: Any) -> None:
     configuration.configure(config, ServerOptions(load_aware=LoadPolicy()))
     found = configuration.front_end(config)
     assert found.decision_client.max_encoder_tokens == config.scheduler_config.max_num_encoder_input_tokens >= 512
@@ -196,9 +196,7 @@ for given in (None, {"min_tokens": 4}, {"energy": 0.9}):
 @pytest.mark.parametrize(
     ("name", "target"), [("glm_ocr", None), ("paddleocr_vl", None), ("glm4v", 0.33)], ids=lambda value: str(value)
 )
-def test_models_that_read_pages_keep_everything_by_default(
-    family: Callable[[str], Path], name: str, target: float | None
-) -> None:
+def test_ocr_models_keep_everything_by_default(family: Callable[[str], Path], name: str, target: float | None) -> None:
     """And say so, unless the operator chose another threshold."""
     found = subprocess.run(
         [sys.executable, "-c", DEFAULTS, str(family(name))],
@@ -237,7 +235,7 @@ print("fine")
 
 
 @pytest.mark.server
-def test_merely_installed_it_leaves_other_callers_of_vllm_alone(model: Path) -> None:
+def test_installed_plugin_changes_nothing_for_other_callers_of_vllm(model: Path) -> None:
     """A program of its own may build engine arguments from a namespace that knows nothing of our flags."""
     found = subprocess.run(
         [sys.executable, "-c", NAMESPACE, str(model)], capture_output=True, text=True, env=environment(), timeout=120
@@ -271,9 +269,7 @@ def test_the_data_parallel_supervisor_hands_plugin_and_options_to_its_children()
 
 
 @pytest.mark.parametrize("given", [0.5, [], "x"])
-def test_server_options_that_are_no_object_are_refused_beside_flags(
-    given: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_options_must_be_an_object(given: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "eadaprune")
     args = argparse.Namespace(mm_processor_kwargs={"eadaprune": given}, eadaprune_energy=0.9)
     apply_flags(args)

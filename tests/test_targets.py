@@ -30,7 +30,7 @@ FLAT = [curve("page", 0.5, rank=100), curve("surface", 0.7, rank=100)]  # none c
 
 @pytest.mark.parametrize("options", [FREE, FREE.model_copy(update={"min_share": 0.1, "max_tokens": 300})])
 @pytest.mark.parametrize("target", [0.15, 0.33, 0.5])
-def test_pictures_keep_the_target_in_the_mean(target: float, options: PruneOptions) -> None:
+def test_pictures_keep_the_target_on_average(target: float, options: PruneOptions) -> None:
     energy = Targets(CURVES, options).energy(target)
     at = options.model_copy(update={"energy": energy})
     assert mean(each.share(at) for each in CURVES) == pytest.approx(target, abs=2 / N)
@@ -123,7 +123,7 @@ def test_load_lowers_the_target() -> None:
             ServerOptions(load_aware=policy).with_curves(CURVES)
 
 
-def test_what_the_defaults_keep_is_said_by_kind() -> None:
+def test_defaults_are_reported_by_kind_of_picture() -> None:
     reference = Reference.of(ServerOptions(min_share=0, min_tokens=40).with_curves(CURVES))
     assert list(reference.kept_by_kind) == ["page", "photograph", "surface"]
     assert reference.kept_by_kind["surface"] == 0.1

@@ -56,7 +56,7 @@ def test_a_stored_curve_gives_the_budget_that_pruning_does(options: dict[str, ob
 
 
 @pytest.mark.parametrize("target", [0.15, 0.42, 0.8])
-def test_the_solved_threshold_gives_the_mean_that_was_asked_for(target: float) -> None:
+def test_solved_threshold_reaches_the_target(target: float) -> None:
     found, options = curves(50), PruneOptions(min_tokens=2, min_share=0, max_tokens=36)
     solved = calibrate.solve(found, target, options)
     # At one millionth of energy no more than a few budgets move.
@@ -64,7 +64,7 @@ def test_the_solved_threshold_gives_the_mean_that_was_asked_for(target: float) -
     assert (solved.min_tokens, solved.max_tokens) == (2, 36)
 
 
-def test_a_mean_that_no_threshold_gives_is_refused_with_those_that_are() -> None:
+def test_unreachable_target_error_gives_the_range() -> None:
     with pytest.raises(
         ValueError, match=r"keep 0\.100 to 0\.300 of the tokens of these images on average, so target 0\.8 is not"
     ):
@@ -173,7 +173,7 @@ def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, f
         (200, "{}", " runs an incompatible version of the plugin"),
     ],
 )
-def test_what_a_server_says_ends_the_command(stub: Stub, folder: Path, status: int, body: str, words: str) -> None:
+def test_server_errors_end_the_command(stub: Stub, folder: Path, status: int, body: str, words: str) -> None:
     stub.failing = status, body
     for command in (calibrate_command(folder), ["explain", str(folder / "0.png")]):
         done = run(*command, "--url", stub.url)
@@ -192,7 +192,7 @@ def test_what_a_server_says_ends_the_command(stub: Stub, folder: Path, status: i
         (["--url", "127.0.0.1"], "missing an 'http://' or 'https://' protocol"),
     ],
 )
-def test_whom_to_ask_must_be_clear(folder: Path, arguments: list[str], words: str) -> None:
+def test_url_and_model_exclude_each_other(folder: Path, arguments: list[str], words: str) -> None:
     for command in (calibrate_command(folder), ["explain", str(folder / "0.png")]):
         done = run(*command, *arguments)
         assert done.exit_code == 2
@@ -250,7 +250,7 @@ def test_adaptive_is_compared_to_fixed_question_by_question() -> None:
     assert row["interval"][1] - row["interval"][0] > 0.08
 
 
-def test_without_a_selector_the_servers_own_is_asked() -> None:
+def test_without_a_selector_the_servers_is_used() -> None:
     (setting,) = evaluate.adaptive([0.9], [])
     assert (setting.name, setting.options, setting.selector) == ("energy 0.9", {"energy": 0.9}, "server's default")
     found = results([1, 0], setting=setting)
@@ -275,7 +275,7 @@ def test_answers_are_compared_without_case_articles_and_punctuation() -> None:
     assert normalized("top-left") == normalized("Top left")
 
 
-def test_a_line_that_is_no_question_is_named(tmp_path: Path) -> None:
+def test_error_names_the_invalid_line(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     good = {"image": "a.png", "question": "What?", "answer": "this", "category": "c"}
     path.write_text(json.dumps(good) + "\n" + json.dumps({"image": "a.png"}) + "\n")

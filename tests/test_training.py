@@ -41,7 +41,7 @@ def looks() -> Looks:
     return collate([look(scene) for scene in SCENES])
 
 
-def test_labels_lie_where_things_are(looks: Looks) -> None:
+def test_labels_match_the_things(looks: Looks) -> None:
     for number, names in enumerate(looks.names.view(2, GRID, GRID)):
         for thing in SCENES[number].things:
             x, y = ((thing.box[i] + thing.box[i + 2]) / 2 / SIDE * GRID for i in (0, 1))
@@ -50,7 +50,7 @@ def test_labels_lie_where_things_are(looks: Looks) -> None:
     assert looks.centres.sum() <= sum(len(scene.things) for scene in SCENES)
 
 
-def test_letters_are_those_of_words_from_left_to_right() -> None:
+def test_letters_are_in_reading_order() -> None:
     seen = 0
     for seed in range(40):
         scene = make_scene(seed, held_out=False)
@@ -67,7 +67,7 @@ def test_letters_are_those_of_words_from_left_to_right() -> None:
     assert seen > 20
 
 
-def test_a_window_is_a_cut_of_the_whole_grid() -> None:
+def test_window_is_a_slice_of_the_grid() -> None:
     window = next(iter(Windows(3, 12)))
     assert window.pixels.shape == (3, SIDE // 2, SIDE // 2)
     rows = window.patches.view(12, 12)

@@ -51,7 +51,7 @@ def of_vllm_serve() -> set[str]:
 
 
 @typed("eadaprune")
-def test_ours(words: list[str]) -> None:
+def test_own_modules_import_in_order(words: list[str]) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     if len(words) > 1:
         known = {flag for parameter in commands[words[1]].params for flag in parameter.opts + parameter.secondary_opts}

@@ -81,7 +81,7 @@ SAVINGS = Row(
         Panel(
             "Visual tokens saved",
             "Visual tokens per second that pruning kept out of the engine. eadaprune_tokens_saved_total",
-            "more than zero wherever pictures come in",
+            "above zero whenever images arrive",
             (Query(rate("eadaprune_tokens_saved_total")),),
             "stat",
             width=6,
@@ -89,7 +89,7 @@ SAVINGS = Row(
         Panel(
             "Kept",
             "Share of the visual tokens that entered the engine. eadaprune_visual_tokens_total",
-            "near the default target; well above it, pictures are denser than the reference ones",
+            "near the default target; if it is far above, images are denser than the reference pictures",
             (Query(ratio(KEPT, ENCODED)),),
             "stat",
             "percentunit",
@@ -97,18 +97,18 @@ SAVINGS = Row(
         ),
         Panel(
             "Images and videos",
-            "Images and videos per second of requests that were sent to the engine, cached ones included. "
+            "Images and videos per second of requests that were sent to the engine, including cached ones. "
             "eadaprune_images_total, eadaprune_videos_total",
-            "whatever the traffic is; zero beside requests with pictures means that none reaches the plugin",
+            "as the traffic; zero while requests have images means that none reaches the plugin",
             (Query(ITEMS),),
             "stat",
             width=6,
         ),
         Panel(
-            "KV cache not needed",
+            "KV cache saved",
             "KV cache per second that the saved tokens would have taken; an upper bound, as vLLM allocates whole "
             "blocks and shares prefixes. eadaprune_kv_cache_bytes_saved_total",
-            "more than zero; it grows with traffic",
+            "above zero; it grows with traffic",
             (Query(rate("eadaprune_kv_cache_bytes_saved_total")),),
             "stat",
             "Bps",
@@ -124,15 +124,15 @@ SAVINGS = Row(
             "Share kept, per image or video",
             "How many images and videos keep which share of their tokens: a dense band at the bottom is what blank "
             "pictures look like. eadaprune_kept_ratio",
-            "spread over several bands; one band alone means that the threshold tells nothing apart",
+            "spread over several bands; a single band means that budgets do not depend on the image",
             (Query("sum by (le) (increase(eadaprune_kept_ratio_bucket{SEL}[RATE]))", "{{le}}"),),
             "heatmap",
             "percentunit",
         ),
         Panel(
-            "Energy thresholds in force",
+            "Effective energy thresholds",
             "Which thresholds images and videos were pruned with. eadaprune_energy_threshold",
-            "the default's band, and those that clients have reason to ask for",
+            "the default's band, and those that clients set on purpose",
             (Query("sum by (le) (increase(eadaprune_energy_threshold_bucket{SEL}[RATE]))", "{{le}}"),),
             "heatmap",
         ),
@@ -143,8 +143,8 @@ COST = Row(
     (
         Panel(
             "Time of each stage, p95",
-            "95th percentile of the time that a stage takes for one image or video; what is found in a cache skips "
-            "stages. eadaprune_stage_seconds",
+            "95th percentile of the time of each stage, per image or video that was not cached. "
+            "eadaprune_stage_seconds",
             "spectrum and select together below a twentieth of encode",
             (Query(quantile(0.95, "eadaprune_stage_seconds", REQUESTS, "le, stage"), "{{stage}}"),),
             unit="s",
@@ -161,8 +161,8 @@ COST = Row(
         ),
         Panel(
             "Cache hits",
-            "Share of look-ups that vLLM's processor cache and prefix cache answered; an image found in the first is "
-            "not encoded again. vllm:mm_cache_hits_total, vllm:prefix_cache_hits_total",
+            "Hit rate of vLLM's processor cache and prefix cache; an image in the processor cache is not encoded "
+            "again. vllm:mm_cache_hits_total, vllm:prefix_cache_hits_total",
             "as high as the traffic repeats itself; a fall after a roll-out is normal for some minutes",
             (
                 Query(ratio(rate("vllm:mm_cache_hits_total"), rate("vllm:mm_cache_queries_total")), "images"),
@@ -177,16 +177,16 @@ ENGINE = Row(
     "The engine beside it",
     (
         Panel(
-            "KV cache in use, and not needed",
+            "KV cache in use, and saved",
             "Share of the KV cache in use, and bytes per second that pruning kept out of it. "
             "vllm:kv_cache_usage_perc, eadaprune_kv_cache_bytes_saved_total",
             "below 90 % in use; above it requests begin to wait or are preempted",
             (
                 Query("avg(vllm:kv_cache_usage_perc{SEL})", "in use"),
-                Query(rate("eadaprune_kv_cache_bytes_saved_total"), "not needed"),
+                Query(rate("eadaprune_kv_cache_bytes_saved_total"), "saved"),
             ),
             unit="percentunit",
-            right=("not needed", "Bps"),
+            right=("saved", "Bps"),
         ),
         Panel(
             "Time to first token",
@@ -230,20 +230,20 @@ ENGINE = Row(
     ),
 )
 TROUBLE = Row(
-    "Where the threshold does not decide",
+    "Rejections and bounds",
     (
         Panel(
             "Rejected requests",
-            "Requests per second refused for bad pruning options, or for features that are not finite. "
+            "Requests per second that were rejected: invalid pruning options, non-finite features, or errors in the engine. "
             "eadaprune_rejected_requests_total",
-            "none; features and engine are the server's fault, the others a client's",
+            "none; features and engine are errors of the server, options of a client",
             (Query(rate("eadaprune_rejected_requests_total", REQUESTS, "reason"), "{{reason}}"),),
             width=12,
         ),
         Panel(
             "Budgets at a bound",
-            "Share of images and videos whose budget was min_tokens, min_share or max_tokens; below a half, images are "
-            "told apart. eadaprune_bound_total",
+            "Share of images and videos whose budget min_tokens, min_share or max_tokens determined instead of the "
+            "threshold. eadaprune_bound_total",
             "below a half in all",
             tuple(
                 Query(ratio(rate("eadaprune_bound_total", f'SEL,bound="{bound}"'), ITEMS), bound)
@@ -256,7 +256,7 @@ TROUBLE = Row(
     ),
 )
 DEFAULTS = Row(
-    "What the defaults come to",
+    "Defaults",
     (
         Panel(
             "Target and floor",
@@ -273,7 +273,7 @@ DEFAULTS = Row(
         ),
         Panel(
             "Threshold",
-            "Energy threshold in force by default. eadaprune_default_energy_threshold",
+            "Default energy threshold. eadaprune_default_energy_threshold",
             "one value for all replicas of a model",
             (Query("max(eadaprune_default_energy_threshold{SEL})"),),
             "stat",
@@ -283,7 +283,7 @@ DEFAULTS = Row(
             "Reference pictures",
             "What each kind of reference picture keeps of its tokens: they should differ. "
             "eadaprune_reference_kept_ratio",
-            "lines well apart, surfaces lowest",
+            "lines far apart, surfaces lowest",
             (Query("avg by (kind) (eadaprune_reference_kept_ratio{SEL})", "{{kind}}"),),
             unit="percentunit",
             max=1,
@@ -291,8 +291,8 @@ DEFAULTS = Row(
         ),
         Panel(
             "Reference pictures at a bound",
-            "Share of the reference pictures that keep what a bound says: above a half the defaults hardly tell images "
-            "apart. eadaprune_reference_at_bound_ratio",
+            "Share of the reference pictures whose budget a bound determines: above a half, default budgets hardly "
+            "depend on the image. eadaprune_reference_at_bound_ratio",
             "below a half",
             (Query("max(eadaprune_reference_at_bound_ratio{SEL})"),),
             "stat",
@@ -306,7 +306,7 @@ LOAD = Row(
     (
         Panel(
             "Load level",
-            "How far load lowers thresholds: 0 not at all, 1 down to the floor of the policy. eadaprune_load_level",
+            "How far load lowers thresholds: 0 not at all, 1 down to the policy's floor. eadaprune_load_level",
             "0 most of the time; long at 1 calls for more replicas",
             (Query("max by (instance) (eadaprune_load_level{SEL})", "{{instance}}"),),
             unit="percentunit",
@@ -314,18 +314,18 @@ LOAD = Row(
         ),
         Panel(
             "Energy thresholds, mean",
-            "What was asked for, and what was in force. eadaprune_energy_requested, eadaprune_energy_threshold",
-            "both lines together, apart from bursts",
+            "Requested and effective threshold. eadaprune_energy_requested, eadaprune_energy_threshold",
+            "both lines equal, except during bursts",
             tuple(
                 Query(ratio(rate(f"eadaprune_energy_{which}_sum"), rate(f"eadaprune_energy_{which}_count")), legend)
-                for which, legend in (("requested", "asked for"), ("threshold", "in force"))
+                for which, legend in (("requested", "requested"), ("threshold", "effective"))
             ),
             max=1,
         ),
         Panel(
             "Thresholds lowered",
             "Images and videos per second whose threshold was lowered under load. eadaprune_load_lowered_total",
-            "zero, apart from bursts",
+            "zero, except during bursts",
             (Query(rate("eadaprune_load_lowered_total"), "lowered"),),
         ),
     ),

@@ -60,7 +60,7 @@ def test_a_model_that_fits_is_pruned_and_at_energy_one_its_answers_are_stocks(ru
         ("unnamed", "the architecture Idefics3ForConditionalGeneration is not supported"),
     ],
 )
-def test_a_model_that_does_not_is_refused_in_one_sentence(run: Callable[..., Any], what: str, words: str) -> None:
+def test_model_that_does_not_fit_is_refused_in_one_sentence(run: Callable[..., Any], what: str, words: str) -> None:
     done = run(what)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("eadaprune: ")]

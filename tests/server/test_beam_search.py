@@ -56,7 +56,7 @@ def test_the_report_is_that_of_other_requests(pruning: Server) -> None:
     assert new == cached == plain
 
 
-def test_many_at_once_beside_other_requests(pruning: Server, reference: Reference) -> None:
+def test_many_concurrent_embeddings_beside_other_requests(pruning: Server, reference: Reference) -> None:
     scenes = [noise(8200 + number % 6, blocks=20 + number % 6) for number in range(12)]
     options = {"energy": 0.95}
 

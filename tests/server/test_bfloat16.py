@@ -44,7 +44,7 @@ def check(answer: ChatCompletion, text: int) -> int:
     return kept
 
 
-def test_counts_are_told_alike(server: Server, images: Images, text: int) -> None:
+def test_reports_of_all_endpoints_agree(server: Server, images: Images, text: int) -> None:
     cases: list[tuple[dict[str, Any], range]] = [
         (NULL, range(576, 577)),
         (SOME, range(4, 576)),
@@ -74,7 +74,7 @@ def test_pruning_changes_answers_by_more_than_rounding(server: Server, images: I
     assert max(full[token] - pruned.get(token, -99.0) for token in full) > 2 * TOLERANCE
 
 
-def test_a_repeated_image_is_as_it_was(server: Server, text: int) -> None:
+def test_repeated_image_has_the_same_result(server: Server, text: int) -> None:
     image = noise(8300, blocks=20)
     new, again = (server.ask(image, QUESTION, options=SOME) for _ in range(2))
     assert [report(answer)["images"][0]["cached"] for answer in (new, again)] == [False, True]

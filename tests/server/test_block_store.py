@@ -52,7 +52,7 @@ def from_store(found: list[Found]) -> list[bool]:
     return [hits > 0 for _, _, hits in found]
 
 
-def test_blocks_are_found_by_what_was_kept(start: Start, tmp_path: Path, images: Images) -> None:
+def test_stored_blocks_are_found_by_kept_tokens(start: Start, tmp_path: Path, images: Images) -> None:
     settings = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     store = json.dumps(settings | {"kv_connector_extra_config": {"shared_storage_path": str(tmp_path)}})
 

@@ -127,7 +127,7 @@ def test_targets_have_the_range_that_the_server_says(browser: Browser, pruning: 
     assert browser.text("#text").endswith(f" --eadaprune-energy {browser.text('#threshold')}")
 
 
-def test_what_the_server_refuses_is_said_in_its_words(browser: Browser, coffee: Path) -> None:
+def test_rejections_have_the_servers_message(browser: Browser, coffee: Path) -> None:
     browser.picture(coffee)
     browser.wait("#kept")
     browser.find("#value").clear()
@@ -139,7 +139,7 @@ def test_what_the_server_refuses_is_said_in_its_words(browser: Browser, coffee: 
     browser.until(lambda: not browser.find("#problem").is_displayed())
 
 
-def test_requests_that_are_out_of_date_are_cancelled(browser: Browser, coffee: Path) -> None:
+def test_outdated_requests_are_cancelled(browser: Browser, coffee: Path) -> None:
     browser.picture(coffee)
     browser.wait("#kept")
     browser.driver.execute_cdp_cmd("Network.enable", {})

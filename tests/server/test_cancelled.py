@@ -26,13 +26,13 @@ def chat(*images: Image.Image, **extra: Any) -> Body:
         (4002, {"logit_bias": {"1000000000": 1}}),
     ],
 )
-def test_after_a_refusal(pruning: Server, seed: int, refused: Body) -> None:
+def test_image_works_after_a_rejected_request(pruning: Server, seed: int, refused: Body) -> None:
     """What vLLM refuses once it has processed the images."""
     assert pruning.post("/v1/chat/completions", chat(noise(seed), **refused)).status_code == 400
     assert pruning.post("/v1/chat/completions", chat(noise(seed))).status_code == 200
 
 
-def test_after_many_that_gave_up(pruning: Server) -> None:
+def test_image_works_after_many_cancelled_requests(pruning: Server) -> None:
     """Each at another moment, and retried at once, while others do the same."""
     draw, patience = random.Random(0), 1.0  # seconds; as long as makes about half of them give up
 

@@ -181,7 +181,9 @@ def test_the_spectrum_of_a_preview_tells_every_budget(pruning: Server, images: I
         assert kept(pruning, images["coffee"], energy=threshold, min_tokens=1) == needed
 
 
-def test_evaluate_asks_under_every_setting(pruning: Server, folder: Path, images: Images, tmp_path: Path) -> None:
+def test_evaluate_sends_every_question_with_every_setting(
+    pruning: Server, folder: Path, images: Images, tmp_path: Path
+) -> None:
     truth = {
         name: pruning.ask(images[name], "What?", options={"energy": 1.0}, ignore_eos=False, max_tokens=32)
         for name in ("coffee", "page", "flat")

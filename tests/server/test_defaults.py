@@ -40,7 +40,7 @@ def test_every_front_end_has_the_same(server: Server) -> None:
 
 
 @pytest.mark.parametrize("options", [None, {"target": 0.2}])
-def test_the_pictures_it_went_by_keep_the_target_in_the_mean(server: Server, options: dict[str, float] | None) -> None:
+def test_reference_pictures_keep_the_target_on_average(server: Server, options: dict[str, float] | None) -> None:
     images = [picture for _, picture in pictures()]
     answers = [server.ask(*some, options=options, max_tokens=1) for some in (images[:8], images[8:])]
     reports = [image for answer in answers for image in (answer.model_extra or {})["eadaprune"]["images"]]
@@ -53,7 +53,7 @@ def test_the_pictures_it_went_by_keep_the_target_in_the_mean(server: Server, opt
     assert len({report["kept_tokens"] for report in reports}) > 8
 
 
-def test_a_share_that_no_threshold_keeps_is_a_400(server: Server) -> None:
+def test_unreachable_target_is_a_400(server: Server) -> None:
     image = Image.new("RGB", (64, 64))
     for target in (0.05, 0.5):
         words = (

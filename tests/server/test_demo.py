@@ -26,7 +26,7 @@ def test_the_model_answers_better_than_chance_in_every_category(tmp_path: Path, 
         assert row["category"][category]["interval"][0] > chance[category]
 
 
-def test_the_demo_asks_and_draws_everything(tmp_path: Path) -> None:
+def test_demo_prints_and_draws_everything(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     run_demo(MODEL, tmp_path, console)
     text = console.export_text()
@@ -37,5 +37,5 @@ def test_the_demo_asks_and_draws_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("density", SCENES)
-def test_scenes_of_the_demo_are_as_dense_as_they_are_called(density: str) -> None:
+def test_demo_scenes_have_the_named_density(density: str) -> None:
     assert make_scene(SCENES[density], held_out=True).density == density

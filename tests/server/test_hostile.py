@@ -204,7 +204,7 @@ def test_ten_thousand_requests(start: Start, stock: Server) -> None:
     assert sizes[-1] - sizes[7] < 40
 
 
-def test_others_need_not_wait_for_a_request_of_many_images(start: Start) -> None:
+def test_request_with_many_images_does_not_block_others(start: Start) -> None:
     """Though all of its images are encoded before it is found that their tokens are too many."""
     flags = ["--plugin", "eadaprune", "--enforce-eager", "--dtype", DTYPE, "--limit-mm-per-prompt", '{"image": 999}']
     server = start("many", *flags)

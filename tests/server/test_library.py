@@ -28,7 +28,7 @@ def other_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_nothing_of_old_weights_is_served(model: Path, other_model: Path) -> None:
+def test_old_weights_are_never_served(model: Path, other_model: Path) -> None:
     """However they change, though nobody empties a cache: what is answered is what a new engine answers, and what is
     asked again comes out of its caches."""
     with ThreadPoolExecutor() as pool:
@@ -52,7 +52,7 @@ def test_nothing_of_old_weights_is_served(model: Path, other_model: Path) -> Non
     assert found["kept"][0]["cached"] > 0  # a call that leaves weights alone costs nothing
 
 
-def test_an_engine_that_dies_while_it_is_asked_is_an_error(model: Path) -> None:
+def test_engine_death_during_a_decision_is_an_error(model: Path) -> None:
     """As on stock vLLM, not a program that waits for ever."""
     assert run("killed", model, script=SCRIPT) == {"error": "EngineDeadError"}
 

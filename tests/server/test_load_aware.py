@@ -94,7 +94,7 @@ def test_under_load_images_are_pruned_to_the_floor(server: Server, slow_model: P
     assert thresholds(server.ask(image)) == [(0.99, 0.99)]
 
 
-def test_metrics_show_what_was_asked_for_and_what_is_in_force(server: Server) -> None:
+def test_metrics_show_requested_and_effective_thresholds(server: Server) -> None:
     def values() -> list[float]:
         samples = server.samples()
         names = ("load_lowered_total", "energy_requested_sum", "energy_threshold_sum", "images_total")
@@ -141,7 +141,7 @@ def test_images_of_earlier_turns_keep_theirs_and_their_prefix(server: Server) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_burst_that_overflows_the_kv_cache_is_over_sooner(tmp_path: Path) -> None:
+def test_burst_that_overflows_the_kv_cache_finishes_sooner(tmp_path: Path) -> None:
     """The burst of ``benchmarks/load.py`` on two servers, one after the other; a Prometheus watches the second."""
     model = tmp_path / "model"
     make_model(model, text_layers=load.TEXT_LAYERS)

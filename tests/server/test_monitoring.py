@@ -93,7 +93,7 @@ def test_every_rule_is_evaluated(prometheus: Prometheus) -> None:
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_what_rules_record_is_data(prometheus: Prometheus, name: str) -> None:
+def test_recording_rules_have_data(prometheus: Prometheus, name: str) -> None:
     assert prometheus.waits_for(lambda: max(prometheus.values(f"model:eadaprune_{name}"), default=0) > 0)
 
 
@@ -112,7 +112,7 @@ def test_alerts_see_the_server(prometheus: Prometheus) -> None:
     }  # blank pictures are, and random weights
 
 
-def test_the_board_can_be_drawn(prometheus: Prometheus, tmp_path: Path) -> None:
+def test_dashboard_can_be_drawn(prometheus: Prometheus, tmp_path: Path) -> None:
     render.render(prometheus.url, tmp_path / "board.png", minutes=0.5)
     with Image.open(tmp_path / "board.png") as drawn:
         assert drawn.width > 1000

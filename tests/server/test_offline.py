@@ -65,7 +65,7 @@ def test_kv_blocks_step_by_step(found: Found, reference: Reference) -> None:
     assert inside["free"] == 0
 
 
-def test_two_decisions_about_one_image_never_meet(found: Found) -> None:
+def test_decisions_about_one_image_have_separate_cache_entries(found: Found) -> None:
     """Whatever makes an engine decide otherwise the next time, rows and placeholders are of one decision, and no cache
     takes one for the other."""
     _, inside = found

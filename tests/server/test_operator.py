@@ -105,7 +105,7 @@ def test_presets_stay_within_the_bounds(guarded: Server, images: Images, referen
     assert report["kept_tokens"] == len(reference.kept(images["noise"], energy=0.95, max_tokens=150))
 
 
-def test_a_client_is_not_told_what_others_sent(guarded: Server, images: Images) -> None:
+def test_reports_do_not_reveal_what_other_clients_sent(guarded: Server, images: Images) -> None:
     body = chat(images["moon"], max_tokens=1)
     for path in ("/v1/chat/completions", "/v1/chat/completions", "/v1/eadaprune/preview"):
         answer = guarded.post(path, body, **KEY).json()
@@ -195,7 +195,7 @@ def patches(picture: Image.Image) -> NDArray[np.float64]:
         ({"media_io_kwargs": "video"}, 400, "leave media_io_kwargs out"),
     ],
 )
-def test_a_preview_that_cannot_be_given(guarded: Server, change: Any, status: int, words: str) -> None:
+def test_invalid_previews_are_rejected(guarded: Server, change: Any, status: int, words: str) -> None:
     response = guarded.post("/v1/eadaprune/preview", {"messages": []} | change, **KEY)
     assert response.status_code == status, response.text
     assert words in response.json()["error"]["message"]
@@ -216,7 +216,7 @@ def watched(server: Server) -> dict[str, float]:
     return found
 
 
-def test_previews_move_nothing_that_is_watched(guarded: Server, images: Images) -> None:
+def test_previews_change_no_alerting_metric(guarded: Server, images: Images) -> None:
     """Neither those that are given, whatever they cost, nor those that are refused. Equal images are encoded once."""
     body = chat(images["rocket"])
     assert guarded.post("/v1/chat/completions", body | {"max_tokens": 1}, **KEY).status_code == 200
@@ -240,7 +240,7 @@ def test_previews_move_nothing_that_is_watched(guarded: Server, images: Images) 
     assert watched(guarded) != before
 
 
-def test_a_preview_of_what_is_no_json(guarded: Server) -> None:
+def test_preview_rejects_a_body_that_is_not_json(guarded: Server) -> None:
     for body in ("{", "\ud800".encode("utf-8", "surrogatepass"), "[" * 100_000):
         headers = KEY | {"content-type": "application/json"}
         response = httpx.post(f"{guarded.url}/v1/eadaprune/preview", content=body, headers=headers, timeout=120)
@@ -253,7 +253,7 @@ def test_a_preview_without_images(guarded: Server) -> None:
     assert found["images"] == []
 
 
-def test_openapi_says_what_is_typed(guarded: Server) -> None:
+def test_openapi_lists_options_and_headers(guarded: Server) -> None:
     paths = httpx.get(f"{guarded.url}/openapi.json", timeout=120).json()["paths"]
     chat = paths["/v1/chat/completions"]["post"]
     schema = chat["requestBody"]["content"]["application/json"]["schema"]

@@ -47,7 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_all_that_is_data_is_in_it_and_nothing_else_is(site: Path) -> None:
+def test_wheel_has_all_data_files_and_nothing_else(site: Path) -> None:
     top = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert top <= {"eadaprune_vllm", "bin"}
     package = ROOT / "eadaprune_vllm"
@@ -67,7 +67,7 @@ def test_a_server_imports_neither_demo_nor_tools(site: Path, model: Path) -> Non
     assert not ours + [name for name in names if name in ("skimage", "matplotlib", "typer")]
 
 
-def test_it_serves(site: Path, start: Start) -> None:
+def test_wheel_serves(site: Path, start: Start) -> None:
     demo_model = Path(run(site.parent, "-m", "eadaprune_vllm.cli", "demo-model", PYTHONPATH=str(site)).strip())
     assert demo_model.is_relative_to(site)
     server = start("installed", "--plugin", "eadaprune", "--enforce-eager", model=demo_model, PYTHONPATH=str(site))

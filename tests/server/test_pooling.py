@@ -108,14 +108,14 @@ def test_images_of_a_query_are_in_every_prompt_of_a_cross_encoder(
         assert response["usage"]["prompt_tokens"] > response["eadaprune"]["kept_tokens"]
 
 
-def test_prompts_without_images_take_options_along(embedding: Server, images: Images) -> None:
+def test_text_prompts_of_a_chat_accept_its_options(embedding: Server, images: Images) -> None:
     """Of one request: a text and a picture."""
     body = {"model": "demo", "data_1": TEXT, "data_2": contents(images, None)[0], "eadaprune": {"energy": 1}}
     report = embedding.post("/score", body).json()["eadaprune"]
     assert report["kept_tokens"] == 576
 
 
-def test_what_is_cached_is_told(embedding: Server, images: Images) -> None:
+def test_report_says_what_is_cached(embedding: Server, images: Images) -> None:
     body = chat(images, None, eadaprune={"energy": 0.71})
     first, again = (embedding.post("/v1/embeddings", body).json() for _ in range(2))
     assert first["data"] == again["data"]
@@ -140,7 +140,7 @@ def test_texts_refuse_the_field(embedding: Server, path: str, body: dict[str, ob
     assert "this request takes no images" in response.json()["error"]["message"]
 
 
-def test_mm_processor_kwargs_say_it_where_there_are_any(embedding: Server, images: Images) -> None:
+def test_mm_processor_kwargs_may_have_the_options(embedding: Server, images: Images) -> None:
     kwargs = {"mm_processor_kwargs": {"eadaprune": {"energy": 0.6}}}
     report = embedding.post("/score", score(images, None) | kwargs).json()["eadaprune"]
     assert [image["energy_threshold"] for image in report["images"]] == [0.6, 0.6]

@@ -93,7 +93,9 @@ def test_a_rank_that_fails_alone_ends_the_engine(start: Start, images: Images, p
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_ranks_keep_what_one_worker_keeps(start: Start, alone: Server, images: Images, ranks: str) -> None:
+def test_tensor_parallel_decisions_equal_those_of_one_worker(
+    start: Start, alone: Server, images: Images, ranks: str
+) -> None:
     server = start(
         ranks,
         *FLAGS,

@@ -35,7 +35,7 @@ def test_budgets_follow_the_image(pruning: Server, images: Images) -> None:
 
 
 @pytest.mark.parametrize("options", [{"energy": 1}, {"energy": 1.0}, {"enabled": False}])
-def test_the_null_case_keeps_every_token(pruning: Server, images: Images, options: dict[str, Any]) -> None:
+def test_energy_one_keeps_every_token(pruning: Server, images: Images, options: dict[str, Any]) -> None:
     assert pruning.prompt_tokens(images["flat"], options=options) == pruning.prompt_tokens(
         images["noise"], options={"energy": 1}
     )
@@ -169,7 +169,7 @@ def test_concurrent_requests_with_different_thresholds(pruning: Server, images: 
         assert list(pool.map(ask, cases * 3)) == [alone[case] for case in cases * 3]
 
 
-def test_an_image_that_several_send_at_once_is_encoded_once(pruning: Server) -> None:
+def test_image_in_concurrent_requests_is_encoded_once(pruning: Server) -> None:
     def encoded() -> float:
         return pruning.metric("eadaprune_stage_seconds_count", stage="encode")
 

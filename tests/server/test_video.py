@@ -120,7 +120,7 @@ def test_embeddings_are_pruned_as_the_image_is_by_span(
 
 
 @pytest.mark.parametrize("options", [{"energy": 1.0}, SOME])
-def test_embeddings_that_cannot_be_are_refused(
+def test_invalid_client_embeddings_are_rejected(
     qwen: Server, encoded: dict[str, torch.Tensor], options: dict[str, Any]
 ) -> None:
     rows, grid = encoded["image_embeds"], encoded["image_grid_thw"]
@@ -169,7 +169,7 @@ def test_lora_on_the_tower_is_left_out(qwen: Server, folder: Path, tmp_path: Pat
     assert "visual.blocks.0.attn.qkv will be ignored" in qwen.log.read_text()
 
 
-def test_a_video_that_is_none_is_refused(qwen: Server) -> None:
+def test_invalid_video_is_rejected(qwen: Server) -> None:
     part = {"type": "video_url", "video_url": {"url": data_url(Image.new("RGB", (8, 8)))}}
     body = {"model": "demo", "messages": [{"role": "user", "content": [part]}]}
     response = qwen.post("/v1/eadaprune/preview", body)

@@ -26,8 +26,9 @@ from rich.console import Console
 from threadpoolctl import ThreadpoolController
 
 from eadaprune_vllm.core.budget import TIE_TOLERANCE
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.core.options import Budget, PruneOptions
-from eadaprune_vllm.core.prune import WINDOW, Encoding, Layout, compute_spectra, prune
+from eadaprune_vllm.core.prune import WINDOW, Encoding, compute_spectra, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 
 ENERGY = 0.95

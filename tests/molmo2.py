@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from eadaprune_vllm.core.prune import Encoding, Layout, Newlines
+from eadaprune_vllm.core.layout import Layout, Newlines
+from eadaprune_vllm.core.prune import Encoding
 from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.demo.model import byte_tokenizer
 

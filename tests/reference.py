@@ -21,8 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
 
+from eadaprune_vllm.core.layout import Layout, Newlines
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Layout, Newlines, PruneDecision, prune
+from eadaprune_vllm.core.prune import Encoding, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 
 # What transformers does not have.

@@ -4,8 +4,9 @@ import torch
 from msgspec.structs import replace
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem
 
+from eadaprune_vllm.core.layout import Layout, Newlines
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Layout, Newlines, PruneDecision, prune
+from eadaprune_vllm.core.prune import Encoding, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.messages import DecisionRequest, DecisionResult, Explanation
 

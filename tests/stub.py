@@ -10,7 +10,8 @@ from PIL import Image
 from eadaprune_vllm.core.budget import Curve
 from eadaprune_vllm.core.draw import data_url
 from eadaprune_vllm.core.options import Budget
-from eadaprune_vllm.core.report import Config, ItemPreview, Preview, Reference
+from eadaprune_vllm.core.report import ItemPreview, Preview
+from eadaprune_vllm.core.server_info import Config, Reference
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.tools import images
 

@@ -9,8 +9,9 @@ import torch
 from samples import item
 
 from eadaprune_vllm.core.budget import tokens_needed
+from eadaprune_vllm.core.layout import Layout, Newlines
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Layout, Newlines, PruneDecision, prune
+from eadaprune_vllm.core.prune import Encoding, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine import decide as module

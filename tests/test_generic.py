@@ -10,7 +10,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from eadaprune_vllm.architectures import ARCHITECTURES, adapter
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models import generic

@@ -7,8 +7,9 @@ import torch
 from independent import check
 from reference import checked
 
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.core.options import Budget, PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Layout, prune
+from eadaprune_vllm.core.prune import Encoding, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 
 

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import select_best_resolution
 from vllm.model_executor.models.molmo2 import build_flat_image_bool_length, build_flat_video_bool_length
 
 from eadaprune_vllm.architectures import adapter
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 
 TILED = {"llava_next": LlavaNextModel, "llava_onevision": LlavaOnevisionModel}
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from eadaprune_vllm.core.layout import Layout, Newlines
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import WINDOW, Encoding, Layout, Newlines, prune
+from eadaprune_vllm.core.prune import WINDOW, Encoding, prune
 from eadaprune_vllm.core.selectors import SELECTORS, VisualTokens
 from eadaprune_vllm.core.spectrum import Spectrum
 from eadaprune_vllm.errors import NonFiniteFeaturesError

@@ -8,7 +8,8 @@ from PIL import Image
 from shared import Reference
 
 from eadaprune_vllm.core.budget import TIE_TOLERANCE
-from eadaprune_vllm.core.prune import Encoding, Layout
+from eadaprune_vllm.core.layout import Layout
+from eadaprune_vllm.core.prune import Encoding
 from eadaprune_vllm.core.selectors import VisualTokens, span
 from eadaprune_vllm.core.spectrum import FLOAT32_UP_TO, Spectrum, span_spectrum
 from eadaprune_vllm.errors import NonFiniteFeaturesError

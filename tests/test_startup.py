@@ -20,7 +20,7 @@ from eadaprune_vllm.core.load_policy import LoadPolicy
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.extension import OURS
 from eadaprune_vllm.errors import StartupError
-from eadaprune_vllm.startup import checks, configuration
+from eadaprune_vllm.startup import checks, configuration, front_end
 from eadaprune_vllm.startup.flags import apply_flags
 
 
@@ -144,20 +144,20 @@ def test_worker_extension_works_with_any_worker(config: Any) -> None:
 
 def test_front_end_is_created_for_this_model(config: Any) -> None:
     configuration.configure(config, ServerOptions(load_aware=LoadPolicy()))
-    found = configuration.front_end(config)
+    found = front_end.create_front_end(config)
     assert found.decision_client.max_encoder_tokens == config.scheduler_config.max_num_encoder_input_tokens >= 512
-    assert found.kv_bytes_per_token == configuration.kv_bytes_per_token(config) > 0
+    assert found.kv_bytes_per_token == front_end.kv_bytes_per_token(config) > 0
     assert found.model_name == config.model_config.served_model_name
     assert found.load
     configuration.configure(config, ServerOptions())
-    assert configuration.front_end(config).load is None
+    assert front_end.create_front_end(config).load is None
 
 
 def test_a_configuration_that_was_not_checked_gets_no_front_end(model: Path) -> None:
     """As ``vllm launch render`` makes one: it drops the flags that say where the weights are."""
     config = EngineArgs(str(model), max_model_len=1024).create_engine_config()
     with pytest.raises(StartupError, match="not vllm launch render"):
-        configuration.front_end(config)
+        front_end.create_front_end(config)
 
 
 def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     bytes_of = {}
     for name in (*get_args(CacheDType), "of_a_platform", "unknown"):
         config.cache_config.cache_dtype = name
-        bytes_of[name] = configuration.kv_bytes_per_token(config)
+        bytes_of[name] = front_end.kv_bytes_per_token(config)
     numbers = 2 * 2 * 2 * 32  # key and value x layers x KV heads x head size
     assert bytes_of["auto"] == bytes_of["float16"] == 2 * numbers
     assert bytes_of["fp8"] == bytes_of["of_a_platform"] == numbers
@@ -176,9 +176,7 @@ def test_kv_bytes_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_layers_without_a_kv_cache_save_none(family: Callable[[str], Path]) -> None:
     config = EngineArgs(str(family("qwen3_5")), max_model_len=1024).create_engine_config()
-    assert (
-        configuration.kv_bytes_per_token(config) == 2 * 1 * 2 * 32 * 2
-    )  # key and value x layers x KV heads x head size
+    assert front_end.kv_bytes_per_token(config) == 2 * 1 * 2 * 32 * 2  # key and value x layers x KV heads x head size
 
 
 DEFAULTS = """

@@ -9,7 +9,7 @@ import pytest
 from eadaprune_vllm.core.budget import Curve, Targets
 from eadaprune_vllm.core.load_policy import LoadPolicy
 from eadaprune_vllm.core.options import UNBOUNDED, PruneOptions
-from eadaprune_vllm.core.report import Reference
+from eadaprune_vllm.core.server_info import Reference
 from eadaprune_vllm.core.server_options import OptionSource, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 from eadaprune_vllm.patches.engine_client import receive_curves

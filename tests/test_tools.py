@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 
 from eadaprune_vllm.cli import app
 from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.prune import Encoding, Layout, prune
+from eadaprune_vllm.core.prune import Encoding, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.tools import calibrate, evaluate, images
 from eadaprune_vllm.tools.evaluate import Results, Setting

@@ -234,7 +234,7 @@ TROUBLE = Row(
     (
         Panel(
             "Rejected requests",
-            "Requests per second that were rejected: invalid pruning options, non-finite features, or errors in the engine. "
+            "Requests per second that were rejected: invalid options, non-finite features, errors in the engine. "
             "eadaprune_rejected_requests_total",
             "none; features and engine are errors of the server, options of a client",
             (Query(rate("eadaprune_rejected_requests_total", REQUESTS, "reason"), "{{reason}}"),),

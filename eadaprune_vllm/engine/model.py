@@ -11,7 +11,7 @@ from typing_extensions import override
 from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
 from vllm.multimodal.inputs import PlaceholderRange
 
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 
 # The fields of a pruned item that are sent to the engine; each name follows that of the modality.
 MM_EMBEDS = "_mm_embeds"  # [p, W], the model's dtype, embeddings of the kept placeholders

@@ -12,7 +12,8 @@ from cachetools import LRUCache
 from vllm.exceptions import VLLMValidationError
 
 from eadaprune_vllm.core.options import PruneOptions
-from eadaprune_vllm.core.report import Pruning, Reference, Timing
+from eadaprune_vllm.core.report import Pruning, Timing
+from eadaprune_vllm.core.server_info import Reference
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.client import DecisionClient

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from eadaprune_vllm.core.options import Bound
-from eadaprune_vllm.core.report import Pruning, Reference
+from eadaprune_vllm.core.report import Pruning
+from eadaprune_vllm.core.server_info import Reference
 
 LABEL = "model_name"
 Source = Literal["request", "preview"]  # previews (endpoint, commands) are not served traffic

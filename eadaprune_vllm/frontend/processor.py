@@ -82,9 +82,12 @@ class PruningProcessor(BaseMultiModalProcessor):
         """
         assert self.front_end
         items = self._resolve(inputs, given)
-        while items.any_prunable:
+        while True:
             if items.weights_changed_at != self.front_end.weights_changed_at:  # start again with the new weights
                 items = self._resolve(inputs, items.choices)
+            self._look_up(inputs, items)
+            if not items.any_prunable:
+                break
             all_read, undecided = self._read_new(inputs, items), items.undecided()
             if all_read and not undecided:
                 break
@@ -128,6 +131,29 @@ class PruningProcessor(BaseMultiModalProcessor):
                 by_modality[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
         return Items(by_modality, choices=given, weights_changed_at=weights_changed_at)
 
+    def _look_up(self, inputs: ProcessorInputs, items: Items) -> None:
+        """Look up which items vLLM's processor cache has, before each step: other requests may have changed it.
+
+        Raises:
+            VLLMValidationError: if an item is not cached and has a uuid but no data.
+        """
+        cache = _cache(inputs)
+        for modality, modality_items in items.by_modality.items():
+            are_cached = [False] * len(modality_items)
+            if cache:
+                try:
+                    are_cached = cache.is_cached([item.mm_hash for item in modality_items])
+                finally:
+                    cache.release_sender_touches()
+            for index, (item, is_cached) in enumerate(zip(modality_items, are_cached, strict=True)):
+                item.cached = is_cached
+                if not is_cached and inputs.mm_data_items[modality][index] is None:
+                    raise VLLMValidationError(
+                        f"Cache miss for {modality} at index {index} but data is not provided. An item that is sent by "
+                        "its uuid alone must have been sent before, with the same pruning options.",
+                        parameter="messages",
+                    )
+
     def _read_new(self, inputs: ProcessorInputs, items: Items) -> bool:
         """Process, one by one, items that are neither cached nor pending in this request or another. One call processes
         at most one batch for the engine, so that other requests may use this thread in between.
@@ -136,14 +162,14 @@ class PruningProcessor(BaseMultiModalProcessor):
             Whether all were processed.
 
         Raises:
-            VLLMValidationError: if data is missing, or the prompt is too long for the model.
+            VLLMValidationError: if the prompt is too long for the model.
         """
         assert self.front_end
         min_length, remaining = len(inputs.prompt), self.front_end.decision_client.max_encoder_tokens
         all_read = True
-        for modality, of_each in items.by_modality.items():
-            for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):
-                if is_cached:
+        for modality, modality_items in items.by_modality.items():
+            for index, item in enumerate(modality_items):
+                if item.cached:
                     continue
                 if item.mm_hash not in items.pending:
                     if remaining <= 0:
@@ -168,7 +194,6 @@ class PruningProcessor(BaseMultiModalProcessor):
         if is_client_embedding:  # these need no processing, and vLLM has no way to select one of them
             alone, kwargs, number = inputs.mm_data_items.select({modality}), inputs.hf_processor_mm_kwargs, index
         else:
-            _check_data(modality, mm_items, index)
             alone, number = self.info.parse_mm_data({modality: [mm_items[index]]}, validate=False), 0
             others = {modality: [other != index for other in range(len(mm_items))]}
             kwargs = super()._get_cache_missing_processor_kwargs(inputs, others)
@@ -184,11 +209,6 @@ class PruningProcessor(BaseMultiModalProcessor):
         inputs = replace(inputs, hf_processor_mm_kwargs=others)
         if items is None:
             return super()._cached_apply_hf_processor(inputs, *args, **kwargs)
-        for modality, of_each in items.by_modality.items():
-            for index, (item, is_cached) in enumerate(zip(of_each, self._are_cached(inputs, of_each), strict=True)):
-                item.cached = is_cached
-                if not is_cached:
-                    _check_data(modality, inputs.mm_data_items[modality], index)
         if items.any_prunable:
             result = self._merged(inputs, items)
         else:
@@ -200,12 +220,12 @@ class PruningProcessor(BaseMultiModalProcessor):
 
     def _merged(self, inputs: ProcessorInputs, items: Items) -> MultiModalProcessingResult:
         """vLLM's result of processing: decided items merged with those in vLLM's cache."""
-        hashes = {modality: [item.mm_hash for item in of_each] for modality, of_each in items.by_modality.items()}
-        are_cached = {modality: [item.cached for item in of_each] for modality, of_each in items.by_modality.items()}
+        hashes = {modality: [item.mm_hash for item in each] for modality, each in items.by_modality.items()}
+        are_cached = {modality: [item.cached for item in each] for modality, each in items.by_modality.items()}
         data: dict[str, list[Any]] = {}
         updates: dict[str, list[Any]] = {}
-        for modality, of_each in items.by_modality.items():
-            new = [items.pending[item.mm_hash].pruned() for item in of_each if not item.cached]
+        for modality, modality_items in items.by_modality.items():
+            new = [items.pending[item.mm_hash].pruned() for item in modality_items if not item.cached]
             data[modality] = [item for item, _ in new]
             updates[modality] = [
                 [self._recompute_cached_prompt_update(update, index)] for index, (_, update) in enumerate(new)
@@ -217,15 +237,6 @@ class PruningProcessor(BaseMultiModalProcessor):
             finally:
                 cache.release_sender_touches()
         return MultiModalProcessingResult(self._postprocess_prompt(inputs.prompt), merged, hashes, updates)
-
-    def _are_cached(self, inputs: ProcessorInputs, items: Sequence[Item]) -> list[bool]:
-        cache = _cache(inputs)
-        if not cache:
-            return [False] * len(items)
-        try:
-            return list(cache.is_cached([item.mm_hash for item in items]))
-        finally:
-            cache.release_sender_touches()
 
     @override
     def _recompute_cached_prompt_update(self, cached_update: Any, new_item_idx: int) -> Any:
@@ -273,15 +284,3 @@ def _cache(inputs: ProcessorInputs) -> Any:
     """vLLM's processor cache, if it applies: not to requests with passthrough data, as in vLLM."""
     has_passthrough = any(mm_items.get_passthrough_data() for mm_items in inputs.mm_data_items.values())
     return None if has_passthrough else inputs.cache
-
-
-def _check_data(modality: str, mm_items: Any, index: int) -> None:
-    """Raises:
-    VLLMValidationError: if an item has a uuid but no data.
-    """
-    if mm_items[index] is None:
-        raise VLLMValidationError(
-            f"Cache miss for {modality} at index {index} but data is not provided. An item that is sent by its uuid "
-            "alone must have been sent before, with the same pruning options.",
-            parameter="messages",
-        )

@@ -11,7 +11,7 @@ from starlette.datastructures import State
 
 from eadaprune_vllm import __version__
 from eadaprune_vllm.core.options import SELECTOR_NAMES
-from eadaprune_vllm.core.report import Config, Reference
+from eadaprune_vllm.core.server_info import Config, Reference
 from eadaprune_vllm.frontend.load import watch_load
 from eadaprune_vllm.http import page, preview
 from eadaprune_vllm.http.route import PruningRoute, openapi_extra, takes_options

@@ -10,7 +10,7 @@ from typing_extensions import override
 from vllm.model_executor.models.registry import _MULTIMODAL_MODELS, _resolve_module_name
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.engine.model import Pruned
 from eadaprune_vllm.frontend.processor import PruningProcessor
 

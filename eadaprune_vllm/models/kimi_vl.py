@@ -7,7 +7,7 @@ from typing_extensions import override
 from vllm.model_executor.models import kimi_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.engine.model import Pruned
 from eadaprune_vllm.frontend.processor import PruningProcessor
 

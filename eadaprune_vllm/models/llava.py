@@ -10,7 +10,7 @@ from vllm.model_executor.models import llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eadaprune_vllm.core import draw
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.engine.model import Pruned
 from eadaprune_vllm.frontend.processor import PruningProcessor
 

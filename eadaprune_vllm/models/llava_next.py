@@ -15,7 +15,7 @@ from vllm.model_executor.models import llava_next
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.core.prune import Layout, Newlines
+from eadaprune_vllm.core.layout import Layout, Newlines
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.llava import LlavaTower
 

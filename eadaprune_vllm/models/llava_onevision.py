@@ -11,7 +11,7 @@ from typing_extensions import override
 from vllm.model_executor.models import llava_onevision
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.core.prune import Layout, Newlines
+from eadaprune_vllm.core.layout import Layout, Newlines
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.llava_next import Tiled
 

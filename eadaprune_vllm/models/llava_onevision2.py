@@ -8,7 +8,7 @@ from typing_extensions import override
 from vllm.model_executor.models import llava_onevision2
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.qwen2_vl import QwenTower
 

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import minicpmv, minicpmv4_7, qwen3_5
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.engine.model import UnprunedPositions
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.models.minicpmv4_6 import MiniCPM, slices

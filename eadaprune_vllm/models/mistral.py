@@ -11,7 +11,7 @@ from typing_extensions import override
 from vllm.model_executor.models import mistral3, pixtral
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from eadaprune_vllm.core.prune import Layout
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.engine.model import Pruned, pool_attention
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import PruningProcessor

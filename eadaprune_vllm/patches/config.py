@@ -7,6 +7,7 @@ from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.patches.renderer import decide_between
 from eadaprune_vllm.patching import wrap
 from eadaprune_vllm.startup import checks, configuration
+from eadaprune_vllm.startup.front_end import create_front_end
 
 
 def install() -> None:
@@ -37,7 +38,7 @@ def install() -> None:
 
     @wrap("vllm.renderers.registry:RendererRegistry.load_renderer")
     def load_renderer(original: Any, registry: Any, renderer_mode: str, config: Any, *args: Any, **kwargs: Any) -> Any:
-        front_end = configuration.front_end(config)
+        front_end = create_front_end(config)
         renderer = original(registry, renderer_mode, config, *args, **kwargs)
         renderer.mm_processor.front_end = front_end
         decide_between(renderer)

@@ -172,7 +172,7 @@ def check_model(model: str, dtype: str | None = None, revision: str | None = Non
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
     from eadaprune_vllm.core.server_options import ServerOptions
-    from eadaprune_vllm.startup.configuration import kv_bytes_per_token
+    from eadaprune_vllm.startup.front_end import kv_bytes_per_token
 
     config = EngineArgs(model, dtype=dtype or "auto", revision=revision).create_engine_config()  # runs startup.checks
     served, per_token = config.model_config, kv_bytes_per_token(config)

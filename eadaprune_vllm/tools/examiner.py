@@ -8,7 +8,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from eadaprune_vllm.core.options import KEY, PruneOptions
-from eadaprune_vllm.core.report import Config, ItemPreview, Preview
+from eadaprune_vllm.core.report import ItemPreview, Preview
+from eadaprune_vllm.core.server_info import Config
 from eadaprune_vllm.errors import ServerError
 from eadaprune_vllm.tools.images import data_url
 

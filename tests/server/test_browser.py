@@ -78,7 +78,7 @@ def test_numbers_follow_the_slider_and_what_is_copied_does_the_same(
     assert 0.999 < energy < 0.9999
     assert kept == len(reference.kept(images["coffee"], energy=energy))
     assert [browser.text(f"#{name}") for name in ("threshold", "bound")] == [f"{energy:g}", "threshold"]
-    assert browser.text("#of") == "of 576 tokens stay"
+    assert browser.text("#of") == "of 576 tokens kept"
     assert browser.text("#share") == f"{100 * kept / 576:.0f} %"
     assert browser.text("#bytes").startswith(f"{int((576 - kept) * KV_BYTES / 1024 + 0.5)} KiB of ")
     assert browser.run("return [shown.naturalWidth, shown.naturalHeight]") == [336, 336]

@@ -40,7 +40,7 @@ def install() -> None:
         added = [*content_parts[parts:], *(part for m in openai_messages[messages:] for part in m["content"])]
         images = [part for part in added if isinstance(part, dict) and part["type"] == "image_url"]
         if len(images) != len(sources):
-            raise VLLMValidationError(f"an image with {KEY} has no data", parameter=KEY)
+            raise VLLMValidationError(f"{KEY} is given for an image without data", parameter=KEY)
         for image, source in zip(images, sources, strict=True):
             if KEY in source:
                 image[KEY] = source[KEY]

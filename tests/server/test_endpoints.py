@@ -54,7 +54,7 @@ def test_no_other_endpoint_takes_images(pruning: Server) -> None:
     ("part", "words"),
     [
         ({"type": "text", "text": "hi", "eadaprune": {}}, "belongs to the request, or to a content part that is an im"),
-        ({"type": "image", "source": {}, "eadaprune": {}}, "an image with eadaprune has no data"),
+        ({"type": "image", "source": {}, "eadaprune": {}}, "is given for an image without data"),
     ],
 )
 def test_options_on_other_blocks_of_a_message_are_a_400(pruning: Server, part: Body, words: str) -> None:

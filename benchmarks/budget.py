@@ -23,7 +23,6 @@ import typer
 from common import RESULTS, Output, save, show
 from matplotlib import pyplot as plt
 from rich.console import Console
-from threadpoolctl import ThreadpoolController
 
 from eadaprune_vllm.core.budget import TIE_TOLERANCE
 from eadaprune_vllm.core.layout import Layout
@@ -69,7 +68,6 @@ SIZES = {
     "Qwen2.5-VL, 4096 tokens (4096 x 3584)": (4096, 3584, QWEN),
     "Qwen2.5-VL, 16384 tokens (16384 x 3584)": (16384, 3584, QWEN),
 }
-THREADS = ThreadpoolController()
 
 
 def rate(device: str) -> float:
@@ -140,8 +138,7 @@ def ours(
         attention = torch.arange(num_tokens).float()
         encodings = [Encoding(VisualTokens(rows, attention), layout, budget) for rows in batch]
         compute_spectra(encodings, [own] * len(encodings))
-        with THREADS.limit(limits=1, user_api="blas"):
-            return [len(prune(encoding, own)) for encoding in encodings]
+        return [len(prune(encoding, own)) for encoding in encodings]
 
     return decide
 

@@ -30,6 +30,7 @@ VOCABULARY = 32064
 LANGUAGE_MODELS = {
     "tiny": {"hidden_size": 1024, "intermediate_size": 256, "num_hidden_layers": 1, "num_key_value_heads": 8},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8},
+    "wide": {"hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 32},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32},
 }
 TINY_TOWER = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -53,7 +54,7 @@ def make_geometry(folder: Path, language_model: str = "1b") -> LlavaConfig:
     """Write configuration, processor and tokenizer of a LLaVA-1.5 with one of ``LANGUAGE_MODELS``."""
     tokenizer = byte_tokenizer("<image>", vocab_size=VOCABULARY)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP_L | (TINY_TOWER if language_model == "tiny" else {})),
+        vision_config=CLIPVisionConfig(**CLIP_L | (TINY_TOWER if language_model in ("tiny", "wide") else {})),
         text_config=LlamaConfig(
             **LANGUAGE_MODELS[language_model],
             num_attention_heads=32,

@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,11 +52,18 @@ class Cell:
     requests: int
 
 
-def bench(contender: Contender, cell: Cell, folder: Path, seeds: Iterator[int], output_tokens: int) -> dict[str, float]:
+def bench(
+    contender: Contender,
+    cell: Cell,
+    folder: Path,
+    seeds: Iterator[int],
+    output_tokens: int,
+    columns: Mapping[str, str] = COLUMNS,
+) -> dict[str, float]:
     """Send the requests of one turn by ``vllm bench serve``, with the images of the next seeds.
 
     Returns:
-        By name of ``COLUMNS`` milliseconds and requests per second; milliseconds of each stage per new image, if the
+        By name of ``columns`` milliseconds and requests per second; milliseconds of each stage per new image, if the
         server pruned; and ``prompt_tokens``, the mean of a request.
     """
     server, data = contender.server, folder / "requests.jsonl"
@@ -79,7 +86,7 @@ def bench(contender: Contender, cell: Cell, folder: Path, seeds: Iterator[int], 
     with (folder / "bench.log").open("a") as log, contextlib.redirect_stdout(log):
         result = bench_serve(parser.parse_args(arguments))
     assert result["completed"] == cell.requests, result
-    found = {name: float(result[key]) for name, key in COLUMNS.items()}
+    found = {name: float(result[key]) for name, key in columns.items()}
     spent = {name: value - spent_before[name] for name, value in stages(server).items()}
     if pruned := spent.pop("pruned"):
         found |= {f"{stage}_ms": 1000 * seconds / pruned for stage, seconds in spent.items()}

@@ -4,6 +4,7 @@ They are bytes, because arguments of vLLM's utility calls are not typed; the enc
 """
 
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
@@ -15,6 +16,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from eadaprune_vllm.core.prune import PruneDecision
 
+# Tensors are views of the payload, which nobody writes to.
+warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
 UTILITY = "eadaprune_decide"  # name of the utility call
 REJECTED = b""  # the response of an engine core that rejects requests
 _SIZE = struct.Struct("<Q")
@@ -110,7 +113,7 @@ def _copied(result: DecisionResult) -> DecisionResult:
 
 
 def _unpack(kind: type[T], data: bytes) -> T:
-    whole, frames, at = memoryview(bytearray(data)), [], 0  # tensors over read-only memory make torch warn
+    whole, frames, at = memoryview(data), list[memoryview](), 0
     while at < len(whole):
         (size,) = _SIZE.unpack_from(whole, at)
         at += _SIZE.size

@@ -42,7 +42,7 @@ class Engine:
         self.fails: set[int] = set()
         self.refuses: set[int] = set()
 
-    async def _call_utility_async(self, method: str, payload: bytes, engine: bytes) -> bytes:
+    async def _call_utility_async(self, method: str, payload: bytes, num_placeholders: int, engine: bytes) -> bytes:
         assert method == "eadaprune_decide"
         asked = [name_of(each) for each in unpack_requests(payload)]
         self.calls.append(asked)
@@ -288,13 +288,13 @@ def test_a_client_may_be_connected_before_there_is_a_loop() -> None:
 def test_blocking_client_sends_batches(in_process: bool) -> None:
     calls: list[list[int]] = []
 
-    def answer(payload: bytes) -> bytes:
+    def answer(payload: bytes, num_placeholders: int) -> bytes:
         calls.append([name_of(each) for each in unpack_requests(payload)])
         return pack([named(name) for name in calls[-1]])
 
-    def call_utility(method: str, payload: bytes) -> bytes:
+    def call_utility(method: str, payload: bytes, num_placeholders: int) -> bytes:
         assert method == "eadaprune_decide"
-        return answer(payload)
+        return answer(payload, num_placeholders)
 
     core = SimpleNamespace(eadaprune_decide=answer)
     decision_client = DecisionClient(16)
@@ -310,7 +310,7 @@ def test_blocking_client_sends_batches(in_process: bool) -> None:
 def test_engines_are_called_in_turn() -> None:
     asked: list[bytes] = []
 
-    async def call(method: str, payload: bytes, engine: bytes) -> bytes:
+    async def call(method: str, payload: bytes, num_placeholders: int, engine: bytes) -> bytes:
         asked.append(engine)
         return payload
 
@@ -319,10 +319,10 @@ def test_engines_are_called_in_turn() -> None:
         client.core_engines = [b"a", b"b", b"c"]
         client._call_utility_async = call  # type: ignore[method-assign]
         engines = AsyncEngines(client)
-        assert [await engines(payload) for payload in (b"1", b"2", b"3", b"4")] == [b"1", b"2", b"3", b"4"]
+        assert [await engines(payload, 4) for payload in (b"1", b"2", b"3", b"4")] == [b"1", b"2", b"3", b"4"]
 
         client.client_index = 2  # front ends do not all begin with the same
-        assert await AsyncEngines(client)(b"5") == b"5"
+        assert await AsyncEngines(client)(b"5", 4) == b"5"
 
     asyncio.run(test())
     assert asked == [b"a", b"b", b"c", b"a", b"c"]
@@ -336,9 +336,9 @@ def test_idle_engine_is_called_first() -> None:
         used: list[bytes] = []
         call = engine._call_utility_async
 
-        async def noted(method: str, payload: bytes, engine: bytes) -> bytes:
+        async def noted(method: str, payload: bytes, num_placeholders: int, engine: bytes) -> bytes:
             used.append(engine)
-            return await call(method, payload, engine)
+            return await call(method, payload, num_placeholders, engine)
 
         engine._call_utility_async = noted  # type: ignore[method-assign]
         engine.held.clear()
@@ -367,7 +367,7 @@ def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> No
         assert ends.wait(10)
         return {}, False
 
-    def answer(payload: bytes) -> bytes:
+    def answer(payload: bytes, num_placeholders: int) -> bytes:
         return payload
 
     client.engine_core = SimpleNamespace(step_fn=step, post_step=lambda model_executed: None, eadaprune_decide=answer)
@@ -376,7 +376,7 @@ def test_an_engine_in_this_process_encodes_nothing_while_it_makes_a_step() -> No
     with ThreadPoolExecutor(2) as pool:
         stepping = pool.submit(_locked, InprocClient.get_output, client)
         assert began.wait(10)
-        asking = pool.submit(ask, b"1")
+        asking = pool.submit(ask, b"1", 4)
         with pytest.raises(TimeoutError):
             asking.result(0.2)
         ends.set()
@@ -410,11 +410,11 @@ def test_removed_engine_blocks_no_request(monkeypatch: pytest.MonkeyPatch) -> No
         engine.core_engines = [b"stays", b"goes"]
         call = engine._call_utility_async
 
-        async def answer(method: str, payload: bytes, engine: bytes) -> bytes:
+        async def answer(method: str, payload: bytes, num_placeholders: int, engine: bytes) -> bytes:
             if engine == b"goes":
                 lost.set()
                 await asyncio.Event().wait()
-            return await call(method, payload, engine)
+            return await call(method, payload, num_placeholders, engine)
 
         engine._call_utility_async = answer  # type: ignore[method-assign]
         lost = asyncio.Event()
@@ -478,7 +478,7 @@ class Client:
     def __init__(self) -> None:
         self.asked = threading.Event()
 
-    def call_utility(self, method: str, payload: bytes) -> bytes:
+    def call_utility(self, method: str, payload: bytes, num_placeholders: int) -> bytes:
         self.asked.set()
         threading.Event().wait()
         raise AssertionError

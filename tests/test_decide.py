@@ -15,7 +15,7 @@ from eadaprune_vllm.core.prune import Encoding, PruneDecision, prune
 from eadaprune_vllm.core.selectors import VisualTokens
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine import decide as module
-from eadaprune_vllm.engine.decide import decide
+from eadaprune_vllm.engine.decide import launch
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult
 
 
@@ -76,7 +76,7 @@ def answered(
     runner = SimpleNamespace(
         get_model=lambda: model, device=torch.device("cpu"), vllm_config=config, encoder_cudagraph_manager=None
     )
-    return decide(runner, questions, answers)
+    return launch(runner, questions, answers)()
 
 
 def as_decided(answer: DecisionResponse) -> DecisionResult:

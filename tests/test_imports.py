@@ -10,7 +10,7 @@ import eadaprune_vllm
 ROOT = Path(eadaprune_vllm.__file__).parent.parent
 # From below to above.
 ORDER = [
-    *("errors", "core", "reference", "compat", "patching", "messages", "architectures"),
+    *("errors", "core", "reference", "compat", "patching", "messages", "overlap", "architectures"),
     *("engine", "frontend", "models", "startup", "http", "patches", "plugin", "tools", "demo", "cli"),
 ]
 

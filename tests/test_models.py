@@ -32,7 +32,7 @@ from eadaprune_vllm.architectures import ARCHITECTURES, adapter
 from eadaprune_vllm.core.options import CHUNK, PruneOptions
 from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.server_options import ServerOptions
-from eadaprune_vllm.engine.decide import decide
+from eadaprune_vllm.engine.decide import launch
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.messages import DecisionResult, pack, unpack_requests, unpack_responses
 from eadaprune_vllm.startup import configuration
@@ -112,7 +112,7 @@ class Loaded:
             encoder_cudagraph_manager=None,
         )
         asked = unpack_requests(pack([new.request for new in self.read(items, **options)]))
-        found = unpack_responses(pack(decide(runner, asked)))
+        found = unpack_responses(pack(launch(runner, asked)()))
         decided = [answer for answer in found if isinstance(answer, DecisionResult)]
         assert len(decided) == len(found)
         return decided

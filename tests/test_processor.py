@@ -161,7 +161,7 @@ def test_image_of_two_requests_is_processed_once(processor: PruningProcessor, im
 
 def test_one_step_reads_at_most_one_batch(processor: PruningProcessor, images: Images) -> None:
     assert processor.front_end
-    processor.front_end.decision_client.max_encoder_tokens = 576
+    processor.front_end.decision_client.max_batch_tokens = 576
     steps = apply(processor, {}, images["coffee"], images["moon"])
     for _ in range(2):
         (asked,) = next(steps)

@@ -145,7 +145,7 @@ def test_worker_extension_works_with_any_worker(config: Any) -> None:
 def test_front_end_is_created_for_this_model(config: Any) -> None:
     configuration.configure(config, ServerOptions(load_aware=LoadPolicy()))
     found = front_end.create_front_end(config)
-    assert found.decision_client.max_encoder_tokens == config.scheduler_config.max_num_encoder_input_tokens >= 512
+    assert found.decision_client.max_batch_tokens == config.scheduler_config.max_num_encoder_input_tokens >= 512
     assert found.kv_bytes_per_token == front_end.kv_bytes_per_token(config) > 0
     assert found.model_name == config.model_config.served_model_name
     assert found.load

@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,61 @@ GREEDY_STEPS = 1024
 # A residual below this share of a token's own energy counts as zero: float32 rounding errors stay below half of it.
 _ROUNDING = 64 * np.finfo(np.float32).eps
 _precision = threading.Lock()
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def _compiled(function: Kernel) -> Kernel:
+    """Machine code that holds no GIL, in numba's cache if there is a folder for it."""
+    try:
+        compiled: Kernel = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        compiled = numba.njit(nogil=True)(function)
+    return compiled
+
+
+@_compiled
+def _choose(
+    gram: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    residual: NDArray[np.float32],
+    rounding: NDArray[np.float32],
+    chosen: NDArray[np.int64],
+    gains: NDArray[np.float64],
+    count: int,
+    k: int,
+    energy: float,
+) -> int:
+    """``PivotedCholesky.choose`` on its arrays, of which ``count`` entries are filled; returns the new count."""
+    spanned = gains[:count].sum()
+    for step in range(count, len(factor)):
+        if step >= k and spanned >= energy:
+            return step
+        pivot = residual.argmax()
+        if residual[pivot] <= rounding[pivot]:
+            for token in range(len(residual)):
+                if -np.inf < residual[token] <= rounding[token]:
+                    residual[token] = 0
+            pivot = residual.argmax()
+            if residual[pivot] <= 0:
+                return step
+        row = factor[step]
+        for token in range(len(residual)):
+            row[token] = gram[pivot, token]
+        for other in range(step):
+            share, before = factor[other, pivot], factor[other]
+            for token in range(len(residual)):
+                row[token] -= share * before[token]
+        scale = 1 / np.sqrt(residual[pivot])
+        gain = 0.0
+        for token in range(len(residual)):
+            row[token] *= scale
+            square = row[token] * row[token]
+            residual[token] -= square
+            gain += square
+        residual[pivot] = -np.inf
+        chosen[step], gains[step] = pivot, gain
+        spanned += gain
+    return len(factor)
 
 
 class PivotedCholesky:
@@ -38,35 +95,30 @@ class PivotedCholesky:
     """
 
     def __init__(self, gram: NDArray[np.float32]) -> None:
-        self.chosen: list[int] = []
-        self.gains: list[float] = []
         self.residual = gram.diagonal().copy()
         self.total = float(self.residual.sum(dtype=np.float64))
+        steps = min(len(gram), GREEDY_STEPS)
+        self._chosen, self._gains, self._count = np.zeros(steps, np.int64), np.zeros(steps), 0
         self._gram = gram
-        self._rounding = self.residual * _ROUNDING
-        self._factor = np.empty((min(len(gram), GREEDY_STEPS), len(gram)), np.float32)
+        self._rounding = self.residual * np.float32(_ROUNDING)
+        self._factor = np.empty((steps, len(gram)), np.float32)
+
+    @property
+    def chosen(self) -> list[int]:
+        found: list[int] = self._chosen[: self._count].tolist()
+        return found
+
+    @property
+    def gains(self) -> list[float]:
+        found: list[float] = self._gains[: self._count].tolist()
+        return found
 
     def choose(self, k: int, energy: float = 0.0) -> None:
         """Continue until ``k`` tokens are chosen and their span holds ``energy``. Stops after ``GREEDY_STEPS`` tokens,
         or if no token has energy outside the span."""
-        factor, residual, spanned = self._factor, self.residual, sum(self.gains)
-        for step in range(len(self.chosen), len(factor)):
-            if step >= k and spanned >= energy:
-                break
-            pivot = int(residual.argmax())
-            if residual[pivot] <= self._rounding[pivot]:
-                residual[(residual <= self._rounding) & (residual > -np.inf)] = 0
-                pivot = int(residual.argmax())
-                if residual[pivot] <= 0:
-                    break
-            row = (self._gram[pivot] - factor[:step, pivot] @ factor[:step]) / np.sqrt(residual[pivot])
-            factor[step] = row
-            squares = row * row
-            residual -= squares
-            residual[pivot] = -np.inf
-            self.chosen.append(pivot)
-            self.gains.append(float(squares.sum()))
-            spanned += self.gains[-1]
+        self._count = _choose(
+            self._gram, self._factor, self.residual, self._rounding, self._chosen, self._gains, self._count, k, energy
+        )
 
     def energy(self, k: int) -> float | None:
         """The energy in the span of the first ``k`` tokens; None if it is not known, because fewer were chosen one by

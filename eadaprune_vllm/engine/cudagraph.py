@@ -29,4 +29,5 @@ def encode(runner: Any, modality: str, kwargs: Mapping[str, Any], eager: bool) -
     ):
         encoded: tuple[list[torch.Tensor], Any] = model.eadaprune_encode(modality, **kwargs)
         return encoded
-    return list(manager.execute(kwargs)), None
+    # Decisions are made while the graph may be replayed, and not every tower returns copies of its buffers.
+    return [embeds.clone() for embeds in manager.execute(kwargs)], None

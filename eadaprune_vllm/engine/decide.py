@@ -1,16 +1,17 @@
-"""Encodes images and videos with vLLM's own model, in batches, and decides about each."""
+"""Encodes images and videos with vLLM's own model, in batches, and decides about each.
 
-import functools
+``launch`` runs on the engine's thread, and does not wait for the device. What it returns decides, on any thread: it
+waits for the encoder, and computes spectra and selections on a stream beside the engine's.
+"""
+
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from threadpoolctl import ThreadpoolController
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.utils.torch_utils import PIN_MEMORY
 
@@ -19,6 +20,7 @@ from eadaprune_vllm.core.prune import Encoding, compute_spectra, finite, prune
 from eadaprune_vllm.core.selectors import BY_ATTENTION, VisualTokens
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.attention import capturing
+from eadaprune_vllm.engine.clock import Clock, beside
 from eadaprune_vllm.engine.cudagraph import encode
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult, Explanation
@@ -33,19 +35,23 @@ class EncoderOutput:
     Attributes:
         embeds: ``[placeholders, W]`` on the model's device, its multimodal embeddings without pruning.
         features: ``[N, D]`` on the same device, for budget and selection; None if they are made of the embeddings.
-        attention: ``[N]`` on the CPU, if it was captured.
-        seconds: its share of the batch's time.
+        attention: ``[n]`` on the model's device, received by its patches, if it was captured.
+        clock: of the batch.
+        share: of the batch's time.
     """
 
     embeds: torch.Tensor
     features: torch.Tensor | None
     attention: torch.Tensor | None
-    seconds: float
+    clock: Clock
+    share: float
 
 
 @torch.inference_mode()
-def decide(runner: Any, requests: Sequence[DecisionRequest], respond: bool = True) -> list[DecisionResponse]:
-    """Encode and decide.
+def launch(
+    runner: Any, requests: Sequence[DecisionRequest], respond: bool = True
+) -> Callable[[], list[DecisionResponse]]:
+    """Encode, and prepare decisions.
 
     Args:
         runner: vLLM's model runner, with a model of ours.
@@ -53,7 +59,8 @@ def decide(runner: Any, requests: Sequence[DecisionRequest], respond: bool = Tru
         respond: whether this rank decides. Other tensor-parallel ranks take part in encoding only.
 
     Returns:
-        One response per request, if ``respond``. An error of one item is the response about that item.
+        A function that decides, once, on any thread. It returns one response per request, if ``respond``. An error of
+        one item is the response about that item.
 
     Raises:
         Exception: if encoding a batch fails with tensor parallelism, where all ranks must do the same in the same
@@ -67,22 +74,40 @@ def decide(runner: Any, requests: Sequence[DecisionRequest], respond: bool = Tru
     budget = ServerOptions.of(multimodal).budget
     captured = [can_capture and each.selector in BY_ATTENTION for each in options]
     found: dict[int, DecisionResponse] = {}
-    for batch in _encode_all(runner, requests, captured, found):
-        if not respond:
-            continue
-        encodings: dict[int, Encoding] = {}
-        for index, encoded in batch.items():
-            with isolate_errors(found, index):
-                encodings[index] = _encoding(model, requests[index], encoded, budget)
-        try:
-            compute_spectra([*encodings.values()], [options[index] for index in encodings])
-        except Exception as error:  # each spectrum is then computed by itself, and the bad one fails alone
-            logger.warning("Spectra of %d images were not computed together (%r)", len(encodings), error)
-        for index, encoding in encodings.items():
-            # The products of selectors are small: BLAS threads would mostly wait for each other.
-            with isolate_errors(found, index), _threads().limit(limits=1, user_api="blas"):
-                found[index] = _respond(requests[index], options[index], encoding, batch[index])
-    return [found[index] for index in range(len(requests))] if respond else []
+    outputs = list(_encode_all(runner, requests, captured, found))
+    if not respond:
+        return list
+    launched = Clock.now(runner.device)
+
+    @torch.inference_mode()
+    def decide() -> list[DecisionResponse]:
+        with beside(launched):
+            while outputs:  # each batch is freed before the next one
+                _decide_batch(model, requests, options, budget, outputs.pop(0), found)
+        return [found[index] for index in range(len(requests))]
+
+    return decide
+
+
+def _decide_batch(
+    model: Any,
+    requests: Sequence[DecisionRequest],
+    options: Sequence[PruneOptions],
+    budget: Budget,
+    batch: dict[int, EncoderOutput],
+    found: dict[int, DecisionResponse],
+) -> None:
+    encodings: dict[int, Encoding] = {}
+    for index, encoded in batch.items():
+        with isolate_errors(found, index):
+            encodings[index] = _encoding(model, requests[index], encoded, budget)
+    try:
+        compute_spectra([*encodings.values()], [options[index] for index in encodings])
+    except Exception as error:  # each spectrum is then computed by itself, and the bad one fails alone
+        logger.warning("Spectra of %d images were not computed together (%r)", len(encodings), error)
+    for index, encoding in encodings.items():
+        with isolate_errors(found, index):
+            found[index] = _respond(requests[index], options[index], encoding, batch[index])
 
 
 @contextmanager
@@ -98,11 +123,6 @@ def isolate_errors(found: dict[int, DecisionResponse], index: int) -> Iterator[N
     except Exception as error:
         logger.exception("An image could not be pruned")
         found[index] = DecisionError(f"this image could not be pruned: {error}")
-
-
-@functools.cache
-def _threads() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 def _encode_all(
@@ -155,22 +175,16 @@ def _encode(
     runner: Any, modality: str, kwargs: Mapping[str, Any], requests: Sequence[DecisionRequest], capture: bool
 ) -> list[EncoderOutput]:
     """Encode one batch; ``kwargs`` are the model's arguments."""
-    model, device = runner.get_model(), runner.device
-    start = time.perf_counter()
-    with capturing(model, capture) as attention:
+    clock = Clock.now(runner.device)
+    with capturing(runner.get_model(), capture) as attention:
         embeds, features = encode(runner, modality, kwargs, eager=capture)
     received = attention()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = (time.perf_counter() - start) / len(requests)
+    clock.stop()
     return [
         EncoderOutput(
-            embeds[number],
-            None if features is None else features[number],
-            None if received is None else model.eadaprune_token_scores(modality, _data(request), received.cpu()),
-            seconds,
+            embeds[number], None if features is None else features[number], received, clock, 1 / len(requests)
         )
-        for number, request in enumerate(requests)
+        for number in range(len(requests))
     ]
 
 
@@ -183,14 +197,18 @@ def _encoding(model: Any, request: DecisionRequest, encoded: EncoderOutput, budg
         )
     if features is None:
         features = model.eadaprune_features(embeds[~layout.is_newline] if layout.newlines else embeds)
-    return Encoding(VisualTokens(features, encoded.attention), layout, budget)
+    attention = encoded.attention
+    if attention is not None:
+        attention = model.eadaprune_token_scores(request.modality, _data(request), attention.cpu())
+    return Encoding(VisualTokens(features, attention), layout, budget)
 
 
 def _respond(
     request: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: EncoderOutput
 ) -> DecisionResult:
     decision, embeds = prune(encoding, options), encoded.embeds
-    seconds = {"encode": encoded.seconds, "spectrum": decision.spectrum_seconds, "select": decision.select_seconds}
+    encode_seconds = encoded.clock.seconds() * encoded.share
+    seconds = {"encode": encode_seconds, "spectrum": decision.spectrum_seconds, "select": decision.select_seconds}
     if request.explain:
         spectrum = encoding.spectrum(options.scope)
         explanation = Explanation(spectrum.curve(), spectrum.thresholds, list(encoding.layout.grids))

@@ -1,40 +1,81 @@
 """The worker extension: a method of vLLM's workers that decides about images and videos."""
 
 import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
-from eadaprune_vllm.engine.decide import decide
-from eadaprune_vllm.messages import DecisionError, DecisionRequest, pack, unpack_requests
+from eadaprune_vllm.engine.decide import launch
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, pack, unpack_requests
+from eadaprune_vllm.overlap import batches_in_flight
 
 logger = logging.getLogger("vllm." + __name__)
+Batch = tuple[int, bytes]
 
 
 class DecidingWorker:
     """Mixin that vLLM adds to its worker class (``worker_extension_cls``)."""
 
-    def eadaprune_decide(self, payload: bytes) -> bytes:
-        """Encode and decide. All ranks must be called with the same payload.
+    def eadaprune_decide(self, batch: Batch | None, timeout: float) -> list[Batch]:
+        """Launch a batch, and return the batches that are decided. All ranks must be called with the same arguments.
 
         Never raises: if one worker raises in a collective call, replies of other ranks stay in the queue, and later
         calls would read them as theirs.
 
         Args:
-            payload: packed decision requests.
+            batch: a number, and packed decision requests; or None, to collect only.
+            timeout: in seconds, how long to wait if nothing is decided yet.
 
         Returns:
-            Packed responses from rank 0 of the first pipeline stage; nothing from other ranks.
+            Numbers and packed responses, in the order in which batches were launched; from rank 0 of the first pipeline
+            stage only.
         """
         if not get_pp_group().is_first_rank:
-            return b""
+            return []
         is_rank_0 = get_tensor_model_parallel_rank() == 0
+        pending: deque[tuple[int, Future[bytes]]] = vars(self).setdefault("_eadaprune_pending", deque())
+        if batch:
+            number, payload = batch
+            decide = self._eadaprune_launch(payload, is_rank_0)
+            if is_rank_0:
+                pending.append((number, self._eadaprune_start(decide)))
+        if pending and timeout:
+            wait([pending[0][1]], timeout)
+        decided: list[Batch] = []
+        while pending and pending[0][1].done():
+            number, future = pending.popleft()
+            decided.append((number, future.result()))
+        return decided
+
+    def _eadaprune_launch(self, payload: bytes, is_rank_0: bool) -> Callable[[], bytes]:
+        """Launch the encoder; returns what makes the packed responses, on any thread."""
         requests = list[DecisionRequest]()
+
+        def guarded(function: Callable[[], list[DecisionResponse]]) -> bytes:
+            try:
+                return pack(function())
+            except Exception as error:
+                logger.exception("Images could not be encoded")
+                return pack([DecisionError(f"this image could not be encoded: {error}") for _ in requests])
+
         try:
             requests = unpack_requests(payload)
             if getattr(self, "_weight_update_active", False):
                 raise RuntimeError("the model's weights are being updated")
-            responses = pack(decide(self.model_runner, requests, respond=is_rank_0))  # type: ignore[attr-defined]
+            launched = launch(self.model_runner, requests, respond=is_rank_0)  # type: ignore[attr-defined]
         except Exception as error:
             logger.exception("Images could not be encoded")
-            responses = pack([DecisionError(f"this image could not be encoded: {error}") for _ in requests])
-        return responses if is_rank_0 else b""
+            failed = pack([DecisionError(f"this image could not be encoded: {error}") for _ in requests])
+            return lambda: failed
+        return lambda: guarded(launched)
+
+    def _eadaprune_start(self, decide: Callable[[], bytes]) -> Future[bytes]:
+        """Run it: on a thread if the device works while the host goes on, or else now."""
+        if batches_in_flight() > 1:
+            pool: ThreadPoolExecutor = vars(self).setdefault("_eadaprune_pool", ThreadPoolExecutor(1, "eadaprune"))
+            return pool.submit(decide)
+        future: Future[bytes] = Future()
+        future.set_result(decide())
+        return future

@@ -1,5 +1,5 @@
-"""The decision client of a front end. It sends the decision requests of all its requests in batches, one batch at a
-time to each engine."""
+"""The decision client of a front end. It sends the decision requests of all its requests in batches, to each engine as
+many at a time as it may have."""
 
 import asyncio
 import concurrent.futures
@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from eadaprune_vllm.frontend.engine_client import AsyncEngines, blocking_call
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, pack, unpack_responses
+from eadaprune_vllm.overlap import batches_in_flight
 
 _Future = asyncio.Future[DecisionResponse] | concurrent.futures.Future[DecisionResponse]
 
@@ -36,13 +37,13 @@ class DecisionClient:
     """The decision client of one front end.
 
     Args:
-        max_encoder_tokens: maximum number of placeholders in a batch, unless a single item has more. vLLM profiles the
-            encoder's memory with this number.
+        max_encoder_tokens: maximum number of placeholders in all batches of an engine, unless a single item has more.
+            vLLM profiles the encoder's memory with this number.
     """
 
     def __init__(self, max_encoder_tokens: int) -> None:
-        self.max_encoder_tokens = max_encoder_tokens
-        self._call: Callable[[bytes], bytes] | None = None
+        self.max_batch_tokens = max_encoder_tokens // batches_in_flight()
+        self._call: Callable[[bytes, int], bytes] | None = None
         self._call_async: AsyncEngines | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queues: deque[_Queue] = deque()  # one per call of ``decide``
@@ -104,10 +105,11 @@ class DecisionClient:
         found: list[DecisionResponse] = []
         queues = deque([deque(_Pending(request, [concurrent.futures.Future()]) for request in requests)])
         while not any(isinstance(response, DecisionError) for response in found):
-            batch = _next_batch(queues, self.max_encoder_tokens)
+            batch = _next_batch(queues, self.max_batch_tokens)
             if not batch:
                 break
-            found += unpack_responses(self._call(pack([pending.request for pending in batch])))
+            payload = pack([pending.request for pending in batch])
+            found += unpack_responses(self._call(payload, _num_placeholders(batch)))
         return found
 
     def _enqueue(
@@ -123,10 +125,10 @@ class DecisionClient:
         return futures
 
     async def _send_batches(self, call: AsyncEngines) -> None:
-        while batch := _next_batch(self._queues, self.max_encoder_tokens):
+        while batch := _next_batch(self._queues, self.max_batch_tokens):
             try:
                 payload = await asyncio.to_thread(pack, [pending.request for pending in batch])
-                responses = await asyncio.to_thread(unpack_responses, await call(payload))
+                responses = await asyncio.to_thread(unpack_responses, await call(payload, _num_placeholders(batch)))
                 results = list(zip(batch, responses, strict=True))
             except Exception as error:
                 for pending in batch:
@@ -155,6 +157,10 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def _num_placeholders(batch: Sequence[_Pending]) -> int:
+    return sum(pending.request.num_placeholders for pending in batch)
 
 
 def _next_batch(queues: deque[_Queue], remaining: int) -> list[_Pending]:

@@ -9,26 +9,27 @@ from threading import RLock, Thread
 from typing import Any
 
 from eadaprune_vllm.messages import REJECTED, UTILITY
+from eadaprune_vllm.overlap import batches_in_flight
 
 _LOCK = "_eadaprune_lock"
 _WATCH_SECONDS = 1.0
 
 
-def blocking_call(client: Any) -> Callable[[bytes], bytes] | None:
+def blocking_call(client: Any) -> Callable[[bytes, int], bytes] | None:
     """The blocking utility call of one of vLLM's synchronous engine clients; None for asynchronous clients."""
     if core := getattr(client, "engine_core", None):  # in this process
 
-        def call_core(payload: bytes) -> Any:
+        def call_core(payload: bytes, num_placeholders: int) -> Any:
             with lock(client):
-                return getattr(core, UTILITY)(payload)
+                return getattr(core, UTILITY)(payload, num_placeholders)
 
         return call_core
     if call := getattr(client, "call_utility", None):
 
-        def call_process(payload: bytes) -> bytes:
+        def call_process(payload: bytes, num_placeholders: int) -> bytes:
             """Calls on another thread, because vLLM never returns from a utility call if the engine dies."""
             result: Future[bytes] = Future()
-            Thread(target=_resolve, args=(result, call, UTILITY, payload), daemon=True).start()
+            Thread(target=_resolve, args=(result, call, UTILITY, payload, num_placeholders), daemon=True).start()
             while not wait({result}, _WATCH_SECONDS).done:
                 client.ensure_alive()
             return result.result()
@@ -66,9 +67,9 @@ class AsyncEngines:
     @property
     def at_once(self) -> int:
         """Maximum number of concurrent calls."""
-        return len(self._client.core_engines)
+        return len(self._client.core_engines) * batches_in_flight()
 
-    async def __call__(self, payload: bytes) -> bytes:
+    async def __call__(self, payload: bytes, num_placeholders: int) -> bytes:
         """Raises:
         EngineDeadError: if the engine dies; vLLM does not fail pending utility calls.
         RetryableRequestError: if the engine is paused and rejects requests; or if it was removed by scaling down
@@ -81,7 +82,9 @@ class AsyncEngines:
         in_turn = (engines[(first + number) % len(engines)] for number in range(len(engines)))
         engine = min(in_turn, key=self._busy.__getitem__)
         self._busy[engine] += 1
-        call = asyncio.ensure_future(self._client._call_utility_async(UTILITY, payload, engine=engine))
+        call = asyncio.ensure_future(
+            self._client._call_utility_async(UTILITY, payload, num_placeholders, engine=engine)
+        )
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=_WATCH_SECONDS)

@@ -165,7 +165,7 @@ class PruningProcessor(BaseMultiModalProcessor):
             VLLMValidationError: if the prompt is too long for the model.
         """
         assert self.front_end
-        min_length, remaining = len(inputs.prompt), self.front_end.decision_client.max_encoder_tokens
+        min_length, remaining = len(inputs.prompt), self.front_end.decision_client.max_batch_tokens
         all_read = True
         for modality, modality_items in items.by_modality.items():
             for index, item in enumerate(modality_items):

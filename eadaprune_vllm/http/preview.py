@@ -101,7 +101,7 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
     fetched = await _fetch(state.eadaprune_renderer.model_config, messages)
     found, items = iter_preview_items(processor, fetched, choices), list[PreviewItem]()
     loop = asyncio.get_running_loop()
-    batch, remaining = dict[PreviewItem, None](), processor.front_end.decision_client.max_encoder_tokens
+    batch, remaining = dict[PreviewItem, None](), processor.front_end.decision_client.max_batch_tokens
     while item := await loop.run_in_executor(state.eadaprune_renderer._mm_executor, next, found, None):
         items.append(item)
         if item.pending.response or item in batch:
@@ -110,7 +110,7 @@ async def _preview(body: PreviewRequest, request: Request) -> Response:
         remaining -= item.pending.request.num_placeholders
         if remaining <= 0:  # decide now, which frees the pixels
             await processor.front_end.decide([each.pending for each in batch], "preview")
-            batch, remaining = {}, processor.front_end.decision_client.max_encoder_tokens
+            batch, remaining = {}, processor.front_end.decision_client.max_batch_tokens
     await processor.front_end.decide([each.pending for each in batch], "preview")
     content = await loop.run_in_executor(_drawing, _preview_json, processor, items, body)
     return Response(content, media_type="application/json")

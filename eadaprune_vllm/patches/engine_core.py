@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from eadaprune_vllm.core.server_options import ServerOptions
-from eadaprune_vllm.engine.core import call_workers, decide, run_next
+from eadaprune_vllm.engine.core import call_workers, decide, run_idle, run_next
 from eadaprune_vllm.engine.reference import measure_curves
 from eadaprune_vllm.messages import UTILITY
 from eadaprune_vllm.patching import wrap
@@ -49,5 +49,4 @@ def install() -> None:
     @wrap(f"{_CORE}:EngineCoreProc._notify_idle_state_callbacks")
     def notify_idle_state_callbacks(original: Any, core: Any) -> None:
         original(core)
-        while run_next(core):
-            pass
+        run_idle(core)

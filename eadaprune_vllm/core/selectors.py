@@ -6,13 +6,12 @@ deterministic; of equal tokens the lower index comes first. Their cost must be b
 of a greedy selector looks at every token.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,19 +21,8 @@ GREEDY_STEPS = 1024
 # A residual below this share of a token's own energy counts as zero: float32 rounding errors stay below half of it.
 _ROUNDING = 64 * np.finfo(np.float32).eps
 _precision = threading.Lock()
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
-def _compiled(function: Kernel) -> Kernel:
-    """Machine code that holds no GIL, in numba's cache if there is a folder for it."""
-    try:
-        compiled: Kernel = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        compiled = numba.njit(nogil=True)(function)
-    return compiled
-
-
-@_compiled
 def _choose(
     gram: NDArray[np.float32],
     factor: NDArray[np.float32],
@@ -79,6 +67,19 @@ def _choose(
     return len(factor)
 
 
+@functools.cache
+def _compiled() -> Callable[..., int]:
+    """``_choose`` in machine code that holds no GIL, from numba's cache if there is a folder for it."""
+    # Imported late: vLLM's CPU worker looks into all loaded modules when it starts, and fails over llvmlite's.
+    import numba
+
+    try:
+        compiled: Callable[..., int] = numba.njit(nogil=True, cache=True)(_choose)
+    except RuntimeError:
+        compiled = numba.njit(nogil=True)(_choose)
+    return compiled
+
+
 class PivotedCholesky:
     """Greedy column subset selection by pivoted Cholesky: the next token is the one with the most energy outside the
     span of the chosen ones. It can be continued.
@@ -116,7 +117,7 @@ class PivotedCholesky:
     def choose(self, k: int, energy: float = 0.0) -> None:
         """Continue until ``k`` tokens are chosen and their span holds ``energy``. Stops after ``GREEDY_STEPS`` tokens,
         or if no token has energy outside the span."""
-        self._count = _choose(
+        self._count = _compiled()(
             self._gram, self._factor, self.residual, self._rounding, self._chosen, self._gains, self._count, k, energy
         )
 

@@ -50,15 +50,15 @@ QWEN = {
 }
 
 
-def make_geometry(folder: Path, language_model: str = "1b") -> LlavaConfig:
+def make_geometry(folder: Path, language_model: str = "1b", vocabulary: int = VOCABULARY) -> LlavaConfig:
     """Write configuration, processor and tokenizer of a LLaVA-1.5 with one of ``LANGUAGE_MODELS``."""
-    tokenizer = byte_tokenizer("<image>", vocab_size=VOCABULARY)
+    tokenizer = byte_tokenizer("<image>", vocab_size=vocabulary)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**CLIP_L | (TINY_TOWER if language_model in ("tiny", "wide") else {})),
         text_config=LlamaConfig(
             **LANGUAGE_MODELS[language_model],
             num_attention_heads=32,
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             max_position_embeddings=8192,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

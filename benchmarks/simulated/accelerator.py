@@ -210,14 +210,15 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
     import torch
 
     from eadaprune_vllm.core import prune, spectrum
-    from eadaprune_vllm.engine import clock, decide
+    from eadaprune_vllm.engine import decide
+    from eadaprune_vllm.engine import device as real
 
     selectors: Any = import_module("eadaprune_vllm.core.selectors")
     device = stream if WAITS in os.environ else Stream()
 
-    class Clock(clock.Clock):
+    class Span(real.Span):
         @staticmethod
-        def _mark(device: Any) -> float:
+        def _point(device: Any) -> float:
             return stream.launch(0)
 
         def seconds(self) -> float:
@@ -225,8 +226,8 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
             return float(self.end - self.start)
 
     @contextmanager
-    def beside(launched: Clock) -> Iterator[None]:
-        wait(launched.start)
+    def beside_engine(launched: Span) -> Iterator[None]:
+        wait(launched.end)
         yield
 
     def gram(features: Any) -> Any:
@@ -252,8 +253,8 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
         return to_numpy(tokens)
 
     replaced: list[tuple[Any, str, Any]] = [
-        (decide, "Clock", Clock),
-        (decide, "beside", beside),
+        (decide, "Span", Span),
+        (decide, "beside_engine", beside_engine),
         (selectors, "_gram", gram),
         (prune, "finite", finite),
         (decide, "finite", finite),

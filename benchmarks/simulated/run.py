@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from accelerator import ENVIRONMENT, IDEAL, WAITS, Rates
+from accelerator import ENVIRONMENT, IDEAL, VOCABULARY, WAITS, Rates
 from common import RESULTS, Output, save, show
 from geometry import IMAGE_TOKENS, make_geometry
 from rich.console import Console
@@ -34,6 +34,8 @@ ENTRY_POINT = "[vllm.general_plugins]\nsimulated = accelerator:register\n"
 SHARE = 0.22
 FLAGS = ["--load-format", "dummy", "--max-model-len", "2048", "--max-num-seqs", "128", "--dtype", "bfloat16"]
 FLAGS += ["--async-scheduling", "--enforce-eager", "--no-enable-prefix-caching"]
+FLAGS += ["--max-num-batched-tokens", "8192"]  # as by default on an H100
+FLAGS += ["--kv-cache-memory-bytes", "1000000000"]
 COLUMNS = SERVING_COLUMNS | {"p99_first_token": "p99_ttft_ms", "p99_between_tokens": "p99_itl_ms"}
 
 
@@ -45,7 +47,7 @@ def environment(folder: Path, rates: Rates, plugins: str) -> dict[str, str]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated\nVersion: 0\n")
     paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_PLUGINS": plugins, ENVIRONMENT: json.dumps(asdict(rates))}
-    return dict(os.environ) | own | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    return dict(os.environ) | own | {"HF_HUB_OFFLINE": "1"}
 
 
 def main(
@@ -71,7 +73,7 @@ def main(
     }
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        make_geometry(folder / "model", "wide")
+        make_geometry(folder / "model", "wide", VOCABULARY)
         contenders = []
         for server, (plugins, flags, variable, own) in servers.items():
             if only and not any(each in only for each, _ in own):

@@ -20,8 +20,8 @@ from eadaprune_vllm.core.prune import Encoding, compute_spectra, finite, prune
 from eadaprune_vllm.core.selectors import BY_ATTENTION, VisualTokens
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.attention import capturing
-from eadaprune_vllm.engine.clock import Clock, beside
 from eadaprune_vllm.engine.cudagraph import encode
+from eadaprune_vllm.engine.device import Span, beside_engine, on_engine_stream
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult, Explanation
 
@@ -36,14 +36,14 @@ class EncoderOutput:
         embeds: ``[placeholders, W]`` on the model's device, its multimodal embeddings without pruning.
         features: ``[N, D]`` on the same device, for budget and selection; None if they are made of the embeddings.
         attention: ``[n]`` on the model's device, received by its patches, if it was captured.
-        clock: of the batch.
+        encoding: of the batch.
         share: of the batch's time.
     """
 
     embeds: torch.Tensor
     features: torch.Tensor | None
     attention: torch.Tensor | None
-    clock: Clock
+    encoding: Span
     share: float
 
 
@@ -74,16 +74,19 @@ def launch(
     budget = ServerOptions.of(multimodal).budget
     captured = [can_capture and each.selector in BY_ATTENTION for each in options]
     found: dict[int, DecisionResponse] = {}
-    outputs = list(_encode_all(runner, requests, captured, found))
+    with on_engine_stream(runner):
+        launched = Span.begin(runner.device)
+        batches = list(_encode_all(runner, requests, captured, found))
+        launched.stop()
     if not respond:
         return list
-    launched = Clock.now(runner.device)
 
     @torch.inference_mode()
     def decide() -> list[DecisionResponse]:
-        with beside(launched):
-            while outputs:  # each batch is freed before the next one
-                _decide_batch(model, requests, options, budget, outputs.pop(0), found)
+        with beside_engine(launched):
+            for batch in batches:
+                _decide_batch(model, requests, options, budget, batch, found)
+        batches.clear()
         return [found[index] for index in range(len(requests))]
 
     return decide
@@ -175,14 +178,14 @@ def _encode(
     runner: Any, modality: str, kwargs: Mapping[str, Any], requests: Sequence[DecisionRequest], capture: bool
 ) -> list[EncoderOutput]:
     """Encode one batch; ``kwargs`` are the model's arguments."""
-    clock = Clock.now(runner.device)
+    encoding = Span.begin(runner.device)
     with capturing(runner.get_model(), capture) as attention:
         embeds, features = encode(runner, modality, kwargs, eager=capture)
     received = attention()
-    clock.stop()
+    encoding.stop()
     return [
         EncoderOutput(
-            embeds[number], None if features is None else features[number], received, clock, 1 / len(requests)
+            embeds[number], None if features is None else features[number], received, encoding, 1 / len(requests)
         )
         for number in range(len(requests))
     ]
@@ -207,7 +210,7 @@ def _respond(
     request: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: EncoderOutput
 ) -> DecisionResult:
     decision, embeds = prune(encoding, options), encoded.embeds
-    encode_seconds = encoded.clock.seconds() * encoded.share
+    encode_seconds = encoded.encoding.seconds() * encoded.share
     seconds = {"encode": encode_seconds, "spectrum": decision.spectrum_seconds, "select": decision.select_seconds}
     if request.explain:
         spectrum = encoding.spectrum(options.scope)

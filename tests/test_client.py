@@ -12,7 +12,7 @@ import pytest
 import torch
 from samples import decided, name_of, question
 
-from eadaprune_vllm.frontend import engine_client
+from eadaprune_vllm.frontend import client, engine_client
 from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.engine_client import AsyncEngines
 from eadaprune_vllm.messages import (
@@ -113,6 +113,27 @@ def test_pending_requests_are_batched_one_call_at_a_time() -> None:
         await asyncio.gather(*tasks)
         assert engine.calls == [[0], [1, 2, 3]]
         assert engine.most_at_once == 1
+
+    run(test)
+
+
+def test_on_a_gpu_two_batches_are_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of at most half of the placeholders."""
+    for module in (client, engine_client):
+        monkeypatch.setattr(module, "batches_in_flight", lambda: 2)
+
+    async def test(engine: Engine, decision_client: DecisionClient) -> None:
+        engine.held.clear()
+        tasks = []
+        for number in range(4):
+            tasks.append(asked(decision_client, 10 * number, 3))
+            await settle(engine, decision_client)
+        assert engine.calls == [[0, 1], [2, 10]]
+        engine.held.set()
+        assert [names(each) for each in await asyncio.gather(*tasks)] == [
+            [10 * number + index for index in range(3)] for number in range(4)
+        ]
+        assert engine.most_at_once == 2
 
     run(test)
 

@@ -216,7 +216,7 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
     selectors: Any = import_module("eadaprune_vllm.core.selectors")
     device = stream if WAITS in os.environ else Stream()
 
-    class Span(real.Span):
+    class Stopwatch(real.Stopwatch):
         @staticmethod
         def _point(device: Any) -> float:
             return stream.launch(0)
@@ -226,7 +226,7 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
             return float(self.end - self.start)
 
     @contextmanager
-    def beside_engine(launched: Span) -> Iterator[None]:
+    def beside_engine(launched: Stopwatch) -> Iterator[None]:
         wait(launched.end)
         yield
 
@@ -253,7 +253,7 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
         return to_numpy(tokens)
 
     replaced: list[tuple[Any, str, Any]] = [
-        (decide, "Span", Span),
+        (decide, "Stopwatch", Stopwatch),
         (decide, "beside_engine", beside_engine),
         (selectors, "_gram", gram),
         (prune, "finite", finite),

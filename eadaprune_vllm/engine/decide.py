@@ -21,7 +21,7 @@ from eadaprune_vllm.core.selectors import BY_ATTENTION, VisualTokens
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.attention import capturing
 from eadaprune_vllm.engine.cudagraph import encode
-from eadaprune_vllm.engine.device import Span, beside_engine, on_engine_stream
+from eadaprune_vllm.engine.device import Stopwatch, beside_engine, on_engine_stream
 from eadaprune_vllm.errors import NonFiniteFeaturesError
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult, Explanation
 
@@ -36,14 +36,14 @@ class EncoderOutput:
         embeds: ``[placeholders, W]`` on the model's device, its multimodal embeddings without pruning.
         features: ``[N, D]`` on the same device, for budget and selection; None if they are made of the embeddings.
         attention: ``[n]`` on the model's device, received by its patches, if it was captured.
-        encoding: of the batch.
+        stopwatch: of the batch.
         share: of the batch's time.
     """
 
     embeds: torch.Tensor
     features: torch.Tensor | None
     attention: torch.Tensor | None
-    encoding: Span
+    stopwatch: Stopwatch
     share: float
 
 
@@ -75,7 +75,7 @@ def launch(
     captured = [can_capture and each.selector in BY_ATTENTION for each in options]
     found: dict[int, DecisionResponse] = {}
     with on_engine_stream(runner):
-        launched = Span.begin(runner.device)
+        launched = Stopwatch.begin(runner.device)
         batches = list(_encode_all(runner, requests, captured, found))
         launched.stop()
     if not respond:
@@ -178,14 +178,14 @@ def _encode(
     runner: Any, modality: str, kwargs: Mapping[str, Any], requests: Sequence[DecisionRequest], capture: bool
 ) -> list[EncoderOutput]:
     """Encode one batch; ``kwargs`` are the model's arguments."""
-    encoding = Span.begin(runner.device)
+    stopwatch = Stopwatch.begin(runner.device)
     with capturing(runner.get_model(), capture) as attention:
         embeds, features = encode(runner, modality, kwargs, eager=capture)
     received = attention()
-    encoding.stop()
+    stopwatch.stop()
     return [
         EncoderOutput(
-            embeds[number], None if features is None else features[number], received, encoding, 1 / len(requests)
+            embeds[number], None if features is None else features[number], received, stopwatch, 1 / len(requests)
         )
         for number in range(len(requests))
     ]
@@ -210,7 +210,7 @@ def _respond(
     request: DecisionRequest, options: PruneOptions, encoding: Encoding, encoded: EncoderOutput
 ) -> DecisionResult:
     decision, embeds = prune(encoding, options), encoded.embeds
-    encode_seconds = encoded.encoding.seconds() * encoded.share
+    encode_seconds = encoded.stopwatch.seconds() * encoded.share
     seconds = {"encode": encode_seconds, "spectrum": decision.spectrum_seconds, "select": decision.select_seconds}
     if request.explain:
         spectrum = encoding.spectrum(options.scope)

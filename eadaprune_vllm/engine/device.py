@@ -16,7 +16,7 @@ _streams: dict[torch.device, Any] = {}  # of decisions
 
 
 @dataclass
-class Span:
+class Stopwatch:
     """Work that this thread launches between two points. Nothing waits for it until ``seconds``.
 
     Attributes:
@@ -31,11 +31,11 @@ class Span:
 
     @classmethod
     def begin(cls, device: torch.device) -> Self:
-        """A span that starts now."""
+        """A stopwatch that starts now."""
         return cls(device, cls._point(device))
 
     def stop(self) -> None:
-        """End the span."""
+        """End the measured work."""
         self.end = self._point(self.device)
 
     def seconds(self) -> float:
@@ -55,8 +55,8 @@ class Span:
 
 
 def on_engine_stream(runner: Any) -> Any:
-    """Context manager: this thread launches on the stream of vLLM's model runner. Its first call is on the engine's thread;
-    later ones need not be, as with ``LLM.embed`` and an engine in this process."""
+    """Context manager: this thread launches on the stream of vLLM's model runner. The first call must be made by the
+    engine's thread. Later ones may be by others, as with ``LLM.embed`` and an engine in this process."""
     device = runner.device
     if device.type != "cuda":
         return nullcontext()
@@ -64,9 +64,9 @@ def on_engine_stream(runner: Any) -> Any:
 
 
 @contextmanager
-def beside_engine(launched: Span) -> Iterator[None]:
-    """Context manager: this thread launches on the stream of decisions, after the work that the span stopped before. At
-    the end it waits for its own work: memory of either stream can be freed then."""
+def beside_engine(launched: Stopwatch) -> Iterator[None]:
+    """Context manager: this thread launches on the stream of decisions, after the work that was launched before the
+    stopwatch was stopped. At the end it waits for its own work: memory of either stream can be freed then."""
     device = launched.device
     if device.type != "cuda":
         yield

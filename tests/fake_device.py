@@ -80,10 +80,12 @@ class OnDevice(torch.Tensor):
     def __bool__(self) -> bool:
         return bool(self._read())
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(function, args, kwargs or {})
 
 
@@ -95,7 +97,7 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
     if function not in _WAITING | _INDEXING and torch._C._dispatch_has_kernel_for_dispatch_key(
         function.name(), "CompositeImplicitAutograd"
     ):
-        with _Dispatch():
+        with _Dispatch():  # type: ignore[no-untyped-call]
             return function.decompose(*args, **kwargs)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     of_device = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
@@ -127,7 +129,7 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, torch.Tensor) else leaf, found)
 
 
-class _Dispatch(TorchDispatchMode):
+class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees operations without tensors of the device, too: copies to it."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,7 +164,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         monkeypatch.setattr(torch.cuda, name, own)
     waits.clear()
-    with _Dispatch():
+    with _Dispatch():  # type: ignore[no-untyped-call]
         yield
 
 

@@ -43,7 +43,9 @@ def decisions(
     device: torch.device, count: int, size: int, newlines: bool, budget: str, explain: bool, **options: Any
 ) -> tuple[list[DecisionResult], list[str]]:
     """About images of as many tokens, and why launching waited for the device."""
-    multimodal = SimpleNamespace(mm_encoder_tp_mode="weights", eadaprune=ServerOptions(budget=budget))
+    multimodal = SimpleNamespace(
+        mm_encoder_tp_mode="weights", eadaprune=ServerOptions.model_validate({"budget": budget})
+    )
     config = SimpleNamespace(
         model_config=SimpleNamespace(multimodal_config=multimodal),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
@@ -78,7 +80,13 @@ CASES |= {
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_decisions_on_a_gpu_are_those_on_a_cpu(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = {"size": 48, "newlines": False, "budget": "spectrum", "explain": False, "count": count} | CASES[name]
+    case: dict[str, Any] = {
+        "size": 48,
+        "newlines": False,
+        "budget": "spectrum",
+        "explain": False,
+        "count": count,
+    } | CASES[name]
     expected, _ = decisions(torch.device("cpu"), **case)
     monkeypatch.setattr(decide, "group_and_batch_mm_kwargs", batches)
     with fake_device(monkeypatch):

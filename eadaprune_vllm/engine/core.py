@@ -86,6 +86,8 @@ def run_next(core: Any, timeout: float = 0.0) -> bool:
             step times out.
     """
     queue = _queue(core)
+    if not queue.pending and not queue.launched:
+        return False
     if _rejects(core):
         while queue.pending:
             queue.pending.popleft().future.set_result(REJECTED)
@@ -101,7 +103,7 @@ def run_next(core: Any, timeout: float = 0.0) -> bool:
         decided = _call(core, batch, timeout)
     except TimeoutError:
         raise
-    except Exception as error:
+    except Exception as error:  # of which batch is not known
         for lost in queue.launched.values():
             lost.future.set_exception(error)
         queue.launched.clear()

@@ -85,8 +85,8 @@ def test_all_checks_pass(stub: Stub, model: Path) -> None:
     assert found["default"] == "target 0.33; the server computes its energy when it starts"
     assert found["server"] == "ok: eadaprune 1 on vLLM 1"
     assert found["serves"] == "served: A in float32"
-    assert found["default"].startswith("target 0.33: energy 0.3")
-    assert found["default"].endswith(" of the tokens of reference pictures: pages 33%")
+    assert found["effective"].startswith("target 0.33: energy 0.3")
+    assert found["effective"].endswith(" of the tokens of reference pictures: pages 33%")
     assert found["endpoints"] == "0"
     assert not stub.asked
 
@@ -97,18 +97,18 @@ def test_all_checks_pass(stub: Stub, model: Path) -> None:
     [
         ("another release", 1, "vLLM", "warning: {}, supported is >=0.99"),
         ("another release", 1, "patches", "failed: vLLM {} is not supported; supported is >=0.99 "),
-        ("another release", 1, "model", "failed: nothing can be said of it without the patches"),
+        ("another release", 1, "model", "failed: not checked, because the patches failed"),
         (
             "gone",
             1,
             "patches",
-            "failed: vLLM {} has no vllm.v1.engine.core:EngineCore.post_step of the kind",
+            "failed: vLLM {} has no vllm.v1.engine.core:EngineCore.post_step with the signature",
         ),
         (
             "optional and gone",
             0,
             "patches",
-            "warning: vLLM {} has no vllm.engine.arg_utils:EngineArgs.add_cli_args of ",
+            "warning: vLLM {} has no vllm.engine.arg_utils:EngineArgs.add_cli_args with the signature ",
         ),
         ("optional and gone", 0, "model", "ok: LlavaForConditionalGeneration in bfloat16"),
         ("nothing is installed", 1, "vLLM", "failed: ModuleNotFoundError: No module named 'vllm'"),

@@ -85,6 +85,20 @@ def test_shared_decision_is_timed_once() -> None:
     assert not shared.request.item
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_item_that_another_request_got_decided_meanwhile_is_not_sent(waits: bool) -> None:
+    """Its pixels are gone."""
+    front_end = FrontEnd(Prepared(decided(1), decided(2)), Metrics(CollectorRegistry()), "m", 1)
+    shared, own = new(), new()
+    undecided = [shared, own]  # of one request
+    front_end.decide_sync([shared])  # of the other
+    if waits:
+        front_end.decide_sync(undecided)
+    else:
+        asyncio.run(front_end.decide(undecided))
+    assert [len(each.decided().decision) for each in undecided] == [1, 2]
+
+
 class Renderer:
     """As vLLM's: it applies its processor, whose steps leave something undecided twice."""
 

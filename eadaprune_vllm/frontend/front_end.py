@@ -21,7 +21,7 @@ from eadaprune_vllm.frontend.load import Load
 from eadaprune_vllm.frontend.metrics import Metrics, Source
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.shared_table import table
-from eadaprune_vllm.messages import DecisionError, DecisionResponse
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse
 
 # Items whose options under load are remembered, at some hundred bytes each.
 MAX_REMEMBERED = 10_000
@@ -83,13 +83,13 @@ class FrontEnd:
 
     async def decide(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """Get decisions about these items, up to the first error."""
-        started = time.time_ns()
-        self._set_responses(new, source, started, await self.decision_client.decide([each.request for each in new]))
+        started, (left, requests) = time.time_ns(), _undecided(new)
+        self._set_responses(left, source, started, await self.decision_client.decide(requests))
 
     def decide_sync(self, new: Sequence[PendingItem], source: Source = "request") -> None:
         """``decide`` for threads that may block."""
-        started = time.time_ns()
-        self._set_responses(new, source, started, self.decision_client.decide_sync([each.request for each in new]))
+        started, (left, requests) = time.time_ns(), _undecided(new)
+        self._set_responses(left, source, started, self.decision_client.decide_sync(requests))
 
     def _set_responses(
         self, new: Sequence[PendingItem], source: Source, started: int, responses: Sequence[DecisionResponse]
@@ -146,3 +146,12 @@ class FrontEnd:
         except InvalidOptionsError as error:
             self.reject("options", source)
             raise VLLMValidationError(str(error), parameter=error.field) from None
+
+
+def _undecided(new: Sequence[PendingItem]) -> tuple[list[PendingItem], list[DecisionRequest]]:
+    """The items without a response, and their decision requests. Another request, with the same image, may have set a
+    response since these items were found undecided, and a decided item has no pixels any more."""
+    # The request is read before the response: ``set_response`` sets the response first.
+    requests = [(each, each.request) for each in new]
+    left = [(each, request) for each, request in requests if not each.response]
+    return [each for each, _ in left], [request for _, request in left]

@@ -205,5 +205,5 @@ def check_server(url: str) -> Iterator[Finding]:
     target = config.reference.options.target
     yield Finding("server", f"{NAME} {config.version} on vLLM {config.vllm_version}", "ok")
     yield Finding("serves", f"{', '.join(config.models)}: {config.architecture} in {config.dtype}")
-    yield Finding("default", ("" if target is None else f"target {target:g}: ") + str(config.reference))
+    yield Finding("effective", ("" if target is None else f"target {target:g}: ") + str(config.reference))
     yield Finding("endpoints", str(len(config.endpoints)))

@@ -191,8 +191,8 @@ def patches(picture: Image.Image) -> NDArray[np.float64]:
             "overlay is for previews of at most 8 images and videos, and this one has 9",
         ),
         ({"messages": [{"content": [{"image_url": "data:,"}] * 9}], "spectrum": True}, 400, "spectrum is for previews"),
-        ({"mm_processor_kwargs": {"max_pixels": 9}}, 400, "leave mm_processor_kwargs out"),
-        ({"media_io_kwargs": "video"}, 400, "leave media_io_kwargs out"),
+        ({"mm_processor_kwargs": {"max_pixels": 9}}, 400, "previews do not support mm_processor_kwargs"),
+        ({"media_io_kwargs": "video"}, 400, "previews do not support media_io_kwargs"),
     ],
 )
 def test_invalid_previews_are_rejected(guarded: Server, change: Any, status: int, words: str) -> None:

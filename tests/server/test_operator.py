@@ -62,9 +62,9 @@ def test_routes_sit_behind_the_key(guarded: Server, images: Images) -> None:
 def test_the_page_asks_for_the_key_and_keeps_the_bounds(guarded: Server, images: Images, tmp_path: Path) -> None:
     images["noise"].save(tmp_path / "noise.png")
     with Browser(f"{guarded.url}/eadaprune") as browser:
-        browser.wait("#problem", has="This server asks for an API key.")
+        browser.wait("#problem", has="This server needs an API key.")
         browser.press("#key", "wrong", Keys.ENTER)
-        browser.wait("#problem", has="The server does not take this API key.")
+        browser.wait("#problem", has="The server rejects this API key.")
         browser.find("#key").clear()
         browser.press("#key", "sesame", Keys.ENTER)
         browser.wait("#model", has="demo")

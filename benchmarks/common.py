@@ -25,12 +25,14 @@ Flags = Annotated[str, typer.Option(help="More flags for both servers, separated
 
 def about() -> dict[str, Any]:
     """The commit, the command and the machine that results come from."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} cores"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(here.parent) if script.is_relative_to(here.parent) else script
+    command = shlex.join(["python", str(script), *sys.argv[1:]])
     return {"commit": commit, "command": command, "cpu": cpu.split(": ")[1], "device": device, **versions}
 
 

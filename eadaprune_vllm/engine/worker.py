@@ -1,5 +1,6 @@
 """The worker extension: a method of vLLM's workers that decides about images and videos."""
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from eadaprune_vllm.engine.decide import launch
-from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, pack, unpack_requests
+from eadaprune_vllm.messages import DecisionError, DecisionRequest, pack, unpack_requests
 from eadaprune_vllm.overlap import batches_in_flight
 
 logger = logging.getLogger("vllm." + __name__)
@@ -53,12 +54,9 @@ class DecidingWorker:
         """Launch the encoder; returns what makes the packed responses, on any thread."""
         requests = list[DecisionRequest]()
 
-        def guarded(function: Callable[[], list[DecisionResponse]]) -> bytes:
-            try:
-                return pack(function())
-            except Exception as error:
-                logger.exception("Images could not be encoded")
-                return pack([DecisionError(f"this image could not be encoded: {error}") for _ in requests])
+        def failed(error: Exception) -> bytes:
+            logger.exception("Images could not be encoded")
+            return pack([DecisionError(f"this image could not be encoded: {error}") for _ in requests])
 
         try:
             requests = unpack_requests(payload)
@@ -66,16 +64,27 @@ class DecidingWorker:
                 raise RuntimeError("the model's weights are being updated")
             launched = launch(self.model_runner, requests, respond=is_rank_0)  # type: ignore[attr-defined]
         except Exception as error:
-            logger.exception("Images could not be encoded")
-            failed = pack([DecisionError(f"this image could not be encoded: {error}") for _ in requests])
-            return lambda: failed
-        return lambda: guarded(launched)
+            responses = failed(error)
+            return lambda: responses
+
+        def decide() -> bytes:
+            try:
+                return pack(launched())
+            except Exception as error:
+                return failed(error)
+
+        return decide
 
     def _eadaprune_start(self, decide: Callable[[], bytes]) -> Future[bytes]:
         """Run it: on a thread if the device works while the host goes on, or else now."""
         if batches_in_flight() > 1:
-            pool: ThreadPoolExecutor = vars(self).setdefault("_eadaprune_pool", ThreadPoolExecutor(1, "eadaprune"))
-            return pool.submit(decide)
+            return _pool().submit(decide)
         future: Future[bytes] = Future()
         future.set_result(decide())
         return future
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The thread of this worker's decisions."""
+    return ThreadPoolExecutor(1, "eadaprune")

@@ -105,7 +105,7 @@ def sizes(payload: bytes) -> list[int]:
 
 
 def test_worker_responds_to_the_call_that_launched(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
-    ((number, payload),) = Worker().eadaprune_decide(batch(7, 2, 3), 0)
+    ((number, payload),) = Worker().eadaprune_decide([batch(7, 2, 3)], 0)
     assert number == 7
     assert sizes(payload) == [3, 4]
 
@@ -129,16 +129,16 @@ def test_worker_on_a_gpu_responds_later(
 
     monkeypatch.setattr(worker, "launch", launch)
     busy = Worker()
-    assert busy.eadaprune_decide(batch(0, 0), 0) == []
-    assert busy.eadaprune_decide(batch(1, 1), 0) == []
-    assert busy.eadaprune_decide(None, 0.001) == []
+    assert busy.eadaprune_decide([batch(0, 0)], 0) == []
+    assert busy.eadaprune_decide([batch(1, 1)], 0) == []
+    assert busy.eadaprune_decide([], 0.001) == []
     device[0].set()
-    ((number, payload),) = busy.eadaprune_decide(None, 30)
+    ((number, payload),) = busy.eadaprune_decide([], 30)
     assert (number, sizes(payload)) == (0, [1])
     device[1].set()
-    ((number, payload),) = busy.eadaprune_decide(None, 30)
+    ((number, payload),) = busy.eadaprune_decide([], 30)
     assert (number, sizes(payload)) == (1, [2])
-    assert busy.eadaprune_decide(None, 30) == []
+    assert busy.eadaprune_decide([], 30) == []
     assert get_ident() not in decided_on
 
 
@@ -151,25 +151,25 @@ def test_a_worker_never_raises(
         raise error
 
     monkeypatch.setattr(worker, "launch", fail if when == "launch" else lambda *_, **__: fail)
-    ((_, payload),) = Worker().eadaprune_decide(batch(0, 1, 2), 0)
+    ((_, payload),) = Worker().eadaprune_decide([batch(0, 1, 2)], 0)
     assert unpack_responses(payload) == [DecisionError(f"this image could not be encoded: {error}")] * 2
     ranks.rank = 1
-    assert Worker().eadaprune_decide(batch(0, 1, 2), 0) == []
+    assert Worker().eadaprune_decide([batch(0, 1, 2)], 0) == []
 
 
 def test_only_rank_0_of_the_first_stage_responds(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
     ranks.rank = 1
-    assert Worker().eadaprune_decide(batch(0, 5), 0) == []
+    assert Worker().eadaprune_decide([batch(0, 5)], 0) == []
     assert seen == [[5]]
     ranks.first_stage = False
-    assert Worker().eadaprune_decide(batch(0, 5), 0) == []
+    assert Worker().eadaprune_decide([batch(0, 5)], 0) == []
     assert seen == [[5]]
 
 
 def test_decisions_fail_during_weight_updates(ranks: SimpleNamespace, seen: list[list[int]]) -> None:
     busy = Worker()
     busy._weight_update_active = True  # type: ignore[attr-defined]
-    ((_, payload),) = busy.eadaprune_decide(batch(0, 1), 0)
+    ((_, payload),) = busy.eadaprune_decide([batch(0, 1)], 0)
     (found,) = unpack_responses(payload)
     assert isinstance(found, DecisionError)
     assert "weights are being updated" in found.error
@@ -200,13 +200,13 @@ class Core:
         return self.paused
 
     def collective_rpc(
-        self, method: str, timeout: float | None, args: tuple[tuple[int, bytes] | None, float]
+        self, method: str, timeout: float | None, args: tuple[list[tuple[int, bytes]], float]
     ) -> list[list[tuple[int, bytes]]]:
         assert method == "eadaprune_decide"
         assert timeout == 300  # vLLM's own, of a step
         self.calls += 1
-        batch, _ = args
-        if batch:
+        batches, _ = args
+        for batch in batches:
             self.launched.append(batch[1])
             if batch[1] == b"bad":
                 raise RuntimeError("a worker died")
@@ -246,8 +246,9 @@ def test_one_batch_runs_after_each_step(core: Any) -> None:
 
 def test_on_a_gpu_two_batches_are_in_flight(gpu: Any) -> None:
     futures: list[Future[bytes]] = [engine_core.decide(gpu, payload, 10) for payload in (b"1", b"2", b"3")]
-    for _ in range(3):
-        assert engine_core.run_next(gpu)
+    assert engine_core.run_next(gpu)
+    assert gpu.calls == 1
+    assert engine_core.run_next(gpu)
     assert gpu.launched == [b"1", b"2"]
     assert not any(future.done() for future in futures)
     gpu.ready.add(b"1")
@@ -268,10 +269,8 @@ def test_batches_in_flight_stay_within_the_profiled_memory(gpu: Any) -> None:
     for payload, size in ((b"1", 60), (b"2", 41), (b"3", 1000)):
         engine_core.decide(gpu, payload, size)
     engine_core.run_next(gpu)
-    engine_core.run_next(gpu)
     assert gpu.launched == [b"1"]
     gpu.ready.add(b"1")
-    engine_core.run_next(gpu)
     engine_core.run_next(gpu)
     engine_core.run_next(gpu)
     assert gpu.launched == [b"1", b"2"]

@@ -1,4 +1,4 @@
-"""The engine core's queue of decision requests. After each step one batch is launched, and those that are decided are
+"""The engine core's queue of decision requests. After each step batches are launched, and those that are decided are
 collected: decoding goes on meanwhile."""
 
 import itertools
@@ -38,12 +38,24 @@ class _Queue:
     launched: dict[int, _Batch] = field(default_factory=dict)
     numbers: Any = field(default_factory=itertools.count)
 
-    def launchable(self, max_placeholders: int) -> bool:
-        """Whether the next batch may be launched: together with those that are, within the profiled memory."""
-        if not self.pending or len(self.launched) >= batches_in_flight():
-            return False
+    def launch(self, max_placeholders: int) -> list[tuple[int, bytes]]:
+        """Take the batches that may be launched: together with those that are, within the profiled memory.
+
+        Returns:
+            Numbers and packed decision requests.
+        """
+        batches = []
         placeholders = sum(batch.num_placeholders for batch in self.launched.values())
-        return not self.launched or placeholders + self.pending[0].num_placeholders <= max_placeholders
+        for _ in range(batches_in_flight() - len(self.launched)):
+            if not self.pending:
+                break
+            placeholders += self.pending[0].num_placeholders
+            if self.launched and placeholders > max_placeholders:
+                break
+            number, batch = next(self.numbers), self.pending.popleft()
+            self.launched[number] = batch
+            batches.append((number, batch.payload))
+        return batches
 
 
 def decide(core: Any, payload: bytes, num_placeholders: int) -> Any:
@@ -72,7 +84,7 @@ def decide(core: Any, payload: bytes, num_placeholders: int) -> Any:
 
 
 def run_next(core: Any, timeout: float = 0.0) -> bool:
-    """Launch the next batch, if the engine may, and respond to those that are decided.
+    """Launch the next batches, if the engine may, and respond to those that are decided.
 
     Args:
         core: vLLM's engine core.
@@ -92,15 +104,12 @@ def run_next(core: Any, timeout: float = 0.0) -> bool:
         while queue.pending:
             queue.pending.popleft().future.set_result(REJECTED)
     may_launch = not (core.is_scheduler_paused() or core.model_executor.is_sleeping)
-    batch = None
-    if may_launch and queue.launchable(core.vllm_config.scheduler_config.max_num_encoder_input_tokens):
-        number = next(queue.numbers)
-        queue.launched[number] = queue.pending.popleft()
-        batch = number, queue.launched[number].payload
+    max_placeholders = core.vllm_config.scheduler_config.max_num_encoder_input_tokens
+    batches = queue.launch(max_placeholders) if may_launch else []
     if not queue.launched:
         return False
     try:
-        decided = _call(core, batch, timeout)
+        decided = _call(core, batches, timeout)
     except TimeoutError:
         raise
     except Exception as error:  # of which batch is not known
@@ -135,15 +144,15 @@ def call_workers(core: Any, payload: bytes) -> bytes:
     Raises:
         TimeoutError: if ranks take longer than vLLM's limit for a step.
     """
-    ((_, responses),) = _call(core, (-1, payload), envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+    ((_, responses),) = _call(core, [(-1, payload)], envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
     return responses
 
 
-def _call(core: Any, batch: tuple[int, bytes] | None, timeout: float) -> list[tuple[int, bytes]]:
+def _call(core: Any, batches: list[tuple[int, bytes]], timeout: float) -> list[tuple[int, bytes]]:
     """``eadaprune_decide`` of all workers. If one rank fails in the encoder, others hang in a collective."""
     limit = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
     decided: list[tuple[int, bytes]] = core.model_executor.collective_rpc(
-        "eadaprune_decide", timeout=limit, args=(batch, timeout)
+        "eadaprune_decide", timeout=limit, args=(batches, timeout)
     )[0]
     return decided
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
@@ -19,14 +19,14 @@ Batch = tuple[int, bytes]
 class DecidingWorker:
     """Mixin that vLLM adds to its worker class (``worker_extension_cls``)."""
 
-    def eadaprune_decide(self, batch: Batch | None, timeout: float) -> list[Batch]:
-        """Launch a batch, and return the batches that are decided. All ranks must be called with the same arguments.
+    def eadaprune_decide(self, batches: Sequence[Batch], timeout: float) -> list[Batch]:
+        """Launch batches, and return those that are decided. All ranks must be called with the same arguments.
 
         Never raises: if one worker raises in a collective call, replies of other ranks stay in the queue, and later
         calls would read them as theirs.
 
         Args:
-            batch: a number, and packed decision requests; or None, to collect only.
+            batches: numbers and packed decision requests; none, to collect only.
             timeout: in seconds, how long to wait if nothing is decided yet.
 
         Returns:
@@ -37,8 +37,7 @@ class DecidingWorker:
             return []
         is_rank_0 = get_tensor_model_parallel_rank() == 0
         pending: deque[tuple[int, Future[bytes]]] = vars(self).setdefault("_eadaprune_pending", deque())
-        if batch:
-            number, payload = batch
+        for number, payload in batches:
             decide = self._eadaprune_launch(payload, is_rank_0)
             if is_rank_0:
                 pending.append((number, self._eadaprune_start(decide)))

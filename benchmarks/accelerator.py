@@ -1,4 +1,4 @@
-"""A simulated accelerator: a plugin of vLLM for CPUs (entry point ``vllm.general_plugins``, see ``run.py``).
+"""A simulated accelerator: a plugin of vLLM for CPUs (entry point ``vllm.general_plugins``, see ``simulate.py``).
 
 Vision tower, projector and language model take the time that the parameters say, and no core. As on a stream, work is
 launched without waiting, one piece after the other; the host waits where it first reads a result. Everything else is
@@ -103,8 +103,8 @@ def register() -> None:
 
 def overlap_decisions() -> None:
     """Have the plugin take this device for one on which decisions overlap with steps, in whatever has loaded it."""
-    original = import_module("eadaprune_vllm.overlap").batches_in_flight
-    batches = 1 if WAITS in os.environ else 2
+    overlap: Any = import_module("eadaprune_vllm.overlap")
+    original, batches = overlap.batches_in_flight, 1 if WAITS in os.environ else overlap.ON_GPU
     for module in [*sys.modules.values()]:
         if getattr(module, "batches_in_flight", None) is original:
             vars(module)["batches_in_flight"] = lambda: batches

@@ -1,4 +1,4 @@
-"""What pruning gains on a GPU server, by a simulated accelerator:  python benchmarks/simulated/run.py
+"""What pruning gains on a GPU server, by a simulated accelerator:  python benchmarks/simulate.py
 
 No figure of this benchmark is a measurement of a GPU: the device is a model (``accelerator.py``), with the times of its
 parameters. What it shows is how well host and device overlap: whether the engine waits, and for what.

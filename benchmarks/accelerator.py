@@ -3,8 +3,8 @@
 Vision tower, projector and language model take the time that the parameters say, and no core. As on a stream, work is
 launched without waiting, one piece after the other; the host waits where it first reads a result. Everything else is
 real: HTTP, image processing, decision requests, scheduling (with async scheduling, as on a GPU), payloads, embeddings
-and decisions. Features are those of a fixed bank of pictures with falling spectra, 576 x 1024; their Gram matrices and
-eigenvalues are computed beforehand, as these would be the device's work.
+and decisions. Features are those of a fixed bank of pictures with falling spectra; their Gram matrices and eigenvalues
+are computed beforehand, as these would be the device's work.
 
 It is a model, and no measurement of any GPU.
 """
@@ -20,38 +20,67 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-ENVIRONMENT = "SIMULATED_ACCELERATOR"  # the parameters as JSON
+ENVIRONMENT = "SIMULATED_ACCELERATOR"  # the model's name and the times, as JSON
 IDEAL = "SIMULATED_IDEAL"  # set if decisions take no time
 WAITS = "SIMULATED_WAITS"  # set if the engine waits for each decision
 VOCABULARY = 512
-PICTURES, TOKENS, FEATURES, HIDDEN = 16, 576, 1024, 4096
+PICTURES = 16
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Times of the device, in milliseconds. The defaults are estimates for LLaVA-1.5-7B in bfloat16 on one H100 SXM.
+class Times:
+    """What a device takes, in milliseconds. Estimates for bfloat16 on one H100 SXM (989 TFLOP/s, 3.35 TB/s).
 
     Attributes:
-        image: the vision tower and projector, per image (CLIP-L/14-336: 0.35 TFLOP, at 15 % of 989 TFLOP/s).
+        image: the vision tower and projector, per image.
         batch: the same, per batch.
-        token: the language model, per token of a step (13.4 GFLOP, at half of 989 TFLOP/s).
-        step: the least time of a step (13.5 GB of weights, at 3.35 TB/s and a bit).
-        eigenvalues: of one 576 x 576 matrix, one after the other (cuSOLVER's syevd is no batched routine at this size).
+        launch: of the host, to launch the tower on a batch (24 or 32 layers of a dozen kernels, 7 us each).
+        token: the language model, per token of a step (at half of the peak).
+        step: the least time of a step (all weights are read, and a bit).
+        eigenvalues: of one Gram matrix, one after the other (cuSOLVER's syevd is no batched routine at these sizes).
         gram: of one Gram matrix.
         copy: of 1 MB from the device to the host (PCIe 5, 25 GB/s and a launch).
     """
 
-    image: float = 2.4
+    image: float
+    token: float
+    step: float
+    eigenvalues: float
     batch: float = 0.5
-    token: float = 0.027
-    step: float = 5.0
-    eigenvalues: float = 4.0
+    launch: float = 2.0
     gram: float = 0.03
     copy: float = 0.05
 
-    def slower(self, factor: float) -> "Rates":
+    def slower(self, factor: float) -> "Times":
         """A device that takes ``factor`` times as long for everything."""
-        return Rates(**{name: value * factor for name, value in asdict(self).items()})
+        return Times(**{name: value * factor for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and the shapes of one image.
+
+    Attributes:
+        times: of an H100.
+        tokens: of an image, without pruning.
+        features: numbers per token that decisions use.
+        hidden: width of the language model.
+        side: of the image, in pixels.
+    """
+
+    times: Times
+    tokens: int
+    features: int
+    hidden: int
+    side: int
+
+
+MODELS = {
+    # CLIP-L/14-336: 0.35 TFLOP at 15 % of the peak; a language model of 6.7B parameters.
+    "llava": Model(Times(image=2.4, token=0.027, step=5.0, eigenvalues=4.0), 576, 1024, 4096, 336),
+    # A tower of 0.63B parameters on 4096 patches: 5.2 TFLOP at 30 % of the peak; a language model of 7.6B parameters.
+    "qwen": Model(Times(image=18.0, token=0.031, step=5.5, eigenvalues=9.0), 1024, 3584, 3584, 896),
+}
 
 
 class Stream:
@@ -95,7 +124,8 @@ def register() -> None:
     load = CPUWorker.load_model
 
     def load_model(worker: Any, *args: Any, **kwargs: Any) -> Any:
-        simulate(Rates(**json.loads(os.environ[ENVIRONMENT])))
+        parameters = json.loads(os.environ[ENVIRONMENT])
+        simulate(parameters["model"], Times(**parameters["times"]))
         return load(worker, *args, **kwargs)
 
     CPUWorker.load_model = load_model
@@ -110,22 +140,32 @@ def overlap_decisions() -> None:
             vars(module)["batches_in_flight"] = lambda: batches
 
 
-def simulate(rates: Rates) -> None:
+def simulate(name: str, times: Times) -> None:
     """Replace tower, projector, language model, and the places where the host reads what they make."""
     import torch
-    from vllm.model_executor.models import clip, llava
+    from vllm.model_executor.models import clip, llava, qwen2_5_vl
     from vllm.v1.worker import gpu_model_runner
 
-    stream, bank = Stream(), Bank()
-    zeros = torch.zeros(1 << 14, HIDDEN, dtype=torch.bfloat16)
+    stream, bank = Stream(), Bank(MODELS[name])
+    zeros = torch.zeros(1 << 14, MODELS[name].hidden, dtype=torch.bfloat16)
     logits = torch.zeros(1 << 10, VOCABULARY)
 
-    def tower(self: Any, pixel_values: Any, **_: Any) -> Any:
-        stream.launch(rates.batch + rates.image * len(pixel_values))
-        return bank.features(pixel_values)
+    def encode(pixels: list[Any]) -> list[int]:
+        """Which pictures these are; each has its pixels as one row."""
+        time.sleep(times.launch / 1000)
+        stream.launch(times.batch + times.image * len(pixels))
+        return [bank.pick(each) for each in pixels]
+
+    def clip_tower(self: Any, pixel_values: Any, **_: Any) -> Any:
+        return bank.features[encode(list(pixel_values))]
 
     def project(self: Any, features: Any) -> Any:
         return [bank.embeds[bank.number(each)] for each in features]
+
+    def qwen_tower(self: Any, pixels: Any, grid_thw: list[list[int]]) -> Any:
+        patches = [frames * height * width for frames, height, width in grid_thw]
+        pictures = encode(pixels.split(patches))
+        return torch.cat([bank.of_size(one, count // 4) for one, count in zip(pictures, patches, strict=True)])
 
     def embed_input_ids(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         return zeros[: len(input_ids)]
@@ -133,7 +173,7 @@ def simulate(rates: Rates) -> None:
     def forward(self: Any, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
         embeds = kwargs.get("inputs_embeds")
         count = len(embeds if embeds is not None else input_ids)
-        stream.launch(max(rates.step, rates.token * count))
+        stream.launch(max(times.step, times.token * count))
         return zeros[:count]
 
     class Output(gpu_model_runner.AsyncGPUModelRunnerOutput):  # type: ignore[misc]
@@ -149,51 +189,58 @@ def simulate(rates: Rates) -> None:
             done_at = stream.done_at()
             self.async_copy_ready_event = SimpleNamespace(synchronize=lambda: wait(done_at))
 
-    clip.CLIPVisionModel.forward = tower
+    clip.CLIPVisionModel.forward = clip_tower
     llava.LlavaMultiModalProjector.forward = project
-    llava.LlavaForConditionalGeneration.embed_input_ids = embed_input_ids
-    llava.LlavaForConditionalGeneration.compute_logits = lambda self, hidden: logits[: len(hidden)]
+    qwen2_5_vl.Qwen2_5_VisionTransformer.forward = qwen_tower
+    for model in (llava.LlavaForConditionalGeneration, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+        model.embed_input_ids = embed_input_ids
+        model.compute_logits = lambda self, hidden: logits[: len(hidden)]
     gpu_model_runner.GPUModelRunner._model_forward = forward
     gpu_model_runner.GPUModelRunner._get_or_create_async_output_copy_stream = lambda self: None
     gpu_model_runner.AsyncGPUModelRunnerOutput = Output
     if "eadaprune" in os.environ["VLLM_PLUGINS"]:
-        simulate_decisions(rates, stream, bank)
+        simulate_decisions(times, stream, bank)
     if IDEAL in os.environ:
-        idealize(rates, stream, bank)
+        idealize(times, stream, bank)
 
 
 class Bank:
     """Features of pictures, and what the device would compute of them.
 
     Attributes:
-        embeds: ``[PICTURES, TOKENS, HIDDEN]`` bfloat16.
+        model: with the shapes.
+        features: ``[PICTURES, tokens, features]`` bfloat16.
+        embeds: ``[PICTURES, tokens, hidden]`` bfloat16.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
         import torch
 
+        self.model = model
         generator = torch.Generator().manual_seed(0)
         found = []
         for number in range(PICTURES):
-            left = torch.linalg.qr(torch.randn(TOKENS, TOKENS, generator=generator)).Q
-            right = torch.linalg.qr(torch.randn(FEATURES, TOKENS, generator=generator)).Q
-            falling = torch.arange(1, TOKENS + 1).float() ** -(0.7 + 0.05 * number)
-            noise = 0.02 * torch.randn(TOKENS, FEATURES, generator=generator)
+            left = torch.linalg.qr(torch.randn(model.tokens, model.tokens, generator=generator)).Q
+            right = torch.linalg.qr(torch.randn(model.features, model.tokens, generator=generator)).Q
+            falling = torch.arange(1, model.tokens + 1).float() ** -(0.7 + 0.05 * number)
+            noise = 0.02 * torch.randn(model.tokens, model.features, generator=generator)
             found.append((left * falling) @ right.T * 20 + noise)
             found[-1][0, 0] = number + 1  # by which a picture is known
-        self._features = torch.stack(found).bfloat16()
-        self.embeds = self._features.repeat(1, 1, HIDDEN // FEATURES)
-        wide = self._features.float()
+        self.features = torch.stack(found).bfloat16()
+        self.embeds = self.features.repeat(1, 1, model.hidden // model.features)
+        wide = self.features.float()
         self.grams = wide @ wide.transpose(1, 2)
-        for number in range(PICTURES):
-            self.grams[number, 0, 1] = self.grams[number, 1, 0] = self.grams[number, 0, 1]
         self.eigenvalues = torch.linalg.eigvalsh(self.grams)
-        self._by_trace = {float(gram.diagonal()[1]): number for number, gram in enumerate(self.grams)}
+        self._by_trace = {float(gram[1, 1]): number for number, gram in enumerate(self.grams)}
 
-    def features(self, pixel_values: Any) -> Any:
-        """Those of the pictures that pixels stand for."""
-        sums = pixel_values[:, 0, ::37, ::41].float().sum((1, 2)).abs()
-        return self._features[(sums * 1000).long() % PICTURES]
+    def pick(self, pixels: Any) -> int:
+        """The picture that pixels stand for."""
+        return int(pixels.flatten()[::1499].float().sum().abs() * 1000) % PICTURES
+
+    def of_size(self, number: int, tokens: int) -> Any:
+        """Embeddings of a picture, as of an image with so many tokens, ``[tokens, hidden]``."""
+        times = -(-tokens // self.model.tokens)
+        return self.embeds[number].repeat(times, 1)[:tokens]
 
     def number(self, features: Any) -> int:
         """Which picture these are."""
@@ -204,7 +251,7 @@ class Bank:
         return self._by_trace[float(gram[1, 1])]
 
 
-def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
+def simulate_decisions(times: Times, stream: Stream, bank: Bank) -> None:
     """What a decision computes on the device, and where it waits for it: on a stream of its own, or if ``WAITS`` is set
     on the engine's, by the engine's thread, as before decisions had a thread."""
     import torch
@@ -231,9 +278,9 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
         yield
 
     def gram(features: Any) -> Any:
-        if features.shape != (TOKENS, FEATURES):
+        if features.shape != bank.features[0].shape:
             return features @ features.T
-        device.launch(rates.gram)
+        device.launch(times.gram)
         return bank.grams[bank.number(features)]
 
     def finite(values: Any) -> bool:
@@ -241,15 +288,15 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
         return True
 
     def eigenvalues(grams: Any) -> Any:
-        if grams.shape[-1] != TOKENS:
+        if grams.shape[-1] != bank.model.tokens:
             return torch.linalg.eigvalsh(grams)
-        wait(device.launch(rates.eigenvalues * len(grams)))
+        wait(device.launch(times.eigenvalues * len(grams)))
         return bank.eigenvalues[[bank.number_of_gram(each) for each in grams]]
 
     to_numpy = selectors.VisualTokens.token_gram_numpy.fget
 
     def token_gram_numpy(tokens: Any) -> Any:
-        wait(device.launch(rates.copy * tokens.num_tokens**2 * 4 / 1e6))
+        wait(device.launch(times.copy * tokens.num_tokens**2 * 4 / 1e6))
         return to_numpy(tokens)
 
     replaced: list[tuple[Any, str, Any]] = [
@@ -265,7 +312,7 @@ def simulate_decisions(rates: Rates, stream: Stream, bank: Bank) -> None:
         setattr(owner, name, own)
 
 
-def idealize(rates: Rates, stream: Stream, bank: Bank) -> None:
+def idealize(times: Times, stream: Stream, bank: Bank) -> None:
     """Decisions for nothing: the tower is launched, and the engine responds at once."""
     import torch
 
@@ -280,13 +327,14 @@ def idealize(rates: Rates, stream: Stream, bank: Bank) -> None:
     def launch(runner: Any, requests: Any, respond: bool = True) -> Any:
         if any(request.explain for request in requests):  # of the reference pictures
             return real(runner, requests, respond)
-        stream.launch(rates.batch + rates.image * len(requests))
+        time.sleep(times.launch / 1000)
+        stream.launch(times.batch + times.image * len(requests))
         found = []
         for request in requests:
-            kept = PruneOptions.model_validate_json(request.options).max_tokens or TOKENS
+            kept = PruneOptions.model_validate_json(request.options).max_tokens or bank.model.tokens
             indices = torch.arange(kept)
-            placeholders = Layout.whole(24, 24).placeholders(indices)
-            decision = PruneDecision(indices, placeholders, TOKENS, 0, None, None, "max_tokens", "span")
+            placeholders = Layout.whole(1, bank.model.tokens).placeholders(indices)
+            decision = PruneDecision(indices, placeholders, bank.model.tokens, 0, None, None, "max_tokens", "span")
             seconds = {"encode": 0.0, "spectrum": 0.0, "select": 0.0}
             found.append(DecisionResult(decision, bank.embeds[0, :kept], seconds))
         return lambda: found

@@ -52,6 +52,11 @@ def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) 
     Console().print(table)
 
 
+def with_range(value: float, low: float, high: float) -> str:
+    """A value and what it lies between."""
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
 def show_medians(title: str, rounds: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> None:
     """Print a table with a column for each contender: medians over its rounds, a line for each key."""
     rows = [

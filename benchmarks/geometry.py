@@ -30,7 +30,7 @@ VOCABULARY = 32064
 LANGUAGE_MODELS = {
     "tiny": {"hidden_size": 1024, "intermediate_size": 256, "num_hidden_layers": 1, "num_key_value_heads": 8},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8},
-    "wide": {"hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 32},
+    "wide": {"hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 1},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32},
 }
 TINY_TOWER = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -40,6 +40,11 @@ QWEN = {
         {"out_hidden_size": 3584, "intermediate_size": 3420, "hidden_size": 1280},
         {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
         | {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+    ),
+    "wide": (
+        {"out_hidden_size": 3584, "intermediate_size": 64, "hidden_size": 64, "depth": 1, "num_heads": 2},
+        {"hidden_size": 3584, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 28}
+        | {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
     ),
     "tiny": (
         {"out_hidden_size": 256, "intermediate_size": 256, "hidden_size": 64, "depth": 2, "num_heads": 2}
@@ -88,15 +93,15 @@ def flops(config: LlavaConfig, images: int, prompt_tokens: float) -> float:
     return images * tower + language
 
 
-def make_qwen(folder: Path, language_model: str) -> None:
+def make_qwen(folder: Path, language_model: str, vocabulary: int = VOCABULARY) -> None:
     """The same of a Qwen2.5-VL, which takes images of up to 16384 tokens."""
     tokens = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     tokens |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    tokenizer = byte_tokenizer(*tokens.values(), vocab_size=VOCABULARY)
+    tokenizer = byte_tokenizer(*tokens.values(), vocab_size=vocabulary)
     vision, text = QWEN[language_model]
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = text | special | {"vocab_size": VOCABULARY}
+    text = text | special | {"vocab_size": vocabulary}
     config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
     config.dtype, config.architectures = "bfloat16", ["Qwen2_5_VLForConditionalGeneration"]
     config.save_pretrained(folder)

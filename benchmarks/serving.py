@@ -25,7 +25,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import typer
-from common import RESULTS, Flags, Output, about, save, scene, show
+from common import RESULTS, Flags, Output, about, save, scene, show, with_range
 from geometry import IMAGE_TOKENS, LANGUAGE_MODELS, flops, make_geometry
 from matplotlib import pyplot as plt
 from rich.console import Console
@@ -45,11 +45,26 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One load: images per request, requests at a time, requests in all."""
+    """One load.
+
+    Attributes:
+        images: per request.
+        concurrency: requests at a time, at most.
+        requests: in all.
+        side: of an image, in pixels.
+        rate: requests per second; by default each is sent as soon as it may be.
+    """
 
     images: int
     concurrency: int
     requests: int
+    side: int = 336
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.rate:g} requests per second" if self.rate else f"{self.concurrency} at a time"
 
 
 def bench(
@@ -71,7 +86,7 @@ def bench(
         for number in range(cell.requests):
             paths = [folder / f"{number}-{index}.png" for index in range(cell.images)]
             for path in paths:
-                scene(next(seeds)).save(path)
+                scene(next(seeds)).resize((cell.side, cell.side)).save(path)
             lines.write(json.dumps({"prompt": PROMPT, "image_files": [str(path) for path in paths]}) + "\n")
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
@@ -80,6 +95,8 @@ def bench(
     arguments += ["--dataset-name", "custom_image", "--dataset-path", str(data), "--disable-shuffle"]
     arguments += ["--custom-output-len", str(output_tokens), "--num-prompts", str(cell.requests)]
     arguments += ["--max-concurrency", str(cell.concurrency), "--num-warmups", "0", "--ready-check-timeout-sec", "0"]
+    if cell.rate:
+        arguments += ["--request-rate", str(cell.rate)]
     if contender.options:
         arguments += ["--extra-body", json.dumps({"eadaprune": contender.options})]
     before, spent_before = server.metric("vllm:prompt_tokens_total"), stages(server)
@@ -137,8 +154,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     """Print speed-ups."""
 
     def ratio(row: dict[str, Any], column: str) -> str:
-        low, high = row.get(f"{column}_spread", (0, 0))
-        return f"{row[f'{column}_speedup']:.2f} ({low:.2f} to {high:.2f})" if high else ""
+        return with_range(row[f"{column}_speedup"], *row[f"{column}_spread"]) if f"{column}_spread" in row else ""
 
     headings = ["images", "at a time", "contender", "prompt", "limit", "first token", "between tokens", "requests/s"]
     lines = [

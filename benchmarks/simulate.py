@@ -3,9 +3,10 @@
 No figure of this benchmark is a measurement of a GPU: the device is a model (``accelerator.py``), with the times of its
 parameters. What it shows is how well host and device overlap: whether the engine waits, and for what.
 
-Servers in turns, each under loads of 1, 16 and 64 concurrent requests with new images: stock vLLM; the plugin at
-``energy`` 1.0; the plugin with at most 22 % of the tokens, by the spectrum and by span; with decisions that take no
-time, the ideal; and with an engine that waits for each decision, as on a CPU. Writes ``simulated.json``.
+Servers in turns: stock vLLM; the plugin at ``energy`` 1.0; the plugin with at most 22 % of the tokens, by the spectrum
+and by span; with decisions that take no time, the ideal; and with an engine that waits for each decision, as on a CPU.
+Each is under loads of 1, 16 and 64 concurrent requests with new images; and under a load at a fixed rate, while answers
+to text are being written: how long do they wait for a token? Writes ``simulated.json``, or ``simulated-qwen.json``.
 """
 
 import itertools
@@ -14,16 +15,23 @@ import os
 import random
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any
 
+import numpy as np
 import typer
-from accelerator import ENVIRONMENT, IDEAL, VOCABULARY, WAITS, Rates
-from common import RESULTS, Output, save, show
-from geometry import IMAGE_TOKENS, make_geometry
+from accelerator import ENVIRONMENT, IDEAL, MODELS, VOCABULARY, WAITS, Times
+from common import RESULTS, Output, save, show, with_range
+from geometry import make_geometry, make_qwen
+from openai import OpenAI
 from rich.console import Console
+from scipy import stats
 from servers import Contender
 from serving import COLUMNS as SERVING_COLUMNS
 from serving import Cell, bench
@@ -31,27 +39,99 @@ from serving import Cell, bench
 from eadaprune_vllm.demo.server import Server
 
 ENTRY_POINT = "[vllm.general_plugins]\nsimulated = accelerator:register\n"
+BOTH = "simulated,eadaprune"
 SHARE = 0.22
 FLAGS = ["--load-format", "dummy", "--max-model-len", "2048", "--max-num-seqs", "128", "--dtype", "bfloat16"]
-FLAGS += ["--async-scheduling", "--enforce-eager", "--no-enable-prefix-caching"]
+FLAGS += ["--async-scheduling", "--enforce-eager", "--no-enable-prefix-caching", "--limit-mm-per-prompt.video", "0"]
 FLAGS += ["--max-num-batched-tokens", "8192"]  # as by default on an H100
-FLAGS += ["--kv-cache-memory-bytes", "1000000000"]
-COLUMNS = SERVING_COLUMNS | {"p99_first_token": "p99_ttft_ms", "p99_between_tokens": "p99_itl_ms"}
+FLAGS += ["--kv-cache-memory-bytes", "200000000"]
+COLUMNS = SERVING_COLUMNS | {"p99_first_token": "p99_ttft_ms"}
+PERCENTILES = (50, 90, 99, 100)
 
 
-def environment(folder: Path, rates: Rates, plugins: str) -> dict[str, str]:
-    """Of a server with the simulated accelerator: the entry point is found beside the script."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of server, and the pruning options of its contenders by name.
+
+    Attributes:
+        contenders: with their options.
+        plugins: vLLM's.
+        flags: of the server.
+        env: more variables of its environment.
+    """
+
+    contenders: dict[str, dict[str, Any] | None]
+    plugins: str = BOTH
+    flags: list[str] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def kinds(kept: int) -> list[Kind]:
+    """All servers. The threshold asks for more than ``kept``, so that every picture keeps the same number of tokens."""
+    options = {"energy": 0.999, "min_tokens": kept, "max_tokens": kept}
+    by_span = ["--eadaprune-budget", "span"]
+    return [
+        Kind({"stock": None}, "simulated"),
+        Kind({"energy 1": {"energy": 1.0}, "spectrum": options}),
+        Kind({"span": options}, flags=by_span),
+        Kind({"ideal": options}, env={IDEAL: "1"}),
+        Kind({"spectrum, waiting": options}, env={WAITS: "1"}),
+        Kind({"span, waiting": options}, flags=by_span, env={WAITS: "1"}),
+    ]
+
+
+def start(kind: Kind, folder: Path, model: str, times: Times) -> Server:
+    """A server with the simulated accelerator, whose entry point is found beside this script."""
     info = folder / "simulated-0.dist-info"
     info.mkdir(exist_ok=True)
     (info / "entry_points.txt").write_text(ENTRY_POINT)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated\nVersion: 0\n")
     paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_PLUGINS": plugins, ENVIRONMENT: json.dumps(asdict(rates))}
-    return dict(os.environ) | own | {"HF_HUB_OFFLINE": "1"}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_PLUGINS": kind.plugins, "HF_HUB_OFFLINE": "1"}
+    own[ENVIRONMENT] = json.dumps({"model": model, "times": asdict(times)})
+    log = folder / f"{next(iter(kind.contenders))}.log"
+    flags = ["--allowed-local-media-path", str(folder), *FLAGS, *kind.flags]
+    return Server(log, folder / "model", *flags, env=dict(os.environ) | own | kind.env)
+
+
+def write(server: Server, stop: Event) -> list[float]:
+    """Seconds that answers to text wait for each token, one answer after the other."""
+    waits = []
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+        while not stop.is_set():
+            with client.completions.create(
+                model=server.NAME, prompt="Once", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+            ) as chunks:
+                last = None
+                for _ in chunks:
+                    now = time.perf_counter()
+                    if last:
+                        waits.append(now - last)
+                    last = now
+                    if stop.is_set():
+                        break
+    return waits
+
+
+def while_writing(answers: int, server: Server, load: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Measure under a load while so many answers are being written: also percentiles of what they wait for a token, in
+    milliseconds."""
+    stop = Event()
+    with ThreadPoolExecutor(answers) as pool:
+        written = [pool.submit(write, server, stop) for _ in range(answers)]
+        try:
+            found = load()
+        finally:
+            stop.set()
+        waits = np.concatenate([each.result() for each in written])
+    return found | {f"wait_p{each}": 1000 * float(np.percentile(waits, each)) for each in PERCENTILES}
 
 
 def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "llava",
     concurrency: Annotated[list[int], typer.Option(help="Requests at a time.")] = [1, 16, 64],  # noqa: B006
+    writing: Annotated[int, typer.Option(help="Answers that are being written under the load at a fixed rate.")] = 4,
+    rate: Annotated[float, typer.Option(help="Requests per second of that load; 0 for none.")] = 6,
     rounds: Annotated[int, typer.Option(help="How often each server has its turn.")] = 3,
     output_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 16,
     slower: Annotated[float, typer.Option(help="How many times as long as an H100 the device takes.")] = 4,
@@ -59,71 +139,65 @@ def main(
     output: Output = RESULTS,
 ) -> None:
     console, seeds, runs = Console(), itertools.count(), list[dict[str, Any]]()
-    rates, kept = Rates().slower(slower), round(SHARE * IMAGE_TOKENS)
-    # The threshold asks for more than the share, so that all keep the same number, whatever the picture.
-    pruned = {"energy": 0.9999, "min_tokens": 1, "max_tokens": kept}
-    both, by_span = "simulated,eadaprune", ["--eadaprune-budget", "span"]
-    servers: dict[str, tuple[str, list[str], str, list[tuple[str, dict[str, Any] | None]]]] = {
-        "stock": ("simulated", [], "", [("stock", None)]),
-        "spectrum": (both, [], "", [("energy 1", {"energy": 1.0}), ("spectrum", pruned)]),
-        "span": (both, by_span, "", [("span", pruned)]),
-        "ideal": (both, [], IDEAL, [("ideal", pruned)]),
-        "spectrum, waiting": (both, [], WAITS, [("spectrum, waiting", pruned)]),
-        "span, waiting": (both, by_span, WAITS, [("span, waiting", pruned)]),
-    }
+    shapes = MODELS[model]
+    times = shapes.times.slower(slower)
+    facts = {"model": model, "times": asdict(times), "output_tokens": output_tokens, "writing": writing}
+    cells = [Cell(1, each, max(24, 4 * each), side=shapes.side) for each in concurrency]
+    if rate:
+        cells.append(Cell(1, 64, round(10 * rate), side=shapes.side, rate=rate))
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        make_geometry(folder / "model", "wide", VOCABULARY)
+        (make_geometry if model == "llava" else make_qwen)(folder / "model", "wide", VOCABULARY)
         contenders = []
-        for server, (plugins, flags, variable, own) in servers.items():
-            if only and not any(each in only for each, _ in own):
+        for kind in kinds(round(SHARE * shapes.tokens)):
+            own = {name: options for name, options in kind.contenders.items() if not only or name in only}
+            if not own:
                 continue
-            env = environment(folder, rates, plugins) | ({variable: "1"} if variable else {})
-            started = Server(
-                folder / f"{server}.log", folder / "model", "--allowed-local-media-path", name, *FLAGS, *flags, env=env
-            )
-            stack.enter_context(started)
-            contenders += [Contender(each, started, options) for each, options in own if not only or each in only]
-            bench(contenders[-1], Cell(1, 4, 16), folder, seeds, output_tokens, COLUMNS)
-        for turn, at_once in itertools.product(range(rounds), concurrency):
-            cell = Cell(1, at_once, max(24, 4 * at_once))
+            server = stack.enter_context(start(kind, folder, model, times))
+            contenders += [Contender(name, server, options) for name, options in own.items()]
+            bench(contenders[-1], Cell(1, 4, 16, side=shapes.side), folder, seeds, output_tokens, COLUMNS)
+        for turn, cell in itertools.product(range(rounds), cells):
             for each in random.Random(turn).sample(contenders, len(contenders)):
-                with console.status(f"round {turn + 1} of {rounds}: {at_once} at a time, {each.name}"):
-                    found = bench(each, cell, folder, seeds, output_tokens, COLUMNS)
-                runs.append({"contender": each.name, "round": turn, "concurrency": at_once} | found)
-                save(output / "simulated.json", {"rates": asdict(rates), "output_tokens": output_tokens}, runs=runs)
+
+                def load(each: Contender = each, cell: Cell = cell) -> dict[str, float]:
+                    return bench(each, cell, folder, seeds, output_tokens, COLUMNS)
+
+                with console.status(f"round {turn + 1} of {rounds}: {cell}, {each.name}"):
+                    found = while_writing(writing, each.server, load) if cell.rate else load()
+                runs.append({"contender": each.name, "round": turn, "load": cell.name} | found)
+                save(output / ("simulated.json" if model == "llava" else f"simulated-{model}.json"), facts, runs=runs)
     report(runs)
 
 
 def report(runs: list[dict[str, Any]]) -> None:
     """Medians, and requests/s beside stock's and the ideal's of the same round."""
-    lines = []
-    for at_once in dict.fromkeys(run["concurrency"] for run in runs):
-        of_load = [run for run in runs if run["concurrency"] == at_once]
-        rates = {(run["contender"], run["round"]): run["requests_per_second"] for run in of_load}
+    for load in dict.fromkeys(run["load"] for run in runs):
+        of_load = [run for run in runs if run["load"] == load]
+        columns = [name for name in of_load[0] if name not in ("contender", "round", "load")]
+        columns = [name for name in columns if all(name in run for run in of_load)]
+        lines: list[list[object]] = []
         for name in dict.fromkeys(run["contender"] for run in of_load):
             own = [run for run in of_load if run["contender"] == name]
-            cells: list[object] = [at_once, name, f"{own[0]['prompt_tokens']:.0f}"]
-            cells += [statistics.median(run[column] for run in own) for column in COLUMNS]
-            for other in ("stock", "ideal"):
-                ratios = [
-                    rate / rates[other, turn]
-                    for (each, turn), rate in rates.items()
-                    if each == name and (other, turn) in rates
-                ]
-                cells.append(
-                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-                )
-            lines.append(cells)
-    headings = [
-        "at a time",
-        "server",
-        "prompt",
-        *(column.replace("_", " ") for column in COLUMNS),
-        "x stock",
-        "of the ideal",
+            lines.append([name, *(statistics.median(run[column] for run in own) for column in columns)])
+            lines[-1] += [ratio(of_load, name, other) for other in ("stock", "ideal")]
+        headings = ["server", *(column.replace("_", " ") for column in columns), "x stock", "of the ideal"]
+        show(f"Simulated accelerator, {load}: medians, and requests per second with 95 % intervals", headings, lines)
+
+
+def ratio(runs: list[dict[str, Any]], name: str, other: str) -> str:
+    """Requests per second of one contender as multiples of another's in the same round: the mean, and its 95 %
+    interval, if there are enough rounds."""
+    rates = {(run["contender"], run["round"]): run["requests_per_second"] for run in runs}
+    ratios = [
+        rate / rates[other, turn] for (each, turn), rate in rates.items() if each == name and (other, turn) in rates
     ]
-    show("Simulated accelerator: medians", headings, lines)
+    if name == other or not ratios:
+        return ""
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
+    half = stats.t.ppf(0.975, len(ratios) - 1) * stats.sem(ratios)
+    mean = statistics.mean(ratios)
+    return with_range(mean, mean - half, mean + half)
 
 
 if __name__ == "__main__":

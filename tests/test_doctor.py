@@ -35,7 +35,7 @@ import eadaprune_vllm.compat as compat
 from packaging.specifiers import SpecifierSet
 compat.SUPPORTED = SpecifierSet(">=0.99")
 """,
-    "gone": GONE.format("vllm.v1.engine.core:EngineCore.post_step"),
+    "gone": GONE.format("vllm.v1.engine.core:EngineCoreProc._process_engine_step"),
     "optional and gone": GONE.format("vllm.engine.arg_utils:EngineArgs.add_cli_args"),
     "nothing is installed": """
 import sys
@@ -102,7 +102,7 @@ def test_all_checks_pass(stub: Stub, model: Path) -> None:
             "gone",
             1,
             "patches",
-            "failed: vLLM {} has no vllm.v1.engine.core:EngineCore.post_step with the signature",
+            "failed: vLLM {} has no vllm.v1.engine.core:EngineCoreProc._process_engine_step with the signature",
         ),
         (
             "optional and gone",

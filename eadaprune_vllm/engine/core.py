@@ -1,4 +1,4 @@
-"""The engine core's queue of decision requests. After each step batches are launched, and those that are decided are
+"""The engine core's queue of decision requests. Before each step batches are launched, and those that are decided are
 collected: decoding goes on meanwhile."""
 
 import itertools

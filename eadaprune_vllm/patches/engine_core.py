@@ -41,10 +41,12 @@ def install() -> None:
         curves = [(curve.name, curve.thresholds.tobytes()) for curve in targets.curves]
         return Ready(**vars(original(core)), eadaprune=curves)
 
-    @wrap(f"{_CORE}:EngineCore.post_step")
-    def post_step(original: Any, core: Any, model_executed: bool) -> None:
-        original(core, model_executed)
+    # Messages that came during the last step have been handled by now.
+    @wrap(f"{_CORE}:EngineCoreProc._process_engine_step")
+    def process_engine_step(original: Any, core: Any) -> bool:
         run_next(core)
+        model_executed: bool = original(core)
+        return model_executed
 
     @wrap(f"{_CORE}:EngineCoreProc._notify_idle_state_callbacks")
     def notify_idle_state_callbacks(original: Any, core: Any) -> None:

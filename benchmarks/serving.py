@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +40,7 @@ COLUMNS = {
     "first_token": "median_ttft_ms",
     "between_tokens": "median_tpot_ms",
     "requests_per_second": "request_throughput",
+    "p99_first_token": "p99_ttft_ms",
 }
 
 
@@ -73,12 +74,11 @@ def bench(
     folder: Path,
     seeds: Iterator[int],
     output_tokens: int,
-    columns: Mapping[str, str] = COLUMNS,
 ) -> dict[str, float]:
     """Send the requests of one turn by ``vllm bench serve``, with the images of the next seeds.
 
     Returns:
-        By name of ``columns`` milliseconds and requests per second; milliseconds of each stage per new image, if the
+        By name of ``COLUMNS`` milliseconds and requests per second; milliseconds of each stage per new image, if the
         server pruned; and ``prompt_tokens``, the mean of a request.
     """
     server, data = contender.server, folder / "requests.jsonl"
@@ -103,7 +103,7 @@ def bench(
     with (folder / "bench.log").open("a") as log, contextlib.redirect_stdout(log):
         result = bench_serve(parser.parse_args(arguments))
     assert result["completed"] == cell.requests, result
-    found = {name: float(result[key]) for name, key in columns.items()}
+    found = {name: float(result[key]) for name, key in COLUMNS.items()}
     spent = {name: value - spent_before[name] for name, value in stages(server).items()}
     if pruned := spent.pop("pruned"):
         found |= {f"{stage}_ms": 1000 * seconds / pruned for stage, seconds in spent.items()}
@@ -156,7 +156,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     def ratio(row: dict[str, Any], column: str) -> str:
         return with_range(row[f"{column}_speedup"], *row[f"{column}_spread"]) if f"{column}_spread" in row else ""
 
-    headings = ["images", "at a time", "contender", "prompt", "limit", "first token", "between tokens", "requests/s"]
+    headings = ["images", "at a time", "contender", "prompt", "limit", *(each.replace("_", " ") for each in COLUMNS)]
     lines = [
         [row["images"], row["concurrency"], row["contender"], f"{row['prompt_tokens']:.0f}", f"{row['limit']:.2f}"]
         + [ratio(row, column) for column in COLUMNS]

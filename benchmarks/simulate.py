@@ -15,25 +15,19 @@ import os
 import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from accelerator import ENVIRONMENT, IDEAL, MODELS, VOCABULARY, WAITS, Times
 from common import RESULTS, Output, save, show, with_range
+from decoding import while_writing
 from geometry import make_geometry, make_qwen
-from openai import OpenAI
 from rich.console import Console
 from scipy import stats
 from servers import Contender
-from serving import COLUMNS as SERVING_COLUMNS
 from serving import Cell, bench
 
 from eadaprune_vllm.demo.server import Server
@@ -45,8 +39,6 @@ FLAGS = ["--load-format", "dummy", "--max-model-len", "2048", "--max-num-seqs", 
 FLAGS += ["--async-scheduling", "--enforce-eager", "--no-enable-prefix-caching", "--limit-mm-per-prompt.video", "0"]
 FLAGS += ["--max-num-batched-tokens", "8192"]  # as by default on an H100
 FLAGS += ["--kv-cache-memory-bytes", "200000000"]
-COLUMNS = SERVING_COLUMNS | {"p99_first_token": "p99_ttft_ms"}
-PERCENTILES = (50, 90, 99, 100)
 
 
 @dataclass(frozen=True)
@@ -94,39 +86,6 @@ def start(kind: Kind, folder: Path, model: str, times: Times) -> Server:
     return Server(log, folder / "model", *flags, env=dict(os.environ) | own | kind.env)
 
 
-def write(server: Server, stop: Event) -> list[float]:
-    """Seconds that answers to text wait for each token, one answer after the other."""
-    waits = []
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-        while not stop.is_set():
-            with client.completions.create(
-                model=server.NAME, prompt="Once", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
-            ) as chunks:
-                last = None
-                for _ in chunks:
-                    now = time.perf_counter()
-                    if last:
-                        waits.append(now - last)
-                    last = now
-                    if stop.is_set():
-                        break
-    return waits
-
-
-def while_writing(answers: int, server: Server, load: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Measure under a load while so many answers are being written: also percentiles of what they wait for a token, in
-    milliseconds."""
-    stop = Event()
-    with ThreadPoolExecutor(answers) as pool:
-        written = [pool.submit(write, server, stop) for _ in range(answers)]
-        try:
-            found = load()
-        finally:
-            stop.set()
-        waits = np.concatenate([each.result() for each in written])
-    return found | {f"wait_p{each}": 1000 * float(np.percentile(waits, each)) for each in PERCENTILES}
-
-
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "llava",
     concurrency: Annotated[list[int], typer.Option(help="Requests at a time.")] = [1, 16, 64],  # noqa: B006
@@ -155,12 +114,12 @@ def main(
                 continue
             server = stack.enter_context(start(kind, folder, model, times))
             contenders += [Contender(name, server, options) for name, options in own.items()]
-            bench(contenders[-1], Cell(1, 4, 16, side=shapes.side), folder, seeds, output_tokens, COLUMNS)
+            bench(contenders[-1], Cell(1, 4, 16, side=shapes.side), folder, seeds, output_tokens)
         for turn, cell in itertools.product(range(rounds), cells):
             for each in random.Random(turn).sample(contenders, len(contenders)):
 
                 def load(each: Contender = each, cell: Cell = cell) -> dict[str, float]:
-                    return bench(each, cell, folder, seeds, output_tokens, COLUMNS)
+                    return bench(each, cell, folder, seeds, output_tokens)
 
                 with console.status(f"round {turn + 1} of {rounds}: {cell}, {each.name}"):
                     found = while_writing(writing, each.server, load) if cell.rate else load()

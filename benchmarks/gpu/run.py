@@ -5,7 +5,9 @@ results in ``gpu.json``. A part that fails or runs into its time limit is record
 one starts. Called again with the same folder, parts that were not finished continue.
 
 - ``serving-1``, ``serving-32``: stock vLLM, the plugin at energy 1.0, and pruned, in one run; 1, 16 and 64 requests at
-  a time with new images, 1 and 32 tokens per answer. Also what the engine spends on each image, by stages.
+  a time with new images, 1 and 32 tokens per answer. Also what the engine spends on each image, by stages;
+  ``accelerator.py`` estimates these times
+- ``decoding``: how long answers that are being written wait for a token while images come
 - ``budget``: eigenvalues and other ways to compute a budget on the GPU, in batches, beside the plugin's
 - ``large``: images of 1024, 4096 and 16384 tokens, with the geometry of Qwen2.5-VL-7B
 - ``capacity``: how many requests fit into the KV cache
@@ -58,6 +60,13 @@ class Part:
 PARTS = {
     "serving-32": Part([*SERVING, "--output-tokens", "32"], LOADS, TINY_LOADS, "serving.json", 420),
     "serving-1": Part([*SERVING, "--output-tokens", "1"], LOADS, TINY_LOADS, "serving.json", 300),
+    "decoding": Part(
+        ["decoding.py"],
+        ["--language-model", "7b", "--images", "60", "--rate", "12", "--writing", "4", *SHARED_GPU],
+        [*CPU, "--images", "2", "--rate", "1", "--rounds", "1"],
+        "decoding.json",
+        240,
+    ),
     "budget": Part(["budget.py", "--seconds", "1"], ["--device", "cuda", *BATCHES], SMALL, "budget*.json", 240),
     "large": Part(["large.py"], SHARED_GPU, [*CPU, "--tokens", "256", "--requests", "1"], "large.json", 240),
     "capacity": Part(["capacity.py"], [], [], "capacity.json", 120),

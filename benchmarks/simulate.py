@@ -91,7 +91,7 @@ def main(
     concurrency: Annotated[list[int], typer.Option(help="Requests at a time.")] = [1, 16, 64],  # noqa: B006
     writing: Annotated[int, typer.Option(help="Answers that are being written under the load at a fixed rate.")] = 4,
     rate: Annotated[float, typer.Option(help="Requests per second of that load; 0 for none.")] = 6,
-    rounds: Annotated[int, typer.Option(help="How often each server has its turn.")] = 3,
+    rounds: Annotated[int, typer.Option(help="How often each server has its turn, after one to warm up.")] = 4,
     output_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 16,
     slower: Annotated[float, typer.Option(help="How many times as long as an H100 the device takes.")] = 4,
     only: Annotated[list[str], typer.Option(help="Contenders to run; by default all.")] = [],  # noqa: B006
@@ -115,13 +115,13 @@ def main(
             server = stack.enter_context(start(kind, folder, model, times))
             contenders += [Contender(name, server, options) for name, options in own.items()]
             bench(contenders[-1], Cell(1, 4, 16, side=shapes.side), folder, seeds, output_tokens)
-        for turn, cell in itertools.product(range(rounds), cells):
+        for turn, cell in itertools.product(range(rounds + 1), cells):
             for each in random.Random(turn).sample(contenders, len(contenders)):
 
                 def load(each: Contender = each, cell: Cell = cell) -> dict[str, float]:
                     return bench(each, cell, folder, seeds, output_tokens)
 
-                with console.status(f"round {turn + 1} of {rounds}: {cell}, {each.name}"):
+                with console.status(f"round {turn} of {rounds}: {cell}, {each.name}"):
                     found = while_writing(writing, each.server, load) if cell.rate else load()
                 runs.append({"contender": each.name, "round": turn, "load": cell.name} | found)
                 save(output / ("simulated.json" if model == "llava" else f"simulated-{model}.json"), facts, runs=runs)
@@ -129,7 +129,8 @@ def main(
 
 
 def report(runs: list[dict[str, Any]]) -> None:
-    """Medians, and requests/s beside stock's and the ideal's of the same round."""
+    """Medians, and requests/s beside stock's and the ideal's of the same round; without the first round."""
+    runs = [run for run in runs if run["round"]]
     for load in dict.fromkeys(run["load"] for run in runs):
         of_load = [run for run in runs if run["load"] == load]
         columns = [name for name in of_load[0] if name not in ("contender", "round", "load")]

@@ -10,7 +10,7 @@ from eadaprune_vllm.startup.naming import NAME, named_plugins
 
 # In the order of a request: start-up, engine, rendering, sending. ``command_line`` is installed by itself.
 _PATCHES = (
-    *("config", "engine_core", "engine_client"),
+    *("config", "engine_core", "scheduler", "engine_client"),
     *("cudagraph", "weights"),
     *("renderer", "pooling", "scoring", "run_batch", "anthropic", "cohere"),
     *("input_processor", "sender_cache"),

@@ -80,7 +80,7 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
     }
     options |= {"load_aware": {"waiting_high": 8}}
     options |= {"energy_ceiling": 1.0, "max_tokens_ceiling": 99, "out_of_bounds": "clamp", "report": True}
-    options |= {"report_cached": True, "any_model": True, "page": False}
+    options |= {"report_cached": True, "any_model": True, "page": False, "trust_kv_connector": True}
     assert options.keys() == ServerOptions.model_fields.keys()
     line = []
     for name, value in options.items():

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm.architectures import adapter
 from eadaprune_vllm.core.options import KEY, PruneOptions
+from eadaprune_vllm.core.report import ItemReport
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
 from eadaprune_vllm.frontend import preview
 from eadaprune_vllm.frontend.client import DecisionClient
@@ -26,9 +28,13 @@ from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.metrics import Metrics
 from eadaprune_vllm.frontend.processor import PruningProcessor
 from eadaprune_vllm.frontend.request_options import Choices
+from eadaprune_vllm.frontend.transfer import TRANSFER, Transfer
 
 Images = dict[str, Image.Image]
 Family = Callable[[str], Path]
+# The report of an image of ten tokens.
+SMALL: dict[str, Any] = {"visual_tokens": 10, "kept_tokens": 1, "energy_threshold": 0.9, "energy_requested": 0.9}
+SMALL |= {"spectral_energy": 0.9, "span_energy": 0.9, "selector": "span"}
 LEAST, MAX_MODEL_LEN = 64, 150  # tokens that an image keeps at least, and that a prompt has at most
 
 
@@ -152,6 +158,71 @@ def test_embeddings_that_are_not_finite_are_refused(
     given = ProcessorInputs([], processor.info.parse_mm_data({modality: data}), hf_processor_mm_kwargs={KEY: options})
     with pytest.raises(VLLMValidationError, match=f"embeddings of {modality} 1 hold NaN, infinity or values too large"):
         next(processor.apply(given, TimingContext(enabled=False)))
+
+
+def test_embeddings_without_layout_are_refused_per_request(family: Family) -> None:
+    """Where vLLM takes embeddings without being asked to, as with a store of blocks."""
+    processor = build(family("llava_next"), flags={"enable_mm_embeds": True})
+    rows = torch.ones(1, 4, processor.info.ctx.model_config.get_inputs_embeds_size())
+    for options in ({}, {"energy": 1.0}):
+        given = ProcessorInputs(
+            [], processor.info.parse_mm_data({"image": rows}), hf_processor_mm_kwargs={KEY: options}
+        )
+        with pytest.raises(VLLMValidationError, match="embeddings of images are not supported for this model"):
+            next(processor.apply(given, TimingContext(enabled=False)))
+
+
+def test_missing_embeddings_are_refused(family: Family) -> None:
+    """vLLM lets consumers of KV cache send the layout alone."""
+    processor = build(family("qwen2_5_vl"), flags={"enable_mm_embeds": True})
+    processor.info.ctx.get_mm_config().allow_missing_mm_embeddings = True
+    layout = processor.info.get_data_parser().parse_mm_data({"image": {"image_grid_thw": torch.tensor([[1, 4, 4]])}})
+    given = ProcessorInputs([], layout, hf_processor_mm_kwargs={KEY: {}})
+    with pytest.raises(VLLMValidationError, match="embeddings of image 0 are missing"):
+        next(processor.apply(given, TimingContext(enabled=False)))
+
+
+def transferred(processor: PruningProcessor, image: Image.Image, k: int, **changes: Any) -> Transfer:
+    """What another instance decided about an image: to keep the first k tokens."""
+    steps = apply(processor, {"energy": 0.25}, image)
+    (asked,) = next(steps)
+    result = decided(k)
+    asked.set_response(msgspec.structs.replace(result, decision=replace(result.decision, unpruned=576)))
+    (item,) = made_by(steps)[KEY].decisions["image"]
+    return Transfer({"image": [item.model_copy(update=changes)]})
+
+
+def load(processor: PruningProcessor, transfer: Transfer, *images: Image.Image) -> Any:
+    """The steps of a request whose KV cache comes from another instance."""
+    given = inputs(processor, {"energy": 0.9}, *images)
+    given.hf_processor_mm_kwargs = {**given.hf_processor_mm_kwargs, TRANSFER: transfer}
+    return processor.apply(given, TimingContext(enabled=False))
+
+
+def test_decisions_of_another_instance_hold(model: Path, images: Images) -> None:
+    """Nothing is decided, whatever the options here; the item has its pixels, if it has to be encoded."""
+    transfer = transferred(build(model), images["coffee"], 3)
+    made = made_by(load(build(model), transfer, images["coffee"]))
+    (place,), (item,) = made["mm_placeholders"]["image"], made["mm_kwargs"]["image"]
+    assert place.length == len(made["prompt_token_ids"]) == 3
+    assert item["image_kept"].data.tolist() == [0, 1, 2]
+    assert item["pixel_values"].data.shape == (3, 336, 336)
+    assert made[KEY].decisions == transfer.decisions
+    (report,) = made[KEY].of("image")
+    assert report == transfer.decisions["image"][0].report.model_copy(update={"cached": False})
+
+
+def test_decisions_that_do_not_fit_are_refused(model: Path, processor: PruningProcessor, images: Images) -> None:
+    coffee, report = images["coffee"], ItemReport.model_validate(SMALL)
+    transfer = transferred(build(model), coffee, 3)
+    of_another_size = transferred(build(model), coffee, 3, kept="gAA=", report=report)
+    for there, pictures, words in (
+        (transfer, [images["moon"]], "is about another image"),
+        (transfer, [coffee, images["moon"]], "has no decision about image 1"),
+        (of_another_size, [coffee], "is about 10 tokens where this image has 576"),
+    ):
+        with pytest.raises(VLLMValidationError, match=words):
+            next(load(processor, there, *pictures))
 
 
 def test_image_of_two_requests_is_processed_once(processor: PruningProcessor, images: Images) -> None:

@@ -4,6 +4,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from eadaprune_vllm.core.load_policy import LoadPolicy
+from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.engine.extension import OURS
 from eadaprune_vllm.errors import StartupError
@@ -103,24 +105,74 @@ def test_modelscope_models_are_left_to_vllm(config: Any, monkeypatch: pytest.Mon
     checks.check(config)
 
 
-def test_connectors_between_instances_are_refused(config: Any) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "words"),
+    [
+        ("", "ec_transfer_config", object(), "--ec-transfer-config is not supported"),
+        ("parallel_config", "distributed_executor_backend", "external_launcher", "external launcher"),
+        ("model_config.multimodal_config", "mm_encoder_only", True, "--mm-encoder-only is not supported"),
+    ],
+)
+def test_instances_that_a_decision_does_not_reach_are_refused(
+    config: Any, owner: str, name: str, value: Any, words: str
+) -> None:
     checks.check(config)
-    kv_transfer = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
-    several = {"connectors": [{"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}]}
-    both = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=several)
-    for owner, name, value, words in (
-        (config, "kv_transfer_config", kv_transfer, "--kv-transfer-config is not supported"),
-        (config, "kv_transfer_config", both, "--kv-transfer-config is not supported"),
-        (config, "ec_transfer_config", object(), "--ec-transfer-config is not supported"),
-        (config.parallel_config, "distributed_executor_backend", "external_launcher", "external launcher"),
-        (config.model_config.multimodal_config, "mm_encoder_only", True, "--mm-encoder-only is not supported"),
-    ):
-        before = getattr(owner, name)
-        setattr(owner, name, value)
+    setattr(attrgetter(owner)(config) if owner else config, name, value)
+    with pytest.raises(StartupError, match=words):
+        checks.check(config)
+
+
+def connected(config: Any, *names: str, trust: bool = False) -> Any:
+    """The configuration with this KV connector, or with several of them."""
+    several = {"connectors": [{"kv_connector": name} for name in names]} if len(names) > 1 else {}
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector="MultiConnector" if several else names[0], kv_role="kv_both", kv_connector_extra_config=several
+    )
+    setattr(config.model_config.multimodal_config, KEY, ServerOptions(trust_kv_connector=trust))
+    return config
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["ExampleConnector"],
+        ["OffloadingConnector"],
+        ["LMCacheConnectorV1"],
+        ["NixlConnector"],
+        ["OffloadingConnector", "MooncakeStoreConnector"],
+    ],
+)
+def test_known_connectors(config: Any, names: list[str]) -> None:
+    checks.check(connected(config, *names))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["MooncakeConnector"], "the decision does not reach the instance that decodes"),
+        (["OffloadingConnector", "MooncakeConnector"], "the decision does not reach the instance that decodes"),
+        (["HF3FSKVConnector"], "would take one image for another"),
+    ],
+)
+def test_other_connectors_are_refused(config: Any, names: list[str], words: str) -> None:
+    for trust in (False, True):
         with pytest.raises(StartupError, match=words):
-            checks.check(config)
-        setattr(owner, name, before)
-    config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+            checks.check(connected(config, *names, trust=trust))
+
+
+def test_connectors_that_are_not_known_need_a_flag(config: Any) -> None:
+    with pytest.raises(StartupError, match="--eadaprune-trust-kv-connector serves with it"):
+        checks.check(connected(config, "OperatorsConnector"))
+    checks.check(connected(config, "OperatorsConnector", trust=True))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "glm4v"])
+def test_stores_work_where_client_embeddings_do_not(family: Callable[[str], Path], name: str) -> None:
+    """vLLM switches these on by itself."""
+    store = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    config = EngineArgs(str(family(name)), max_model_len=1024, kv_transfer_config=store).create_engine_config()
+    assert config.model_config.multimodal_config.enable_mm_embeds
+    setattr(config.model_config.multimodal_config, KEY, ServerOptions())
     checks.check(config)
 
 

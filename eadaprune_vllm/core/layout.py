@@ -63,3 +63,20 @@ class Layout:
             ends, line = torch.arange(int(is_newline.sum())), self.newlines.line
             is_kept[is_newline] = torch.isin(ends, line[indices]) | torch.isin(ends, line, invert=True)
         return is_kept.nonzero()[:, 0]
+
+    def indices(self, placeholders: torch.Tensor) -> torch.Tensor:
+        """The tokens whose placeholders are kept: the inverse of ``placeholders``.
+
+        Args:
+            placeholders: ``[p]`` int64, ascending.
+
+        Raises:
+            ValueError: if no tokens have these placeholders.
+        """
+        is_token = ~self.is_newline
+        if int(placeholders[-1]) < len(is_token):
+            number = is_token.cumsum(0) - 1
+            indices = number[placeholders[is_token[placeholders]]]
+            if torch.equal(self.placeholders(indices), placeholders):
+                return indices
+        raise ValueError("no tokens have these placeholders")

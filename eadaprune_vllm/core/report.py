@@ -5,11 +5,14 @@ Without torch, because commands use it on machines without a model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from eadaprune_vllm.core.options import Bound
+
+if TYPE_CHECKING:
+    from eadaprune_vllm.core.transfer import TransferredItem
 
 
 class ItemReport(BaseModel):
@@ -90,6 +93,7 @@ class Pruning:
         kv_bytes_per_token: KV cache of one token, over all layers, in bytes.
         timings: of the images and videos that were not cached.
         identifiers: by vLLM's ``mm_hash``, the identifier of each item in the engine's caches.
+        decisions: like the reports, for other instances.
     """
 
     reports: Mapping[str, Sequence[ItemReport]]
@@ -97,6 +101,7 @@ class Pruning:
     kv_bytes_per_token: int
     timings: Sequence[Timing] = ()
     identifiers: Mapping[str, str] = field(default_factory=dict)
+    decisions: Mapping[str, Sequence["TransferredItem"]] = field(default_factory=dict)
 
     def without_cache(self) -> Self:
         """A copy that does not reveal whether an image or video was sent before."""

@@ -98,6 +98,11 @@ class ServerOptions(PruneOptions):
         description="Whether to serve models that are not in the list of supported ones, if the reference pictures "
         "can be pruned when the server starts.",
     )
+    trust_kv_connector: bool = Field(
+        default=False,
+        description="Whether to serve with a KV connector (--kv-transfer-config) that the plugin does not know. It has "
+        "to find blocks by vLLM's block hashes or by the identifiers of images; otherwise answers are wrong.",
+    )
     load_aware: LoadPolicy | None = Field(
         default=None,
         description="Lower thresholds while the engine is under load. Without a value: "

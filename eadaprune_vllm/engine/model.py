@@ -18,6 +18,11 @@ MM_EMBEDS = "_mm_embeds"  # [p, W], the model's dtype, embeddings of the kept pl
 KEPT = "_kept"  # [p] int64, on the CPU, the indices of these among the unpruned placeholders
 
 
+def is_pruned(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a batch is of pruned items."""
+    return any(name.endswith(KEPT) for name in kwargs)
+
+
 def pruned_embeds(kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
     """The embeddings of a batch of pruned items; None for other batches. vLLM batches one modality at a time."""
     return next((list(value) for name, value in kwargs.items() if name.endswith(MM_EMBEDS)), None)
@@ -27,7 +32,8 @@ class Pruned(SupportsMultiModal):
     """Mixin in front of a model of vLLM's.
 
     Modifications:
-    - ``embed_multimodal`` returns the embeddings of pruned items as they are
+    - ``embed_multimodal`` returns the embeddings of pruned items as they are, or encodes and prunes them if they come
+      without, with the decision of another instance
     - the class has the name of vLLM's class, because drafters of speculative decoding look up the placeholder by it
 
     Attributes:
@@ -54,7 +60,13 @@ class Pruned(SupportsMultiModal):
     @override
     def embed_multimodal(self, **kwargs: Any) -> Any:
         embeds = pruned_embeds(kwargs)
-        return super().embed_multimodal(**kwargs) if embeds is None else embeds
+        if embeds is not None:
+            return embeds
+        name = next((name for name in kwargs if name.endswith(KEPT)), None)
+        if name is None:
+            return super().embed_multimodal(**kwargs)
+        kept = kwargs.pop(name)  # of each item: see ``PendingItem.pruned``
+        return [embeds[kept.to(embeds.device)] for embeds in super().embed_multimodal(**kwargs)]
 
     def eadaprune_encode(self, modality: str, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """Encode a batch.

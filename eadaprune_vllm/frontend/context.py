@@ -19,14 +19,18 @@ class RequestContext:
     Attributes:
         header: value of the header ``X-EAdaPrune-Energy``.
         options: the request's field ``eadaprune``.
+        kv_transfer_params: the request's, for the decisions of another instance.
         item_counts: images and videos of the prompts rendered so far, for error messages.
         prunings: added when prompts are rendered.
+        rendered: of a raw prompt.
     """
 
     header: str | None = None
     options: object = None
+    kv_transfer_params: object = None
     item_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0))
     prunings: list[Pruning] = field(default_factory=list)
+    rendered: Pruning | None = None
 
     def report(self) -> Report | None:
         """The client's report; None if there was nothing to prune, or the server does not report."""

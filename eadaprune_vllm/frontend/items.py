@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.core.options import CHUNK, KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.report import ItemReport, Pruning
 from eadaprune_vllm.core.server_options import Choice
+from eadaprune_vllm.core.transfer import TransferredItem
 from eadaprune_vllm.frontend.pending import PendingItem
 
 
 def digest(placeholders: torch.Tensor, weights_changed_at: float = 0.0) -> str:
-    """The suffix of an image's identifier that tells decisions about it apart.
+    """The suffix of an image's identifier that tells decisions about it apart. Hexadecimal like the rest of it: LMCache
+    takes the number's last 16 bits.
 
     Args:
         placeholders: ``[p]`` int64, the kept placeholders.
@@ -27,7 +30,7 @@ def digest(placeholders: torch.Tensor, weights_changed_at: float = 0.0) -> str:
     found = hashlib.blake2b(placeholders.numpy().data, digest_size=8)
     if weights_changed_at:
         found.update(struct.pack("d", weights_changed_at))
-    return "-" + found.hexdigest()
+    return found.hexdigest()
 
 
 @dataclass
@@ -37,10 +40,12 @@ class PrunedDetails(PromptUpdateDetails):
     Attributes:
         decision: None if everything is kept without a decision.
         num_newlines: placeholders that are newlines.
+        layout: of the unpruned item; None after pruning.
     """
 
     decision: PruneDecision | None = None
     num_newlines: int = 0
+    layout: Layout | None = None
 
     @property
     def embeds(self) -> torch.Tensor:
@@ -58,6 +63,8 @@ class PrunedDetails(PromptUpdateDetails):
         return PrunedDetails(full[is_kept].tolist(), is_embed, decision, decision.newlines)
 
     def report(self, item: "Item") -> ItemReport:
+        if item.transferred:
+            return item.transferred.report.model_copy(update={"cached": item.cached})
         decision, num_placeholders = self.decision, int(self.embeds.sum())
         options = item.options
         return ItemReport(
@@ -86,6 +93,7 @@ class Item:
         options: effective.
         requested: threshold before load lowered it.
         cached: whether vLLM's processor cache has it.
+        transferred: the decision of another instance, whose KV cache the request loads.
     """
 
     modality: str
@@ -94,6 +102,12 @@ class Item:
     options: PruneOptions
     requested: float
     cached: bool = False
+    transferred: TransferredItem | None = None
+
+    @property
+    def may_be_pruned(self) -> bool:
+        """Whether it may lose tokens."""
+        return may_prune(self.options) if self.transferred is None else self.transferred.kept is not None
 
 
 @dataclass
@@ -106,6 +120,7 @@ class Items:
         choices: options without load.
         weights_changed_at: ``FrontEnd.weights_changed_at`` of the weights that encode them.
         reports: by modality, once vLLM has processed the items.
+        decisions: like the reports, for other instances.
         identifiers: by ``mm_hash``, the identifiers in the engine's caches. They consist of image and kept tokens: two
             options that keep the same tokens share an entry.
         position_slack: upper bound of M-RoPE positions minus tokens, over all items.
@@ -116,13 +131,14 @@ class Items:
     choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     weights_changed_at: float = 0.0
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
+    decisions: dict[str, list[TransferredItem]] = field(default_factory=lambda: defaultdict(list))
     identifiers: dict[str, str] = field(default_factory=dict)
     position_slack: int = 0
 
     @property
     def any_prunable(self) -> bool:
         """Whether any item may lose tokens. If none may, vLLM processes the request unchanged."""
-        return any(may_prune(item.options) for items in self.by_modality.values() for item in items)
+        return any(item.may_be_pruned for items in self.by_modality.values() for item in items)
 
     def undecided(self) -> list[PendingItem]:
         """The items that still need a decision.
@@ -137,9 +153,12 @@ class Items:
 
     def add_report(self, item: Item, content: PrunedDetails) -> None:
         """Add the report of an item, in the order of the prompt, and its identifier."""
-        if item.modality in MODALITIES:
-            self.reports[item.modality].append(content.report(item))
         decision = content.decision
+        if item.modality in MODALITIES:
+            report = content.report(item)
+            placeholders = decision.placeholders.numpy() if decision else None
+            self.reports[item.modality].append(report)
+            self.decisions[item.modality].append(TransferredItem.of(item.image_hash, placeholders, report))
         # Without a decision the identifier is vLLM's.
         suffix = digest(decision.placeholders, self.weights_changed_at) if decision else ""
         self.identifiers[item.mm_hash] = item.image_hash + suffix
@@ -149,7 +168,7 @@ class Items:
         """What happened to all of them, for vLLM's engine input."""
         timings = [each.timing for each in self.pending.values() if each.timing]
         seconds = sum(sum(timing.stages.values()) for timing in timings)
-        return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers)
+        return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers, self.decisions)
 
 
 def client_modalities(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
@@ -165,7 +184,7 @@ def may_prune(options: PruneOptions) -> bool:
     return options.enabled and (options.energy < 1 or options.max_tokens is not None)
 
 
-def split(hf_kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def split(hf_kwargs: Mapping[str, Any], key: str = KEY) -> tuple[Any, dict[str, Any]]:
     """Split off our value from vLLM's keyword arguments of the processor; None if there is none."""
     others = dict(hf_kwargs)
-    return others.pop(KEY, None), others
+    return others.pop(key, None), others

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 
+from eadaprune_vllm.architectures import adapter
 from eadaprune_vllm.core.prune import finite
 
 
@@ -43,15 +43,24 @@ def check_positions(model_config: Any, position_slack: int) -> None:
         )
 
 
-def check_finite(modality: str, items: Any, dtype: torch.dtype) -> None:
+def check_embeddings(modality: str, items: Any, model_config: Any) -> None:
     """Raises:
-    VLLMValidationError: if a client's embeddings are not finite in the model's dtype. In the KV cache they would affect
-        later requests.
+    VLLMValidationError: if a client's embeddings cannot be pruned for this model, are missing (vLLM allows this on
+        instances that take KV cache of others), or are not finite in the model's dtype: in the KV cache they would
+        affect later requests.
     """
     if not isinstance(items, EmbeddingItems | DictEmbeddingItems):
         return
+    if not adapter(model_config.architecture).eadaprune_takes_embeddings:
+        raise VLLMValidationError(
+            f"embeddings of {modality}s are not supported for this model: they come without their layout",
+            parameter="messages",
+        )
     for index, item in enumerate(items):
-        tensors = item.values() if isinstance(item, Mapping) else [item]
+        tensors = [*item.values()] if isinstance(item, Mapping) else [item]
+        if not any(each is not None and each.is_floating_point() for each in tensors):
+            raise VLLMValidationError(f"embeddings of {modality} {index} are missing", parameter="messages")
+        dtype = model_config.dtype
         if not all(finite(of.to(dtype)) for of in tensors if of is not None and of.is_floating_point()):
             raise VLLMValidationError(
                 f"embeddings of {modality} {index} hold NaN, infinity or values too large for {dtype}",

@@ -4,7 +4,9 @@ Invariant: count and content come from one object. The engine decides once about
 positions and report are all derived from this decision, and stored in one cache entry.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -25,9 +27,10 @@ from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.frontend.context import RequestContext
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, client_modalities, may_prune, split
-from eadaprune_vllm.frontend.limits import check_finite, check_length, check_positions
+from eadaprune_vllm.frontend.limits import check_embeddings, check_length, check_positions
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.request_options import Choices, option_sources
+from eadaprune_vllm.frontend.transfer import TRANSFER, Transfer
 from eadaprune_vllm.messages import DecisionRequest
 
 Steps = Generator[list[PendingItem], None, Any]
@@ -57,9 +60,12 @@ class PruningProcessor(BaseMultiModalProcessor):
         given, others = split(inputs.hf_processor_mm_kwargs)
         if given is None:
             return super().apply(inputs, *args, **kwargs)
-        return self.steps(replace(inputs, hf_processor_mm_kwargs=others), given, *args, **kwargs)
+        transfer, others = split(others, TRANSFER)
+        return self.steps(replace(inputs, hf_processor_mm_kwargs=others), given, transfer, *args, **kwargs)
 
-    def steps(self, inputs: ProcessorInputs, given: object, *args: Any, **kwargs: Any) -> Steps:
+    def steps(
+        self, inputs: ProcessorInputs, given: object, transfer: Transfer | None, *args: Any, **kwargs: Any
+    ) -> Steps:
         """How the images and videos of a request are processed: resolve their options, read new items, have the engine
         decide about these, and let vLLM make its engine input.
 
@@ -69,6 +75,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         Args:
             inputs: vLLM's, without our options.
             given: the options: ``Choices`` for a chat, or one value for all images and videos of a prompt.
+            transfer: the decisions of another instance, whose KV cache the request loads.
 
         Yields:
             The items that the engine has to decide about before the next step.
@@ -81,10 +88,10 @@ class PruningProcessor(BaseMultiModalProcessor):
                 that is the client's fault.
         """
         assert self.front_end
-        items = self._resolve(inputs, given)
+        items = self._resolve(inputs, given, transfer)
         while True:
             if items.weights_changed_at != self.front_end.weights_changed_at:  # start again with the new weights
-                items = self._resolve(inputs, items.choices)
+                items = self._resolve(inputs, items.choices, transfer)
             self._look_up(inputs, items)
             if not items.any_prunable:
                 break
@@ -98,7 +105,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         result[KEY] = items.pruning(self.front_end.kv_bytes_per_token)
         return result
 
-    def _resolve(self, inputs: ProcessorInputs, given: object) -> Items:
+    def _resolve(self, inputs: ProcessorInputs, given: object, transfer: Transfer | None) -> Items:
         """The images and videos of a request, with their effective options and cache keys."""
         assert self.front_end
         names = client_modalities(inputs.mm_data_items)
@@ -118,17 +125,24 @@ class PruningProcessor(BaseMultiModalProcessor):
         if weights_changed_at:
             hash_kwargs["weights"] = weights_changed_at
         by_modality: dict[str, list[Item]] = {}
+        numbers = defaultdict[str, Iterator[int]](itertools.count)
         for modality, mm_items in inputs.mm_data_items.items():
-            check_finite(modality, mm_items, self.info.ctx.model_config.dtype)
+            check_embeddings(modality, mm_items, self.info.ctx.model_config)
             by_modality[modality] = []
             each = zip(names[modality], given.for_items(names[modality]), hashes[modality], mm_items, strict=True)
             for name, choice, image_hash, data in each:
                 sticky = choice.from_previous_turn or data is None
                 options, mm_hash = self.front_end.effective_options(choice, image_hash, sticky), image_hash
-                if may_prune(options):
-                    keys = {KEY: options.key, **hash_kwargs}
-                    mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **keys)
-                by_modality[modality].append(Item(name, image_hash, mm_hash, options, choice.options.threshold))
+                key, transferred = options.key if may_prune(options) else None, None
+                if transfer:
+                    transferred = transfer.decision(name, next(numbers[name]), image_hash, is_needed=key is not None)
+                if transferred:
+                    key = transferred.kept
+                if key is not None:
+                    mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: key, **hash_kwargs})
+                by_modality[modality].append(
+                    Item(name, image_hash, mm_hash, options, choice.options.threshold, transferred=transferred)
+                )
         return Items(by_modality, choices=given, weights_changed_at=weights_changed_at)
 
     def _look_up(self, inputs: ProcessorInputs, items: Items) -> None:
@@ -176,6 +190,8 @@ class PruningProcessor(BaseMultiModalProcessor):
                         all_read = False
                         continue
                     new = self.front_end.pending.get(item.mm_hash) or self.read(inputs, modality, index, item.options)
+                    if item.transferred:
+                        new.take(item.transferred)
                     items.pending[item.mm_hash] = self.front_end.pending[item.mm_hash] = new
                     remaining -= new.request.num_placeholders
                 new = items.pending[item.mm_hash]
@@ -263,7 +279,7 @@ class PruningProcessor(BaseMultiModalProcessor):
                     )
                 except ValueError as error:
                     raise VLLMValidationError(str(error), parameter="messages") from None
-                return replace(content, num_newlines=int(layout.is_newline.sum()))
+                return replace(content, num_newlines=int(layout.is_newline.sum()), layout=layout)
 
             return replace(update, replacement=replacement)
 

@@ -1,11 +1,15 @@
 """vLLM's input processor: a request is counted here, after vLLM's own checks, and its items get their identifiers."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from eadaprune_vllm.core.options import KEY
+from eadaprune_vllm.core.report import Pruning
 from eadaprune_vllm.engine.model import KEPT
+from eadaprune_vllm.frontend.context import RequestContext, request_context
 from eadaprune_vllm.frontend.items import digest
+from eadaprune_vllm.frontend.transfer import PARAMS, Transfer, refusal
 from eadaprune_vllm.patching import wrap
 
 _LOST = "a beam search with a cached image may fail if the engine decided about this image again"
@@ -14,19 +18,28 @@ _LOST = "a beam search with a cached image may fail if the engine decided about 
 def install() -> None:
     @wrap("vllm.v1.engine.input_processor:InputProcessor.process_inputs")
     def process_inputs(
-        original: Any, input_processor: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any
+        original: Any, input_processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        request = original(input_processor, request_id, prompt, *args, **kwargs)
-        if not (isinstance(prompt, dict) and KEY in prompt):
+        transfer_params = (getattr(params, "extra_args", None) or {}).get(PARAMS) or {}
+        with request_context(RequestContext(kv_transfer_params=transfer_params)) as context:
+            request = original(input_processor, request_id, prompt, params, *args, **kwargs)
+        # ``original`` renders a raw prompt.
+        pruning: Pruning | None = prompt.get(KEY, context.rendered) if isinstance(prompt, dict) else context.rendered
+        if not pruning:
             _identify(request.mm_features or ())
             return request
         for feature in request.mm_features:
-            feature.identifier = prompt[KEY].identifiers[feature.mm_hash]
-        input_processor.renderer.mm_processor.front_end.admit(prompt[KEY])
-        if prompt[KEY].reports and input_processor.vllm_config.observability_config.otlp_traces_endpoint:
+            feature.identifier = pruning.identifiers[feature.mm_hash]
+        if transfer := Transfer.of(transfer_params):
+            transfer.check(pruning.decisions)
+            _check_length(request, transfer_params)
+        if transfer_params.get("do_remote_decode"):
+            _add_decisions(request, pruning)
+        input_processor.renderer.mm_processor.front_end.admit(pruning)
+        if pruning.reports and input_processor.vllm_config.observability_config.otlp_traces_endpoint:
             from eadaprune_vllm.frontend.tracing import trace_pruning  # vLLM checks that OpenTelemetry is installed
 
-            request.trace_headers = trace_pruning(request.trace_headers, prompt[KEY])
+            request.trace_headers = trace_pruning(request.trace_headers, pruning)
         return request
 
     @wrap("vllm.entrypoints.generate.beam_search.utils:BeamSearchSequence.get_prompt", optional=_LOST)
@@ -37,6 +50,22 @@ def install() -> None:
         if KEY in beam.orig_prompt:
             prompt[KEY] = replace(beam.orig_prompt[KEY], reports={}, timings=())
         return prompt
+
+
+def _check_length(request: Any, transfer_params: Mapping[str, Any]) -> None:
+    """Raises:
+    VLLMValidationError: if the other instance computed fewer tokens than the prompt has.
+    """
+    remote, length = transfer_params.get("remote_num_tokens"), len(request.prompt_token_ids)
+    if transfer_params.get("do_remote_prefill") and isinstance(remote, int) and remote < length:
+        raise refusal(f"remote_num_tokens={remote} is less than the {length} tokens of this prompt")
+
+
+def _add_decisions(request: Any, pruning: Pruning) -> None:
+    """Have them returned with the ``kv_transfer_params`` of a request that another instance decodes."""
+    extra = request.sampling_params.extra_args
+    decisions = {modality: [item.model_dump() for item in items] for modality, items in pruning.decisions.items()}
+    request.sampling_params.extra_args = {**extra, PARAMS: {**extra[PARAMS], KEY: decisions}}
 
 
 def _identify(features: Any) -> None:

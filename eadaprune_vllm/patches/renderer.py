@@ -10,9 +10,11 @@ from vllm.utils.torch_utils import set_default_torch_num_threads
 from eadaprune_vllm.compat import drain_invalidations
 from eadaprune_vllm.core.options import KEY
 from eadaprune_vllm.errors import StartupError
+from eadaprune_vllm.frontend.context import current
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.processor import Steps
 from eadaprune_vllm.frontend.rendering import chat_extras, joined, refuse_options
+from eadaprune_vllm.frontend.transfer import TRANSFER, Transfer
 from eadaprune_vllm.patching import wrap
 
 
@@ -93,6 +95,7 @@ def decide_between(renderer: Any) -> None:
         while True:
             undecided, result = advance(steps)
             if undecided is None:
+                current().rendered = result.get(KEY)
                 return result
             front_end.decide_sync(undecided)
 
@@ -111,4 +114,6 @@ def decide_between(renderer: Any) -> None:
 def _as_request(mm_processor_kwargs: Any) -> dict[str, Any]:
     """The processor's options of a request, always with our key: without it the processor takes it for warm-up."""
     given = dict(mm_processor_kwargs or {})
-    return given | {KEY: {} if given.get(KEY) is None else given[KEY]}
+    given |= {KEY: {} if given.get(KEY) is None else given[KEY]}
+    transfer = Transfer.of(current().kv_transfer_params)
+    return given if transfer is None else given | {TRANSFER: transfer}

@@ -8,18 +8,31 @@ from vllm import envs
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from eadaprune_vllm.architectures import ARCHITECTURES, adapter
+from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.models.generic import EmbedPerPlaceholder
 from eadaprune_vllm.patching import check_overrides
 
+# Return parameters of an instance's request, with which another loads its blocks: the decision travels in them.
+_PULLING_CONNECTORS = {"NixlConnector", "NixlPullConnector"}
+# KV connectors that find blocks by vLLM's block hashes or by the identifiers of images: both depend on the kept tokens.
+_STORES = {
+    "DecodeBenchConnector",  # stores nothing
+    "ExampleConnector",
+    "LMCacheConnectorV1",
+    "LMCacheMPConnector",
+    "MooncakeStoreConnector",
+    "MultiConnector",
+    "OffloadingConnector",
+    "SimpleCPUOffloadConnector",
+}
 _TRANSFER_CONNECTORS = {
     "MoRIIOConnector",
     "MooncakeConnector",
-    "NixlConnector",
-    "NixlPullConnector",
     "NixlPushConnector",
     "P2pNcclConnector",
 }
+_IGNORES_IMAGES = {"HF3FSKVConnector"}  # finds blocks by token ids alone
 
 # Unsupported configurations: a predicate of the multimodal and of the whole configuration, and the reason.
 _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
@@ -56,7 +69,10 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "prune",
     ),
     (
-        lambda mm, c: mm.enable_mm_embeds and not _adapter(c).eadaprune_takes_embeddings,
+        # vLLM switches it on for instances that take KV cache of others; then requests with embeddings are refused.
+        lambda mm, c: (
+            mm.enable_mm_embeds and not mm.allow_missing_mm_embeddings and not _adapter(c).eadaprune_takes_embeddings
+        ),
         "--enable-mm-embeds is not supported for this model: its embeddings come without their layout in the image",
     ),
     (
@@ -80,8 +96,18 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "--ec-transfer-config is not supported: the decision does not reach the other instances",
     ),
     (
-        lambda mm, c: c.kv_transfer_config and _transfers_blocks(c.kv_transfer_config),
+        lambda mm, c: _connectors(c) & _TRANSFER_CONNECTORS,
         "this --kv-transfer-config is not supported: the decision does not reach the instance that decodes",
+    ),
+    (
+        lambda mm, c: _connectors(c) & _IGNORES_IMAGES,
+        "this --kv-transfer-config is not supported: the connector finds blocks by token ids alone, and would take one "
+        "image for another",
+    ),
+    (
+        lambda mm, c: _connectors(c) - _STORES - _PULLING_CONNECTORS and not ServerOptions.of(mm).trust_kv_connector,
+        "the connector of this --kv-transfer-config is not known; if it finds blocks by vLLM's block hashes or by the "
+        "identifiers of images, --eadaprune-trust-kv-connector serves with it",
     ),
     (
         lambda mm, c: c.lora_config and c.lora_config.enable_tower_connector_lora,
@@ -102,12 +128,13 @@ def _has_own_prompt_updates(model: Any) -> bool:
     return any(getattr(stock, name) is not getattr(BaseMultiModalProcessor, name) for name in names)
 
 
-def _transfers_blocks(kv_transfer: Any) -> bool:
-    """Whether a connector transfers the blocks of a request to another instance. Other connectors store blocks by their
-    hashes, which depend on the kept tokens."""
+def _connectors(vllm_config: Any) -> set[str]:
+    """The names of all KV connectors."""
+    kv_transfer = vllm_config.kv_transfer_config
+    if not kv_transfer:
+        return set()
     nested = kv_transfer.kv_connector_extra_config.get("connectors", [])
-    names = {kv_transfer.kv_connector, *(connector.get("kv_connector") for connector in nested)}
-    return bool(names & _TRANSFER_CONNECTORS)
+    return {kv_transfer.kv_connector, *(connector.get("kv_connector") for connector in nested)}
 
 
 def _decodes_on_gpu(video: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 nowhere else."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,17 @@ def from_store(found: list[Found]) -> list[bool]:
     return [hits > 0 for _, _, hits in found]
 
 
-def test_stored_blocks_are_found_by_kept_tokens(start: Start, tmp_path: Path, images: Images) -> None:
-    settings = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    store = json.dumps(settings | {"kv_connector_extra_config": {"shared_storage_path": str(tmp_path)}})
+def store(folder: Path) -> list[str]:
+    """Flags of a server that stores blocks there."""
+    settings: dict[str, Any] = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    settings["kv_connector_extra_config"] = {"shared_storage_path": str(folder)}
+    return ["--kv-transfer-config", json.dumps(settings)]
 
+
+def test_stored_blocks_are_found_by_kept_tokens(start: Start, tmp_path: Path, images: Images) -> None:
     @contextmanager
     def stored(name: str) -> Iterator[Server]:
-        with start(name, *FLAGS, "--kv-transfer-config", store) as server:
+        with start(name, *FLAGS, *store(tmp_path)) as server:
             yield server
 
     with start("without-store", *FLAGS) as server:
@@ -77,3 +81,17 @@ def test_stored_blocks_are_found_by_kept_tokens(start: Start, tmp_path: Path, im
     assert redacted(new) == other
     assert [tokens for tokens, _, _ in as_many] == [tokens for tokens, _ in expected[-1]]
     assert not any(from_store(new) + from_store(as_many))
+
+
+def test_stores_work_where_client_embeddings_do_not(
+    start: Start, family: Callable[[str], Path], tmp_path: Path, images: Images
+) -> None:
+    """vLLM lets clients send embeddings where there is a store, and those of LLaVA-NeXT cannot be pruned."""
+    model, found = family("llava_next"), []
+    for name in ("next-first", "next-second"):
+        with start(name, *FLAGS, *store(tmp_path), model=model) as server:
+            found.append([ask(server, images, options) for options in OPTIONS[:3]])
+    first, second = found
+    assert list(map(redacted, first)) == list(map(redacted, second))
+    assert not any(map(any, map(from_store, first)))
+    assert all(map(all, map(from_store, second)))

@@ -1,0 +1,203 @@
+"""Prefill apart from decoding: one server prefills, another loads its KV cache with NIXL, and decodes. What the first
+decided about images travels with the request, and the second neither decides nor encodes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Start
+from harness import Server, content
+from PIL import Image
+from shared import noise
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+Images = dict[str, Image.Image]
+Body = dict[str, Any]
+FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float32"]
+FLAGS += ["--limit-mm-per-prompt", '{"image": 2}']
+PREFILL: Body = {"do_remote_decode": True, "do_remote_prefill": False}
+PREFILL |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+
+
+@pytest.fixture(scope="module")
+def nixl() -> Path:
+    """A folder with NIXL, which needs no GPU to be imported."""
+    folder = Path(sys.prefix, "nixl")
+    if not folder.exists():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+        done = subprocess.run([*command, "nixl", "nixl-cu12"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"NIXL cannot be installed: {done.stderr[-300:]}")
+    return folder
+
+
+@dataclass
+class Instances:
+    """Two servers, and the proxy between them."""
+
+    prefill: Server
+    decode: Server
+
+    def prefilled(self, body: Body) -> Any:
+        """What the first instance returns for the second."""
+        response = self.prefill.post(
+            "/v1/chat/completions", body | {"max_tokens": 1, "stream": False, "kv_transfer_params": PREFILL}
+        )
+        assert response.status_code == 200, response.text
+        return response.json()["kv_transfer_params"]
+
+    def ask(self, body: Body) -> Any:
+        """What both answer together."""
+        response = self.decode.post("/v1/chat/completions", body | {"kv_transfer_params": self.prefilled(body)})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def ask_prefill_alone(self, body: Body) -> Any:
+        response = self.prefill.post("/v1/chat/completions", body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def encoded(self) -> float:
+        """How many images the second instance decided about."""
+        return self.decode.metric("eadaprune_stage_seconds_count", stage="encode")
+
+    def loaded(self) -> float:
+        """How many tokens of prompts it loaded, or had."""
+        return sum(self.decode.metric(f"vllm:{kind}prefix_cache_hits_total") for kind in ("", "external_"))
+
+
+@pytest.fixture(scope="module")
+def started(start: Start, nixl: Path) -> Callable[..., Instances]:
+    def both(name: str, **settings: Any) -> Instances:
+        transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+        transfer["kv_load_failure_policy"] = "recompute"
+        servers = []
+        for core, role in enumerate(("prefill", "decode")):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": port}
+            path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(nixl)]))
+            env |= {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+            flags = [*FLAGS, "--kv-transfer-config", json.dumps(transfer)]
+            servers.append(start(f"{name}-{role}", *flags, **settings, **env))
+        return Instances(*servers)
+
+    return both
+
+
+@pytest.fixture(scope="module")
+def instances(started: Callable[..., Instances]) -> Instances:
+    return started("llava")
+
+
+def chat(*parts: Image.Image | str, **extra: Any) -> Body:
+    messages = [{"role": "user", "content": content(*parts, "What is it?")}]
+    body = {"model": "demo", "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    return body | {"logprobs": True, "top_logprobs": 3} | extra
+
+
+def answer(response: Any) -> tuple[Any, Any, list[float]]:
+    """Text, tokens of the prompt, and log-probabilities of an answer."""
+    (choice,) = response["choices"]
+    logprobs = [round(token["logprob"], 3) for token in choice["logprobs"]["content"]]
+    return choice["message"]["content"], response["usage"]["prompt_tokens"], logprobs
+
+
+def reported(response: Any) -> list[Any]:
+    """What was kept of each image."""
+    return [{name: image[name] for name in image if name != "cached"} for image in response["eadaprune"]["images"]]
+
+
+@pytest.mark.parametrize(
+    "options", [None, {"energy": 0.99}, {"energy": 0.9}, {"energy": 1.0}, {"selector": "attention"}]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_instances_answer_as_one(instances: Instances, images: Images, options: Any, count: int) -> None:
+    parts = [images["coffee"], noise(9100, blocks=24)][:count]
+    body = chat(*parts, eadaprune=options)
+    encoded, loaded = instances.encoded(), instances.loaded()
+    together = instances.ask(body)
+    alone = instances.ask_prefill_alone(body)
+    assert answer(together) == answer(alone)
+    assert reported(together) == reported(alone)
+    assert instances.encoded() == encoded
+    assert instances.loaded() - loaded == together["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("other", [{"energy": 0.99}, {"energy": 1.0}, {"selector": "random"}])
+def test_options_of_the_second_instance_do_not_matter(instances: Instances, images: Images, other: Any) -> None:
+    body = chat(images["moon"], eadaprune={"energy": 0.8})
+    alone = instances.ask_prefill_alone(body)
+    body |= {"kv_transfer_params": instances.prefilled(body), "eadaprune": other}
+    response = instances.decode.post("/v1/chat/completions", body)
+    assert response.status_code == 200, response.text
+    assert answer(response.json()) == answer(alone)
+    assert reported(response.json()) == reported(alone)
+
+
+WRONG: list[tuple[Callable[[Any], object], str]] = [
+    (lambda given: given.pop("eadaprune"), "has no decision about image 0"),
+    (lambda given: given["eadaprune"]["image"].clear(), "has no decision about image 0"),
+    (lambda given: given["eadaprune"]["image"][0].update(hash="0" * 64), "is about another image"),
+    (
+        lambda given: given["eadaprune"]["image"].extend(given["eadaprune"]["image"]),
+        "has 2 decisions, and the request 1",
+    ),
+    (lambda given: given["eadaprune"]["image"][0].update(kept="#"), "kept"),
+    (lambda given: given["eadaprune"]["image"][0].update(kept="AAAA"), "is not a bitmap of 576 placeholders"),
+    (lambda given: given["eadaprune"]["image"][0]["report"].update(kept_tokens=3), "and the report 3"),
+    (lambda given: given["eadaprune"]["image"][0]["report"].update(visual_tokens=577), "is not a bitmap of 577"),
+    (lambda given: given["eadaprune"]["image"][0].update(kept=None), "kept is null"),
+    (lambda given: given["eadaprune"]["image"][0].update(more=1), "Extra inputs are not permitted"),
+    (lambda given: given.update(eadaprune=[1]), "valid dictionary"),
+    (lambda given: given.update(remote_num_tokens=9), "remote_num_tokens=9 is less than"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG)
+def test_wrong_decisions_are_refused(
+    instances: Instances, images: Images, change: Callable[[Any], object], words: str
+) -> None:
+    body = chat(images["rocket"], eadaprune={"energy": 0.9})
+    params = instances.prefilled(body)
+    change(params)
+    response = instances.decode.post("/v1/chat/completions", body | {"kv_transfer_params": params})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert error["param"] == "kv_transfer_params"
+
+
+def test_streamed_answers(instances: Instances, images: Images) -> None:
+    body = chat(images["page"], eadaprune={"energy": 0.9})
+    alone = instances.ask_prefill_alone(body)["choices"][0]["message"]["content"]
+    params = instances.prefilled(body)
+    with httpx.stream(
+        "POST",
+        f"{instances.decode.url}/v1/chat/completions",
+        json=body | {"stream": True, "kv_transfer_params": params},
+        timeout=120,
+    ) as response:
+        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    text = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+    assert text == alone
+    assert reported(events[0])[0]["kept_tokens"] == params["eadaprune"]["image"][0]["report"]["kept_tokens"]
+
+
+def test_the_second_instance_encodes_if_it_must(instances: Instances, images: Images) -> None:
+    """The blocks cannot be loaded: with the policy ``recompute`` it prefills itself, and keeps the same tokens."""
+    body = chat(images["astronaut"], eadaprune={"energy": 0.9})
+    alone = instances.ask_prefill_alone(body)
+    params = instances.prefilled(body) | {"remote_engine_id": "gone", "remote_port": 1}
+    response = instances.decode.post("/v1/chat/completions", body | {"kv_transfer_params": params})
+    assert response.status_code == 200, response.text
+    assert answer(response.json()) == answer(alone)

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
 
 from eadaprune_vllm.engine.cudagraph import encode
-from eadaprune_vllm.engine.model import MM_EMBEDS, Pruned
+from eadaprune_vllm.engine.model import KEPT, MM_EMBEDS, Pruned
 from eadaprune_vllm.patches import cudagraph
 
 PIXELS = {"pixel_values": torch.zeros(2, 3)}
@@ -73,6 +73,8 @@ def test_pruned_embeddings_bypass_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -
     cudagraph.install()
     manager = object.__new__(EncoderCudaGraphManager)
     monkeypatch.setattr(manager, "use_dp", False, raising=False)
-    assert manager.execute({"image" + MM_EMBEDS: [torch.zeros(3, 4)]}) is None
+    kept = {"image" + KEPT: torch.arange(3)}
+    assert manager.execute(kept | {"image" + MM_EMBEDS: [torch.zeros(3, 4)]}) is None
+    assert manager.execute(kept | PIXELS) is None  # with the decision of another instance
     with pytest.raises(AttributeError):  # it goes on to what this one lacks
         manager.execute(PIXELS)

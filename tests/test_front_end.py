@@ -121,7 +121,7 @@ class Renderer:
             undecided = new()
             yield [undecided]
             assert undecided.response
-        return f"input of {prompt}"
+        return {"input of": prompt}
 
     def update_mm_cache_stats(self) -> None:
         self.updates += 1
@@ -140,7 +140,7 @@ def test_renderer_continues_once_all_items_are_decided(waits: bool, kwargs: dict
         found = renderer._process_multimodal("a prompt", mm_processor_kwargs=kwargs)
     else:
         found = asyncio.run(renderer._process_multimodal_async("a prompt", mm_processor_kwargs=kwargs))
-    assert found == "input of a prompt"
+    assert found == {"input of": "a prompt"}
     own = (kwargs or {}).get("eadaprune")  # what is no object is for the processor to refuse
     assert renderer.seen == [(kwargs or {}) | {"eadaprune": {} if own is None else own}]
     assert renderer.updates == 1

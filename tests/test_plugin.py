@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from eadaprune_vllm import compat
 from eadaprune_vllm.architectures import ARCHITECTURES
-from eadaprune_vllm.core.report import ItemReport, Pruning
+from eadaprune_vllm.core.item_report import ItemReport
+from eadaprune_vllm.core.report import Pruning
 from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.errors import StartupError
 from eadaprune_vllm.frontend.metrics import Metrics

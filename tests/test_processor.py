@@ -19,8 +19,8 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdateDeta
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from eadaprune_vllm.architectures import adapter
+from eadaprune_vllm.core.item_report import ItemReport
 from eadaprune_vllm.core.options import KEY, PruneOptions
-from eadaprune_vllm.core.report import ItemReport
 from eadaprune_vllm.core.server_options import Choice, ServerOptions
 from eadaprune_vllm.frontend import preview
 from eadaprune_vllm.frontend.client import DecisionClient

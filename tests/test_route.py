@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from vllm.exceptions import VLLMValidationError
 
-from eadaprune_vllm.core.report import ItemReport, Pruning
+from eadaprune_vllm.core.item_report import ItemReport
+from eadaprune_vllm.core.report import Pruning
 from eadaprune_vllm.frontend.client import DecisionClient
 from eadaprune_vllm.frontend.context import RequestContext, current, in_context
 from eadaprune_vllm.frontend.front_end import FrontEnd

@@ -8,9 +8,9 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+from eadaprune_vllm.core.item_report import ItemReport
 from eadaprune_vllm.core.layout import Layout, Newlines
 from eadaprune_vllm.core.options import KEY
-from eadaprune_vllm.core.report import ItemReport
 from eadaprune_vllm.core.transfer import TransferredItem
 from eadaprune_vllm.frontend.transfer import Transfer
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from eadaprune_vllm.core.report import ItemReport
+from eadaprune_vllm.core.item_report import ItemReport
 
 
 def _base64(text: str) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from eadaprune_vllm.core.item_report import ItemReport
 from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.core.options import CHUNK, KEY, MODALITIES, PruneOptions
 from eadaprune_vllm.core.prune import PruneDecision
-from eadaprune_vllm.core.report import ItemReport, Pruning
+from eadaprune_vllm.core.report import Pruning
 from eadaprune_vllm.core.server_options import Choice
 from eadaprune_vllm.core.transfer import TransferredItem
 from eadaprune_vllm.frontend.pending import PendingItem

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, ScalarFormatter
 from PIL import Image
 
-from eadaprune_vllm.core.report import ItemReport
+from eadaprune_vllm.core.item_report import ItemReport
 
 _STYLES = {"adaptive": "-o", "fixed": "--x"}
 

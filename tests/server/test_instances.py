@@ -14,11 +14,13 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Start
-from harness import Server, content
+from harness import Server, content, environment
+from inprocess import message
 from PIL import Image
 from shared import noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+FOLDERS = [Path(__file__).parent, Path(__file__).parent.parent]
 Images = dict[str, Image.Image]
 Body = dict[str, Any]
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float32"]
@@ -46,10 +48,11 @@ class Instances:
     prefill: Server
     decode: Server
 
-    def prefilled(self, body: Body) -> Any:
-        """What the first instance returns for the second."""
+    def prefilled(self, body: Body, earlier: Body | None = None) -> Any:
+        """What the first instance returns for the second; ``earlier`` is what the second returned a turn before."""
+        params = PREFILL | {name: value for name, value in (earlier or {}).items() if not name.startswith("do_")}
         response = self.prefill.post(
-            "/v1/chat/completions", body | {"max_tokens": 1, "stream": False, "kv_transfer_params": PREFILL}
+            "/v1/chat/completions", body | {"max_tokens": 1, "stream": False, "kv_transfer_params": params}
         )
         assert response.status_code == 200, response.text
         return response.json()["kv_transfer_params"]
@@ -77,8 +80,9 @@ class Instances:
 @pytest.fixture(scope="module")
 def started(start: Start, nixl: Path) -> Callable[..., Instances]:
     def both(name: str, **settings: Any) -> Instances:
-        transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
-        transfer["kv_load_failure_policy"] = "recompute"
+        transfer: Body = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+        transfer |= {"kv_load_failure_policy": "recompute"}
+        transfer |= {"kv_connector_extra_config": {"bidirectional_kv_xfer": True}}
         servers = []
         for core, role in enumerate(("prefill", "decode")):
             with socket.socket() as free:
@@ -201,3 +205,64 @@ def test_the_second_instance_encodes_if_it_must(instances: Instances, images: Im
     response = instances.decode.post("/v1/chat/completions", body | {"kv_transfer_params": params})
     assert response.status_code == 200, response.text
     assert answer(response.json()) == answer(alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llava_next", ["square", "small"]),  # newlines
+        ("qwen2_5_vl", ["square", "wide"]),  # M-RoPE
+        ("qwen2_5_vl", ["small", "clip"]),
+        ("qwen3_vl", ["clip"]),  # text between frames
+    ],
+)
+def test_other_families(
+    started: Callable[..., Instances], family: Callable[[str], Path], name: str, words: list[str]
+) -> None:
+    instances = started(name, model=family(name))
+    try:
+        for options in (None, {"energy": 0.9}):
+            body = chat() | {"messages": [message([*words, "What is it?"], options)]}
+            encoded = instances.encoded()
+            together, alone = instances.ask(body), instances.ask_prefill_alone(body)
+            assert answer(together) == answer(alone)
+            assert reported(together) == reported(alone)
+            assert instances.encoded() == encoded
+    finally:
+        instances.prefill.close()
+        instances.decode.close()
+
+
+def test_a_conversation_goes_both_ways(instances: Instances) -> None:
+    """In the second turn the first instance loads what the second has of the first turn, and decides about what is
+    new."""
+    first, second = noise(9200, blocks=24), noise(9201, blocks=24)
+    body = chat(first, eadaprune={"energy": 0.9}, max_tokens=40)
+    reply = instances.ask(body)
+    assert reply["kv_transfer_params"]["eadaprune"]["image"]
+    said = {"role": "assistant", "content": reply["choices"][0]["message"]["content"]}
+    body["messages"] += [said, {"role": "user", "content": content(second, "And this?")}]
+    body["eadaprune"] = {"energy": 0.8}  # of the new image only: the other one's blocks are there
+    params = instances.prefilled(body, reply["kv_transfer_params"])
+    kept = [image["report"]["kept_tokens"] for image in params["eadaprune"]["image"]]
+    assert kept[0] == reported(reply)[0]["kept_tokens"]
+    response = instances.decode.post("/v1/chat/completions", body | {"kv_transfer_params": params})
+    assert response.status_code == 200, response.text
+    assert [image["kept_tokens"] for image in reported(response.json())] == kept
+    earlier = dict(reply["kv_transfer_params"])
+    del earlier["eadaprune"]
+    refused = instances.prefill.post("/v1/chat/completions", body | {"kv_transfer_params": PREFILL | earlier})
+    assert refused.status_code == 400, refused.text
+    assert "has no decision about image 0" in refused.json()["error"]["message"]
+
+
+def test_engines_of_a_program(nixl: Path, model: Path, tmp_path: Path) -> None:
+    """``AsyncLLM`` with raw prompts, and the parameters among those of sampling."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(nixl), *map(str, FOLDERS)]))
+    env = environment(PYTHONPATH=path, VLLM_PLUGINS="eadaprune", VLLM_NIXL_SIDE_CHANNEL_HOST="127.0.0.1")
+    command = [sys.executable, str(Path(__file__).with_name("two_engines.py")), str(model)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["together"] == found["alone"]
+    assert "has no decision about image 0" in found["refused"]

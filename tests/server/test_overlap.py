@@ -77,11 +77,9 @@ def test_answers_are_written_while_an_image_is_decided_about(
 def test_many_images_at_a_time(server: Server, images: Images, reference: Reference, pool: ThreadPoolExecutor) -> None:
     """More than are in flight; each gets what is its own."""
     cases = [(name, energy) for name in images for energy in (0.8, 0.95)]
-    start = time.monotonic()
     asked = [pool.submit(server.ask, images[name], options={"energy": energy}) for name, energy in cases]
     counts = [kept(each.result()) for each in asked]
     assert counts == [len(reference.kept(images[name], energy=energy, min_tokens=1)) for name, energy in cases]
-    assert time.monotonic() - start < len(cases) * DECISION_SECONDS  # they share batches
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Start
-from harness import Server, content, environment
+from harness import Server, content
 from inprocess import message
 from PIL import Image
 from shared import noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-FOLDERS = [Path(__file__).parent, Path(__file__).parent.parent]
 Images = dict[str, Image.Image]
 Body = dict[str, Any]
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float32"]
@@ -91,6 +90,7 @@ def started(start: Start, nixl: Path) -> Callable[..., Instances]:
             env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": port}
             path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(nixl)]))
             env |= {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+            env |= {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "passive"}
             flags = [*FLAGS, "--kv-transfer-config", json.dumps(transfer)]
             servers.append(start(f"{name}-{role}", *flags, **settings, **env))
         return Instances(*servers)
@@ -119,6 +119,33 @@ def answer(response: Any) -> tuple[Any, Any, list[float]]:
 def reported(response: Any) -> list[Any]:
     """What was kept of each image."""
     return [{name: image[name] for name in image if name != "cached"} for image in response["eadaprune"]["images"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llava_next", ["square", "small"]),  # newlines
+        ("qwen2_5_vl", ["square", "wide"]),  # M-RoPE
+        ("qwen2_5_vl", ["small", "clip"]),
+        ("qwen3_vl", ["clip"]),  # text between frames
+    ],
+)
+def test_other_families(
+    started: Callable[..., Instances], family: Callable[[str], Path], name: str, words: list[str]
+) -> None:
+    instances = started(name, model=family(name))
+    # These come first: an instance that is idle takes a core, as long as it has blocks for another.
+    try:
+        for options in (None, {"energy": 0.9}):
+            body = chat() | {"messages": [message([*words, "What is it?"], options)]}
+            encoded = instances.encoded()
+            together, alone = instances.ask(body), instances.ask_prefill_alone(body)
+            assert answer(together) == answer(alone)
+            assert reported(together) == reported(alone)
+            assert instances.encoded() == encoded
+    finally:
+        instances.prefill.close()
+        instances.decode.close()
 
 
 @pytest.mark.parametrize(
@@ -207,32 +234,6 @@ def test_the_second_instance_encodes_if_it_must(instances: Instances, images: Im
     assert answer(response.json()) == answer(alone)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("llava_next", ["square", "small"]),  # newlines
-        ("qwen2_5_vl", ["square", "wide"]),  # M-RoPE
-        ("qwen2_5_vl", ["small", "clip"]),
-        ("qwen3_vl", ["clip"]),  # text between frames
-    ],
-)
-def test_other_families(
-    started: Callable[..., Instances], family: Callable[[str], Path], name: str, words: list[str]
-) -> None:
-    instances = started(name, model=family(name))
-    try:
-        for options in (None, {"energy": 0.9}):
-            body = chat() | {"messages": [message([*words, "What is it?"], options)]}
-            encoded = instances.encoded()
-            together, alone = instances.ask(body), instances.ask_prefill_alone(body)
-            assert answer(together) == answer(alone)
-            assert reported(together) == reported(alone)
-            assert instances.encoded() == encoded
-    finally:
-        instances.prefill.close()
-        instances.decode.close()
-
-
 def test_a_conversation_goes_both_ways(instances: Instances) -> None:
     """In the second turn the first instance loads what the second has of the first turn, and decides about what is
     new."""
@@ -254,15 +255,3 @@ def test_a_conversation_goes_both_ways(instances: Instances) -> None:
     refused = instances.prefill.post("/v1/chat/completions", body | {"kv_transfer_params": PREFILL | earlier})
     assert refused.status_code == 400, refused.text
     assert "has no decision about image 0" in refused.json()["error"]["message"]
-
-
-def test_engines_of_a_program(nixl: Path, model: Path, tmp_path: Path) -> None:
-    """``AsyncLLM`` with raw prompts, and the parameters among those of sampling."""
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(nixl), *map(str, FOLDERS)]))
-    env = environment(PYTHONPATH=path, VLLM_PLUGINS="eadaprune", VLLM_NIXL_SIDE_CHANNEL_HOST="127.0.0.1")
-    command = [sys.executable, str(Path(__file__).with_name("two_engines.py")), str(model)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["together"] == found["alone"]
-    assert "has no decision about image 0" in found["refused"]

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,9 +90,9 @@ class Stream:
     def __init__(self) -> None:
         self._free_at = 0.0
 
-    def launch(self, milliseconds: float, after: float = 0.0) -> float:
-        """Queue work, behind all that is queued and not before ``after``; returns when it will be done."""
-        self._free_at = max(self._free_at, after, time.monotonic()) + milliseconds / 1000
+    def launch(self, milliseconds: float) -> float:
+        """Queue work, behind all that is queued; returns when it will be done."""
+        self._free_at = max(self._free_at, time.monotonic()) + milliseconds / 1000
         return self._free_at
 
     def done_at(self) -> float:
@@ -102,6 +103,20 @@ class Stream:
 def wait(until: float) -> None:
     """Wait for the device, without using a core."""
     time.sleep(max(until - time.monotonic(), 0))
+
+
+def announce(folder: Path, name: str, target: str) -> None:
+    """Make a plugin of vLLM found by processes that have this folder among their paths.
+
+    Args:
+        folder: gets the metadata of a package.
+        name: of the plugin.
+        target: its function, as ``module:function``.
+    """
+    info = folder / f"{name}-0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {target}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
 
 
 def register() -> None:
@@ -316,7 +331,6 @@ def idealize(times: Times, stream: Stream, bank: Bank) -> None:
     """Decisions for nothing: the tower is launched, and the engine responds at once."""
     import torch
 
-    from eadaprune_vllm.core.layout import Layout
     from eadaprune_vllm.core.options import PruneOptions
     from eadaprune_vllm.core.prune import PruneDecision
     from eadaprune_vllm.messages import DecisionResult
@@ -333,8 +347,7 @@ def idealize(times: Times, stream: Stream, bank: Bank) -> None:
         for request in requests:
             kept = PruneOptions.model_validate_json(request.options).max_tokens or bank.model.tokens
             indices = torch.arange(kept)
-            placeholders = Layout.whole(1, bank.model.tokens).placeholders(indices)
-            decision = PruneDecision(indices, placeholders, bank.model.tokens, 0, None, None, "max_tokens", "span")
+            decision = PruneDecision(indices, indices, bank.model.tokens, 0, None, None, "max_tokens", "span")
             seconds = {"encode": 0.0, "spectrum": 0.0, "select": 0.0}
             found.append(DecisionResult(decision, bank.embeds[0, :kept], seconds))
         return lambda: found

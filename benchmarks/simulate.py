@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from accelerator import ENVIRONMENT, IDEAL, MODELS, VOCABULARY, WAITS, Times
+from accelerator import ENVIRONMENT, IDEAL, MODELS, VOCABULARY, WAITS, Times, announce
 from common import RESULTS, Output, save, show, with_range
 from decoding import while_writing
 from geometry import make_geometry, make_qwen
@@ -32,7 +32,6 @@ from serving import Cell, bench
 
 from eadaprune_vllm.demo.server import Server
 
-ENTRY_POINT = "[vllm.general_plugins]\nsimulated = accelerator:register\n"
 BOTH = "simulated,eadaprune"
 SHARE = 0.22
 FLAGS = ["--load-format", "dummy", "--max-model-len", "2048", "--max-num-seqs", "128", "--dtype", "bfloat16"]
@@ -74,10 +73,7 @@ def kinds(kept: int) -> list[Kind]:
 
 def start(kind: Kind, folder: Path, model: str, times: Times) -> Server:
     """A server with the simulated accelerator, whose entry point is found beside this script."""
-    info = folder / "simulated-0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "entry_points.txt").write_text(ENTRY_POINT)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated\nVersion: 0\n")
+    announce(folder, "simulated", "accelerator:register")
     paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_PLUGINS": kind.plugins, "HF_HUB_OFFLINE": "1"}
     own[ENVIRONMENT] = json.dumps({"model": model, "times": asdict(times)})

@@ -8,10 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from accelerator import overlap_decisions
+from accelerator import announce, overlap_decisions
 
 DECISION_SECONDS = 1.0
-_ENTRY_POINT = "[vllm.general_plugins]\noverlapping = overlapping:register\n"
 
 
 def register() -> None:
@@ -34,10 +33,7 @@ def register() -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     """Of a server with this plugin and ours, which finds the entry point in the folder."""
-    info = folder / "overlapping-0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "entry_points.txt").write_text(_ENTRY_POINT)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: overlapping\nVersion: 0\n")
+    announce(folder, "overlapping", "overlapping:register")
     here = Path(__file__).parent
     paths = [folder, here, here.parents[1] / "benchmarks", *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(map(str, paths)), "VLLM_PLUGINS": "overlapping,eadaprune"}

@@ -207,9 +207,10 @@ def test_decisions_of_another_instance_hold(model: Path, images: Images) -> None
     assert place.length == len(made["prompt_token_ids"]) == 3
     assert item["image_kept"].data.tolist() == [0, 1, 2]
     assert item["pixel_values"].data.shape == (3, 336, 336)
-    assert made[KEY].decisions == transfer.decisions
+    assert made[KEY].decisions == transfer.prefilled
     (report,) = made[KEY].of("image")
-    assert report == transfer.decisions["image"][0].report.model_copy(update={"cached": False})
+    assert transfer.prefilled
+    assert report == transfer.prefilled["image"][0].report.model_copy(update={"cached": False})
 
 
 def test_decisions_that_do_not_fit_are_refused(model: Path, processor: PruningProcessor, images: Images) -> None:
@@ -219,7 +220,7 @@ def test_decisions_that_do_not_fit_are_refused(model: Path, processor: PruningPr
     for there, pictures, words in (
         (transfer, [images["moon"]], "is about another image"),
         (transfer, [coffee, images["moon"]], "has no decision about image 1"),
-        (of_another_size, [coffee], "is about 10 tokens where this image has 576"),
+        (of_another_size, [coffee], "decided about 10 tokens where this image has 576"),
     ):
         with pytest.raises(VLLMValidationError, match=words):
             next(load(processor, there, *pictures))

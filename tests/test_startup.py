@@ -33,7 +33,7 @@ from eadaprune_vllm.startup.flags import apply_flags
         ({"language_model_only": True}, "so there is nothing to prune"),
         ({"model_impl": "transformers"}, "the architecture TransformersMultiModalForCausalLM is not supported"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
-        ({"mm_encoder_only": True}, "--mm-encoder-only is not supported"),
+        ({"mm_encoder_only": True}, "--mm-encoder-only without --ec-transfer-config"),
         (
             {"enable_lora": True, "enable_tower_connector_lora": True, "max_lora_rank": 8},
             "--enable-tower-connector-lora is not supported",
@@ -108,14 +108,11 @@ def test_modelscope_models_are_left_to_vllm(config: Any, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("owner", "name", "value", "words"),
     [
-        ("", "ec_transfer_config", object(), "--ec-transfer-config is not supported"),
         ("parallel_config", "distributed_executor_backend", "external_launcher", "external launcher"),
-        ("model_config.multimodal_config", "mm_encoder_only", True, "--mm-encoder-only is not supported"),
+        ("model_config.multimodal_config", "mm_encoder_only", True, "--mm-encoder-only without --ec-transfer-config"),
     ],
 )
-def test_instances_that_a_decision_does_not_reach_are_refused(
-    config: Any, owner: str, name: str, value: Any, words: str
-) -> None:
+def test_instances_without_others_are_refused(config: Any, owner: str, name: str, value: Any, words: str) -> None:
     checks.check(config)
     setattr(attrgetter(owner)(config) if owner else config, name, value)
     with pytest.raises(StartupError, match=words):

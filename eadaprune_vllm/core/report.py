@@ -55,6 +55,7 @@ class Pruning:
         timings: of the images and videos that were not cached.
         identifiers: by vLLM's ``mm_hash``, the identifier of each item in the engine's caches.
         decisions: like the reports, for other instances.
+        decided: the same, by identifier.
     """
 
     reports: Mapping[str, Sequence[ItemReport]]
@@ -63,6 +64,7 @@ class Pruning:
     timings: Sequence[Timing] = ()
     identifiers: Mapping[str, str] = field(default_factory=dict)
     decisions: Mapping[str, Sequence[TransferredItem]] = field(default_factory=dict)
+    decided: Mapping[str, TransferredItem] = field(default_factory=dict)
 
     def without_cache(self) -> Self:
         """A copy that does not reveal whether an image or video was sent before."""

@@ -19,7 +19,7 @@ class RequestContext:
     Attributes:
         header: value of the header ``X-EAdaPrune-Energy``.
         options: the request's field ``eadaprune``.
-        kv_transfer_params: the request's, for the decisions of another instance.
+        transfer_params: with the decisions of other instances: see ``Transfer.of``.
         item_counts: images and videos of the prompts rendered so far, for error messages.
         prunings: added when prompts are rendered.
         rendered: of a raw prompt.
@@ -27,7 +27,7 @@ class RequestContext:
 
     header: str | None = None
     options: object = None
-    kv_transfer_params: object = None
+    transfer_params: object = None
     item_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0))
     prunings: list[Pruning] = field(default_factory=list)
     rendered: Pruning | None = None

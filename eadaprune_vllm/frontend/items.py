@@ -94,7 +94,7 @@ class Item:
         options: effective.
         requested: threshold before load lowered it.
         cached: whether vLLM's processor cache has it.
-        transferred: the decision of another instance, whose KV cache the request loads.
+        transferred: the decision of another instance.
     """
 
     modality: str
@@ -122,6 +122,7 @@ class Items:
         weights_changed_at: ``FrontEnd.weights_changed_at`` of the weights that encode them.
         reports: by modality, once vLLM has processed the items.
         decisions: like the reports, for other instances.
+        decided: the same, by identifier.
         identifiers: by ``mm_hash``, the identifiers in the engine's caches. They consist of image and kept tokens: two
             options that keep the same tokens share an entry.
         position_slack: upper bound of M-RoPE positions minus tokens, over all items.
@@ -133,6 +134,7 @@ class Items:
     weights_changed_at: float = 0.0
     reports: dict[str, list[ItemReport]] = field(default_factory=lambda: defaultdict(list))
     decisions: dict[str, list[TransferredItem]] = field(default_factory=lambda: defaultdict(list))
+    decided: dict[str, TransferredItem] = field(default_factory=dict)
     identifiers: dict[str, str] = field(default_factory=dict)
     position_slack: int = 0
 
@@ -155,21 +157,24 @@ class Items:
     def add_report(self, item: Item, content: PrunedDetails) -> None:
         """Add the report of an item, in the order of the prompt, and its identifier."""
         decision = content.decision
+        # Without a decision the identifier is vLLM's.
+        suffix = digest(decision.placeholders, self.weights_changed_at) if decision else ""
+        identifier = self.identifiers[item.mm_hash] = item.image_hash + suffix
         if item.modality in MODALITIES:
             report = content.report(item)
             placeholders = decision.placeholders.numpy() if decision else None
             self.reports[item.modality].append(report)
-            self.decisions[item.modality].append(TransferredItem.of(item.image_hash, placeholders, report))
-        # Without a decision the identifier is vLLM's.
-        suffix = digest(decision.placeholders, self.weights_changed_at) if decision else ""
-        self.identifiers[item.mm_hash] = item.image_hash + suffix
+            self.decided[identifier] = TransferredItem.of(item.image_hash, placeholders, report)
+            self.decisions[item.modality].append(self.decided[identifier])
         self.position_slack += decision.position_slack if decision else 0
 
     def pruning(self, kv_bytes_per_token: int) -> Pruning:
         """What happened to all of them, for vLLM's engine input."""
         timings = [each.timing for each in self.pending.values() if each.timing]
         seconds = sum(sum(timing.stages.values()) for timing in timings)
-        return Pruning(self.reports, seconds, kv_bytes_per_token, timings, self.identifiers, self.decisions)
+        return Pruning(
+            self.reports, seconds, kv_bytes_per_token, timings, self.identifiers, self.decisions, self.decided
+        )
 
 
 def client_modalities(items: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:

@@ -43,26 +43,31 @@ def check_positions(model_config: Any, position_slack: int) -> None:
         )
 
 
-def check_embeddings(modality: str, items: Any, model_config: Any) -> None:
+def are_embeddings(mm_items: Any) -> bool:
+    """Whether the client sent embeddings."""
+    return isinstance(mm_items, EmbeddingItems | DictEmbeddingItems)
+
+
+def check_embeddings(modality: str, index: int, item: Any, model_config: Any, may_be_missing: bool) -> None:
     """Raises:
-    VLLMValidationError: if a client's embeddings cannot be pruned for this model, are missing (vLLM allows this on
-        instances that take KV cache of others), or are not finite in the model's dtype: in the KV cache they would
-        affect later requests.
+    VLLMValidationError: if a client's embeddings of an item cannot be pruned for this model, are missing (vLLM allows
+        this on instances that take embeddings or KV cache of others), or are not finite in the model's dtype: in the KV
+        cache they would affect later requests.
     """
-    if not isinstance(items, EmbeddingItems | DictEmbeddingItems):
-        return
     if not adapter(model_config.architecture).eadaprune_takes_embeddings:
         raise VLLMValidationError(
             f"embeddings of {modality}s are not supported for this model: they come without their layout",
             parameter="messages",
         )
-    for index, item in enumerate(items):
-        tensors = [*item.values()] if isinstance(item, Mapping) else [item]
-        if not any(each is not None and each.is_floating_point() for each in tensors):
-            raise VLLMValidationError(f"embeddings of {modality} {index} are missing", parameter="messages")
-        dtype = model_config.dtype
-        if not all(finite(of.to(dtype)) for of in tensors if of is not None and of.is_floating_point()):
-            raise VLLMValidationError(
-                f"embeddings of {modality} {index} hold NaN, infinity or values too large for {dtype}",
-                parameter="messages",
-            )
+    tensors = [*item.values()] if isinstance(item, Mapping) else [item]
+    embeddings = [each for each in tensors if each is not None and each.is_floating_point()]
+    if not embeddings and not may_be_missing:
+        raise VLLMValidationError(
+            f"embeddings of {modality} {index} are missing, and no other instance decided about it",
+            parameter="messages",
+        )
+    if not all(finite(each.to(model_config.dtype)) for each in embeddings):
+        raise VLLMValidationError(
+            f"embeddings of {modality} {index} hold NaN, infinity or values too large for {model_config.dtype}",
+            parameter="messages",
+        )

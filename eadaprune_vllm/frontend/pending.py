@@ -13,7 +13,6 @@ from eadaprune_vllm.core.prune import PruneDecision
 from eadaprune_vllm.core.report import Timing
 from eadaprune_vllm.core.transfer import TransferredItem
 from eadaprune_vllm.engine.model import KEPT, MM_EMBEDS
-from eadaprune_vllm.frontend.transfer import refusal
 from eadaprune_vllm.messages import DecisionError, DecisionRequest, DecisionResponse, DecisionResult
 
 
@@ -47,9 +46,10 @@ class PendingItem:
         """
         self.needs_decision, layout, report = False, self.update.content.layout, transferred.report
         if report.visual_tokens != self.request.num_placeholders:
-            raise refusal(
-                f"{KEY} is about {report.visual_tokens} tokens where this {self.request.modality} has "
-                f"{self.request.num_placeholders}"
+            raise VLLMValidationError(
+                f"{KEY}: another instance decided about {report.visual_tokens} tokens where this "
+                f"{self.request.modality} has {self.request.num_placeholders}",
+                parameter=KEY,
             )
         if transferred.placeholders is None:
             return
@@ -57,7 +57,7 @@ class PendingItem:
         try:
             indices = layout.indices(placeholders)
         except ValueError as error:
-            raise refusal(f"{KEY}: {error}") from None
+            raise VLLMValidationError(f"{KEY}: of another instance: {error}", parameter=KEY) from None
         self.transferred = PruneDecision(
             indices,
             placeholders,

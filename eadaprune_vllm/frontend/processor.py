@@ -16,7 +16,6 @@ from typing_extensions import override
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalKwargsItems
-from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
@@ -27,7 +26,7 @@ from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.frontend.context import RequestContext
 from eadaprune_vllm.frontend.front_end import FrontEnd
 from eadaprune_vllm.frontend.items import Item, Items, PrunedDetails, client_modalities, may_prune, split
-from eadaprune_vllm.frontend.limits import check_embeddings, check_length, check_positions
+from eadaprune_vllm.frontend.limits import are_embeddings, check_embeddings, check_length, check_positions
 from eadaprune_vllm.frontend.pending import PendingItem
 from eadaprune_vllm.frontend.request_options import Choices, option_sources
 from eadaprune_vllm.frontend.transfer import TRANSFER, Transfer
@@ -75,7 +74,7 @@ class PruningProcessor(BaseMultiModalProcessor):
         Args:
             inputs: vLLM's, without our options.
             given: the options: ``Choices`` for a chat, or one value for all images and videos of a prompt.
-            transfer: the decisions of another instance, whose KV cache the request loads.
+            transfer: the decisions of other instances.
 
         Yields:
             The items that the engine has to decide about before the next step.
@@ -127,10 +126,9 @@ class PruningProcessor(BaseMultiModalProcessor):
         by_modality: dict[str, list[Item]] = {}
         numbers = defaultdict[str, Iterator[int]](itertools.count)
         for modality, mm_items in inputs.mm_data_items.items():
-            check_embeddings(modality, mm_items, self.info.ctx.model_config)
             by_modality[modality] = []
             each = zip(names[modality], given.for_items(names[modality]), hashes[modality], mm_items, strict=True)
-            for name, choice, image_hash, data in each:
+            for index, (name, choice, image_hash, data) in enumerate(each):
                 sticky = choice.from_previous_turn or data is None
                 options, mm_hash = self.front_end.effective_options(choice, image_hash, sticky), image_hash
                 key, transferred = options.key if may_prune(options) else None, None
@@ -138,6 +136,8 @@ class PruningProcessor(BaseMultiModalProcessor):
                     transferred = transfer.decision(name, next(numbers[name]), image_hash, is_needed=key is not None)
                 if transferred:
                     key = transferred.kept
+                if are_embeddings(mm_items):
+                    check_embeddings(modality, index, data, self.info.ctx.model_config, bool(transferred))
                 if key is not None:
                     mm_hash = MultiModalHasher.hash_kwargs(algorithm, item=image_hash, **{KEY: key, **hash_kwargs})
                 by_modality[modality].append(
@@ -206,7 +206,7 @@ class PruningProcessor(BaseMultiModalProcessor):
     def read(self, inputs: ProcessorInputs, modality: str, index: int, options: PruneOptions) -> PendingItem:
         """Process one item as vLLM would process it by itself, and make the decision request about it."""
         mm_items = inputs.mm_data_items[modality]
-        is_client_embedding = isinstance(mm_items, EmbeddingItems | DictEmbeddingItems)
+        is_client_embedding = are_embeddings(mm_items)
         if is_client_embedding:  # these need no processing, and vLLM has no way to select one of them
             alone, kwargs, number = inputs.mm_data_items.select({modality}), inputs.hf_processor_mm_kwargs, index
         else:

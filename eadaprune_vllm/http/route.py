@@ -20,7 +20,6 @@ from eadaprune_vllm.core.report import Report
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.context import RequestContext, in_context, request_context
 from eadaprune_vllm.frontend.request_options import HEADER, option_fields, reject_misplaced
-from eadaprune_vllm.frontend.transfer import PARAMS
 from eadaprune_vllm.http.endpoints import ENDPOINTS, Endpoint
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
@@ -52,8 +51,7 @@ class PruningRoute(APIRoute):
             if not endpoint:
                 return await handler(request)
             options = body.pop(KEY, None) if isinstance(body, dict) else None  # vLLM may reject unknown fields
-            transfer = body.get(PARAMS) if isinstance(body, dict) else None
-            with request_context(RequestContext(request.headers.get(HEADER), options, transfer)) as context:
+            with request_context(RequestContext(request.headers.get(HEADER), options, body)) as context:
                 response = await handler(request)
             if isinstance(response, StreamingResponse):  # may render further turns, after calls of built-in tools
                 response.body_iterator = in_context(aiter(response.body_iterator), context)

@@ -1,6 +1,5 @@
 """vLLM's input processor: a request is counted here, after vLLM's own checks, and its items get their identifiers."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ from eadaprune_vllm.core.report import Pruning
 from eadaprune_vllm.engine.model import KEPT
 from eadaprune_vllm.frontend.context import RequestContext, request_context
 from eadaprune_vllm.frontend.items import digest
-from eadaprune_vllm.frontend.transfer import PARAMS, Transfer, refusal
+from eadaprune_vllm.frontend.transfer import EC_PARAMS, KV_PARAMS, Transfer
 from eadaprune_vllm.patching import wrap
 
 _LOST = "a beam search with a cached image may fail if the engine decided about this image again"
@@ -20,8 +19,8 @@ def install() -> None:
     def process_inputs(
         original: Any, input_processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        transfer_params = (getattr(params, "extra_args", None) or {}).get(PARAMS) or {}
-        with request_context(RequestContext(kv_transfer_params=transfer_params)) as context:
+        transfer_params = getattr(params, "extra_args", None)
+        with request_context(RequestContext(transfer_params=transfer_params)) as context:
             request = original(input_processor, request_id, prompt, params, *args, **kwargs)
         # ``original`` renders a raw prompt.
         pruning: Pruning | None = prompt.get(KEY, context.rendered) if isinstance(prompt, dict) else context.rendered
@@ -31,10 +30,9 @@ def install() -> None:
         for feature in request.mm_features:
             feature.identifier = pruning.identifiers[feature.mm_hash]
         if transfer := Transfer.of(transfer_params):
-            transfer.check(pruning.decisions)
-            _check_length(request, transfer_params)
-        if transfer_params.get("do_remote_decode"):
-            _add_decisions(request, pruning)
+            transfer.check(pruning.decisions, len(request.prompt_token_ids))
+        if request.sampling_params:
+            _add_decisions(request.sampling_params, pruning, input_processor.vllm_config.ec_transfer_config)
         input_processor.renderer.mm_processor.front_end.admit(pruning)
         if pruning.reports and input_processor.vllm_config.observability_config.otlp_traces_endpoint:
             from eadaprune_vllm.frontend.tracing import trace_pruning  # vLLM checks that OpenTelemetry is installed
@@ -52,20 +50,18 @@ def install() -> None:
         return prompt
 
 
-def _check_length(request: Any, transfer_params: Mapping[str, Any]) -> None:
-    """Raises:
-    VLLMValidationError: if the other instance computed fewer tokens than the prompt has.
-    """
-    remote, length = transfer_params.get("remote_num_tokens"), len(request.prompt_token_ids)
-    if transfer_params.get("do_remote_prefill") and isinstance(remote, int) and remote < length:
-        raise refusal(f"remote_num_tokens={remote} is less than the {length} tokens of this prompt")
-
-
-def _add_decisions(request: Any, pruning: Pruning) -> None:
-    """Have them returned with the ``kv_transfer_params`` of a request that another instance decodes."""
-    extra = request.sampling_params.extra_args
-    decisions = {modality: [item.model_dump() for item in items] for modality, items in pruning.decisions.items()}
-    request.sampling_params.extra_args = {**extra, PARAMS: {**extra[PARAMS], KEY: decisions}}
+def _add_decisions(sampling_params: Any, pruning: Pruning, ec_transfer_config: Any) -> None:
+    """Have them returned to other instances: see ``patches/scheduler.py``."""
+    extra = sampling_params.extra_args or {}
+    own: dict[str, Any] = {}
+    if extra.get(KV_PARAMS):
+        own[KV_PARAMS] = {
+            modality: [item.model_dump() for item in items] for modality, items in pruning.decisions.items()
+        }
+    if ec_transfer_config and ec_transfer_config.is_ec_producer:
+        own[EC_PARAMS] = {identifier: item.model_dump() for identifier, item in pruning.decided.items()}
+    if own:
+        sampling_params.extra_args = {**extra, KEY: own}
 
 
 def _identify(features: Any) -> None:

@@ -115,5 +115,5 @@ def _as_request(mm_processor_kwargs: Any) -> dict[str, Any]:
     """The processor's options of a request, always with our key: without it the processor takes it for warm-up."""
     given = dict(mm_processor_kwargs or {})
     given |= {KEY: {} if given.get(KEY) is None else given[KEY]}
-    transfer = Transfer.of(current().kv_transfer_params)
+    transfer = Transfer.of(current().transfer_params)
     return given if transfer is None else given | {TRANSFER: transfer}

@@ -1,16 +1,21 @@
-"""vLLM's scheduler: a request that another instance decodes returns the decisions about its images and videos."""
+"""vLLM's scheduler: requests that other instances go on with return the decisions about their images and videos."""
 
 from typing import Any
 
 from eadaprune_vllm.core.options import KEY
+from eadaprune_vllm.frontend.transfer import EC_PARAMS, KV_PARAMS
 from eadaprune_vllm.patching import wrap
 
 
 def install() -> None:
-    @wrap("vllm.v1.core.sched.scheduler:Scheduler._connector_finished")
-    def connector_finished(original: Any, scheduler: Any, request: Any) -> Any:
-        delay_free_blocks, params = original(scheduler, request)
-        given = request.kv_transfer_params
-        if params and given and KEY in given:
-            params = {**params, KEY: given[KEY]}
-        return delay_free_blocks, params
+    @wrap("vllm.v1.core.sched.scheduler:Scheduler._free_request")
+    def free_request(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        kv_params, ec_params = original(scheduler, request, *args, **kwargs)
+        extra = (request.sampling_params and request.sampling_params.extra_args) or {}
+        own = extra[KEY] if isinstance(extra.get(KEY), dict) else {}
+        if kv_params and KV_PARAMS in own:
+            kv_params = {**kv_params, KEY: own[KV_PARAMS]}
+        for identifier, item in own.get(EC_PARAMS, {}).items():
+            if ec_params and identifier in ec_params:
+                ec_params[identifier][KEY] = item
+        return kv_params, ec_params

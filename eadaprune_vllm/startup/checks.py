@@ -88,12 +88,8 @@ _REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "decoding videos on the GPU (--media-io-kwargs) is not supported: the plugin processes images on the CPU",
     ),
     (
-        lambda mm, c: mm.mm_encoder_only,
-        "--mm-encoder-only is not supported: the decision does not reach the other instances",
-    ),
-    (
-        lambda mm, c: c.ec_transfer_config,
-        "--ec-transfer-config is not supported: the decision does not reach the other instances",
+        lambda mm, c: mm.mm_encoder_only and not c.ec_transfer_config,
+        "--mm-encoder-only without --ec-transfer-config is not supported: nothing takes what is encoded",
     ),
     (
         lambda mm, c: _connectors(c) & _TRANSFER_CONNECTORS,

@@ -16,12 +16,12 @@ import pytest
 from conftest import Start
 from harness import Server, content
 from inprocess import message
+from instances import Body, answer, chat, reported
 from PIL import Image
 from shared import noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 Images = dict[str, Image.Image]
-Body = dict[str, Any]
 FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float32"]
 FLAGS += ["--limit-mm-per-prompt", '{"image": 2}']
 PREFILL: Body = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -101,24 +101,6 @@ def started(start: Start, nixl: Path) -> Callable[..., Instances]:
 @pytest.fixture(scope="module")
 def instances(started: Callable[..., Instances]) -> Instances:
     return started("llava")
-
-
-def chat(*parts: Image.Image | str, **extra: Any) -> Body:
-    messages = [{"role": "user", "content": content(*parts, "What is it?")}]
-    body = {"model": "demo", "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    return body | {"logprobs": True, "top_logprobs": 3} | extra
-
-
-def answer(response: Any) -> tuple[Any, Any, list[float]]:
-    """Text, tokens of the prompt, and log-probabilities of an answer."""
-    (choice,) = response["choices"]
-    logprobs = [round(token["logprob"], 3) for token in choice["logprobs"]["content"]]
-    return choice["message"]["content"], response["usage"]["prompt_tokens"], logprobs
-
-
-def reported(response: Any) -> list[Any]:
-    """What was kept of each image."""
-    return [{name: image[name] for name in image if name != "cached"} for image in response["eadaprune"]["images"]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-START_SECONDS = 300
+START_SECONDS = 900  # large models in bfloat16 warm up for minutes on a CPU without AVX-512
 # The command that belongs to this interpreter, whatever is on the PATH.
 VLLM = str(Path(sys.executable).parent / "vllm")
 # Of a bfloat16 model on this CPU: without instructions for bfloat16 a language model is forty times slower in it.

@@ -6,6 +6,9 @@ from harness import content
 from PIL import Image
 
 Body = dict[str, Any]
+Images = dict[str, Image.Image]
+FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float32"]
+FLAGS += ["--limit-mm-per-prompt", '{"image": 2}']
 
 
 def chat(*parts: Image.Image | str, **extra: Any) -> Body:

@@ -13,15 +13,11 @@ import torch
 from conftest import Start
 from harness import Server
 from inprocess import message
-from instances import Body, answer, chat, reported
-from PIL import Image
+from instances import FLAGS, Body, Images, answer, chat, reported
 from safetensors.torch import load_file, save_file
 from shared import noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-Images = dict[str, Image.Image]
-FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float32"]
-FLAGS += ["--limit-mm-per-prompt", '{"image": 2}', "--no-enable-prefix-caching"]
 
 
 @dataclass
@@ -64,7 +60,7 @@ def started(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         for role in ("producer", "consumer"):
             transfer: Body = {"ec_connector": "ECExampleConnector", "ec_role": f"ec_{role}"}
             transfer |= {"ec_connector_extra_config": {"shared_storage_path": str(store)}}
-            flags = [*FLAGS, "--ec-transfer-config", json.dumps(transfer)]
+            flags = [*FLAGS, "--no-enable-prefix-caching", "--ec-transfer-config", json.dumps(transfer)]
             servers.append(start(f"{name}-{role}", *flags, VLLM_SERVER_DEV_MODE="1", **settings))
         encode, consume = servers
         return Encoder(encode, consume, store)

@@ -16,14 +16,10 @@ import pytest
 from conftest import Start
 from harness import Server, content
 from inprocess import message
-from instances import Body, answer, chat, reported
-from PIL import Image
+from instances import FLAGS, Body, Images, answer, chat, reported
 from shared import noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-Images = dict[str, Image.Image]
-FLAGS = ["--plugin", "eadaprune", "--eadaprune-min-tokens", "16", "--enforce-eager", "--dtype", "float32"]
-FLAGS += ["--limit-mm-per-prompt", '{"image": 2}']
 PREFILL: Body = {"do_remote_decode": True, "do_remote_prefill": False}
 PREFILL |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
 

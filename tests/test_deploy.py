@@ -123,7 +123,9 @@ def test_pods_run_the_plugin_without_privileges(folder: Path) -> None:
         (container,) = spec["containers"]
         assert "--plugin=eadaprune" in container["args"]
         assert container["image"] == "eadaprune-vllm:cuda"
-        assert container["securityContext"]["readOnlyRootFilesystem"]
+        for each in (container, *spec.get("initContainers", ())):
+            assert each["securityContext"]["readOnlyRootFilesystem"]
+            assert not each["securityContext"]["allowPrivilegeEscalation"]
         assert (
             container["resources"]["requests"]["nvidia.com/gpu"] == container["resources"]["limits"]["nvidia.com/gpu"]
         )
@@ -131,6 +133,28 @@ def test_pods_run_the_plugin_without_privileges(folder: Path) -> None:
         assert mounted == {volume["name"] for volume in spec["volumes"]}
         flags = {arg.split("=")[0].removeprefix("--eadaprune-") for arg in container["args"] if "--eadaprune-" in arg}
         assert {flag.replace("-", "_") for flag in flags} <= ServerOptions.model_fields.keys()
+
+
+def test_prefill_and_decode_are_apart() -> None:
+    deployments = [
+        manifest for manifest in objects(K8S / "overlays/prefill-decode") if manifest["kind"] == "Deployment"
+    ]
+    assert len(deployments) == 2
+    for deployment in deployments:
+        role = deployment["metadata"]["name"].rpartition("-")[2]
+        for labels in (
+            deployment["spec"]["selector"]["matchLabels"],
+            deployment["spec"]["template"]["metadata"]["labels"],
+        ):
+            assert labels["llm-d.ai/role"] == role
+        pod = deployment["spec"]["template"]["spec"]
+        (vllm,) = pod["containers"]
+        served = [port for each in (vllm, *pod.get("initContainers", ())) for port in each["ports"]]
+        assert {port["name"]: port["containerPort"] for port in served}["http"] == 8000  # where llm-d's router looks
+        probed = {vllm[probe]["httpGet"]["port"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+        assert probed < {port["name"] for port in vllm["ports"]}
+        transfer = [arg.partition("=")[2] for arg in vllm["args"] if arg.startswith("--kv-transfer-config=")]
+        assert [json.loads(config)["kv_connector"] for config in transfer] == ["NixlConnector"]
 
 
 @pytest.mark.server

@@ -119,6 +119,32 @@ def test_the_report_is_in_the_first_event_and_only_there(app: FastAPI) -> None:
     assert response.headers["X-EAdaPrune-Kept-Tokens"] == "76"
 
 
+@pytest.mark.parametrize("start", ['"type":"message_start","message":', '"response":'])
+def test_the_report_is_in_the_answers_that_a_stream_holds(start: str) -> None:
+    """SDKs make their last message of these. What looks like one in a text is left alone."""
+    text = json.dumps({"delta": f'data: {{{start}{{"a":1}}}}'}, separators=(",", ":"))
+
+    async def events() -> AsyncIterator[str]:
+        for data in (f'{{{start}{{"a":1}},"b":2}}', text, f'{{{start}{{"a":3}}}}'):
+            yield f"event: x\ndata: {data}\n\n"
+
+    async def handler(body: Body) -> StreamingResponse:
+        current().prunings.append(Pruning({"image": [IMAGE]}, 0.25, kv_bytes_per_token=10))
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    app = FastAPI()
+    app.router.add_api_route("/v1/messages", handler, methods=["POST"], route_class_override=PruningRoute)
+    (response,) = post(app, "/v1/messages", {})
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    first, middle, last = map(json.loads, lines)
+    name = start.split('"')[-2]
+    assert first[name] == {"eadaprune": first["eadaprune"], "a": 1}
+    assert first["eadaprune"]["kept_tokens"] == 76
+    assert first["b"] == 2
+    assert middle == json.loads(text)
+    assert last[name] == {"eadaprune": first["eadaprune"], "a": 3}
+
+
 def test_later_turns_of_a_stream_have_the_options() -> None:
     """As where built-in tools are called: their output goes into another prompt. Each stream has its own."""
     turns: dict[str | None, list[str | None]] = {"0.5": [], "0.7": []}

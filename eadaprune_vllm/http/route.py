@@ -28,6 +28,8 @@ _KWARGS = "mm_processor_kwargs"
 # Most bodies do not contain the word, and may be long. JSON may have its letters as escapes, or be in UTF-16.
 _WORD = re.compile(KEY.encode() + rb"|\\u00|\x00")
 _FIRST_EVENT = re.compile(r"^data: \{(\s*\})?", re.MULTILINE)
+# The events with the object that SDKs return at the end of a stream: of Anthropic, and of OpenAI's Responses.
+_ANSWER = re.compile(r'^data: \{(?:"type":"message_start","message"|"response"):\{', re.MULTILINE)
 
 
 class PruningRoute(APIRoute):
@@ -147,7 +149,7 @@ def _with_report(response: Response, report: Report | None, in_body: bool) -> Re
         return response
     member = f'"{KEY}":{report.model_dump_json()}'
     if isinstance(response, StreamingResponse):
-        response.body_iterator = _with_first_event(response.body_iterator, member)
+        response.body_iterator = _with_events(response.body_iterator, member)
     elif response.media_type == "application/json" and bytes(response.body).endswith(b"}"):
         # Inserted as text: parsing and rendering a long body again would take long.
         start = bytes(response.body)[:-1].rstrip()
@@ -157,11 +159,13 @@ def _with_report(response: Response, report: Report | None, in_body: bool) -> Re
     return response
 
 
-async def _with_first_event(chunks: Any, member: str) -> AsyncIterator[Any]:
-    """A stream of server-sent events with a member added to its first JSON object."""
+async def _with_events(chunks: Any, member: str) -> AsyncIterator[Any]:
+    """A stream of server-sent events with a member added to its first JSON object, and to each whole answer in it."""
     is_added = False
     async for chunk in chunks:
-        if not is_added and isinstance(chunk, str) and _FIRST_EVENT.search(chunk):
-            chunk = _FIRST_EVENT.sub(lambda start: f"data: {{{member}{'}' if start[1] else ','}", chunk, count=1)
-            is_added = True
+        if isinstance(chunk, str):
+            chunk = _ANSWER.sub(lambda start: f"{start[0]}{member},", chunk)
+            if not is_added and _FIRST_EVENT.search(chunk):
+                chunk = _FIRST_EVENT.sub(lambda start: f"data: {{{member}{'}' if start[1] else ','}", chunk, count=1)
+                is_added = True
         yield chunk

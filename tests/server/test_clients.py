@@ -106,6 +106,8 @@ def test_openai_responses(pruning: Server, reference: Reference, images: Images)
     assert first.model_extra["eadaprune"]["kept_tokens"] == kept
     # Since 0.33 vLLM says that an answer which reached its limit is not complete.
     assert others[-1].type in ("response.completed", "response.incomplete")
+    whole = [event.response.model_extra or {} for event in (first, *others) if hasattr(event, "response")]
+    assert [extra["eadaprune"]["kept_tokens"] for extra in whole] == [kept] * 3  # created, in progress, completed
 
 
 def test_anthropic(pruning: Server, reference: Reference, images: Images) -> None:
@@ -127,7 +129,10 @@ def test_anthropic(pruning: Server, reference: Reference, images: Images) -> Non
     ).input_tokens == pruning.prompt_tokens(images["noise"], TEXT, options={"energy": 0.8})
     with client.messages.stream(**settings) as stream:
         assert stream.response.headers["x-eadaprune-kept-tokens"] == str(kept)
-        assert stream.get_final_message().usage.input_tokens == answer.usage.input_tokens
+        message = stream.get_final_message()
+    assert message.usage.input_tokens == answer.usage.input_tokens
+    assert message.model_extra
+    assert message.model_extra["eadaprune"]["kept_tokens"] == kept
     with pytest.raises(anthropic.BadRequestError, match=r"eadaprune\.energy=8 is not allowed"):
         client.messages.create(**(settings | {"extra_body": {"eadaprune": {"energy": 8}}}))
 

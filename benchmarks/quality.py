@@ -16,7 +16,7 @@ import typer
 from common import RESULTS, Output, save
 from rich.console import Console
 
-from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.budget import Curve, Targets
 from eadaprune_vllm.core.draw import png
 from eadaprune_vllm.core.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.core.selectors import SELECTORS
@@ -24,7 +24,6 @@ from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import write_questions
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import Server
-from eadaprune_vllm.tools.calibrate import solve
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, adaptive, run
 from eadaprune_vllm.tools.offline import OfflineModel
 from eadaprune_vllm.tools.plots import accuracy
@@ -45,7 +44,8 @@ def thresholds() -> dict[int, float]:
         spectrum = model.examine(image, {"selector": "uniform"}, spectrum=True).spectrum
         curves.append(Curve(str(number), np.array(spectrum)))
     options = PruneOptions.model_validate(UNBOUNDED)
-    return {target: solve(curves, target / len(curves[0].thresholds), options).energy for target in TARGETS}
+    targets = Targets(curves, options)
+    return {target: targets.energy(target / len(curves[0].thresholds)) for target in TARGETS}
 
 
 def main(

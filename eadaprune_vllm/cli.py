@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import statistics
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from eadaprune_vllm.errors import EAdaPruneError
+from eadaprune_vllm.tools.console import check_outputs, flags, refused, warn, warn_of_skipped
 
 if TYPE_CHECKING:
     from eadaprune_vllm.tools.examiner import Examiner
@@ -30,16 +28,8 @@ Dtype = Annotated[str | None, typer.Option(help="vLLM's --dtype for --model. Bud
 Revision = Annotated[str | None, typer.Option(help="Revision of --model on the hub.")]
 MinTokens = Annotated[int | None, typer.Option(help="Minimum number of tokens of an image.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens of an image.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite output files that exist.")]
 Scope = Annotated[str | None, typer.Option(help="What has to reach the threshold: tile or image.")]
-
-
-@contextmanager
-def _refused() -> Iterator[None]:
-    """Context manager: errors of the user end the command with one sentence."""
-    try:
-        yield
-    except (ValueError, OSError, EAdaPruneError) as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @contextmanager
@@ -49,7 +39,7 @@ def _examiner(url: str | None, model: str | None, dtype: str | None, revision: s
         raise typer.BadParameter("give either --url of a server, or --model to start an engine")
     if url is not None and (dtype or revision):
         raise typer.BadParameter("--dtype and --revision need --model: a server has its own")
-    with _refused(), closing(_served(url) if url is not None else _offline(str(model), dtype, revision)) as examiner:
+    with refused(), closing(_served(url) if url is not None else _offline(str(model), dtype, revision)) as examiner:
         yield examiner
 
 
@@ -79,11 +69,6 @@ def _given(**options: Any) -> dict[str, Any]:
     return given
 
 
-def _flags(**values: Any) -> str:
-    """The values as flags of a command line; None is left out."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
-
-
 @app.command("demo-model")
 def demo_model() -> None:
     """Print the folder of the embedded model."""
@@ -107,10 +92,12 @@ def demo(
 def demo_questions(
     output: Annotated[Path, typer.Argument(help="Folder for images and questions.jsonl.")],
     scenes: Annotated[int, typer.Option(help="Number of scenes, with about nine questions each.")] = 300,
+    force: Force = False,
 ) -> None:
     """Write generated scenes that the embedded model was not trained on, with questions for `eadaprune evaluate`."""
-    from eadaprune_vllm.demo.questions import write_questions
+    from eadaprune_vllm.demo.questions import QUESTIONS, write_questions
 
+    check_outputs(force, output / QUESTIONS)
     print(write_questions(output, scenes))
 
 
@@ -128,6 +115,7 @@ def calibrate(
     store: Annotated[Path, typer.Option(help="File with the spectrum of each image.")] = Path("spectra.jsonl"),
     histogram: Annotated[Path, typer.Option(help="Output file: histogram of the budgets.")] = Path("budgets.png"),
     table: Annotated[bool, typer.Option("--table", help="Also print mean budgets over thresholds.")] = False,
+    force: Force = False,
 ) -> None:
     """Find the threshold at which your images keep a given share of their tokens on average.
 
@@ -135,44 +123,46 @@ def calibrate(
     --store, an interrupted run is continued, and another --target needs no encoding. Options that are not given are the
     server's.
     """
-    from eadaprune_vllm.core.budget import Curve
+    from eadaprune_vllm.core.budget import Targets
     from eadaprune_vllm.core.options import overlay
     from eadaprune_vllm.tools import calibrate as tool
+    from eadaprune_vllm.tools import tables
 
+    check_outputs(force, histogram)
     with _examiner(url, model, dtype, revision) as examiner:
+        _given(target=target)
         given = _given(min_tokens=min_tokens, max_tokens=max_tokens, scope=scope)
         found = tool.find_images(images)
         options = overlay(examiner.defaults, {"enabled": True} | given, "options")
         curves, skipped = tool.encode(examiner, found, store, options.scope)
-        for where, reason in skipped.items():
-            Console(stderr=True).print(f"[yellow]skipped[/] {where}: {reason}", highlight=False)
-        solved = tool.solve(curves, target, options)
+        warn_of_skipped(skipped)
+        if not curves:
+            raise ValueError(f"none of {len(skipped)} images could be encoded")
         name, budget = examiner.name, examiner.about["budget"]
-    console = Console()
+    targets = Targets(curves, options)
+    nearest = targets.nearest(target)
+    if nearest != target:
+        warn(
+            f"target {target:g} is not reachable",
+            f"thresholds keep {targets.min_target:.3f} to {targets.max_target:.3f} of the tokens of these images on "
+            f"average; {nearest:.3f} is used"
+            + (", where budgets still differ between images" if nearest < target else ""),
+        )
+    solved = options.model_copy(update={"target": nearest, "energy": targets.energy(nearest)})
     budgets = [curve.budget(solved) for curve in curves]
+    console = Console()
     if table:
-        means = Table("threshold", "mean tokens", "mean share")
-        for threshold in (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999, 1.0):
-            at = options.model_copy(update={"energy": threshold})
-            tokens, share = (statistics.mean(of(curve, at) for curve in curves) for of in (Curve.budget, Curve.share))
-            means.add_row(f"{threshold:g}", f"{tokens:.1f}", f"{share:.1%}")
-        console.print(means)
-    quartiles = statistics.quantiles(budgets, n=4, method="inclusive") if len(budgets) > 1 else budgets * 3
-    shown = Table(title=f"Tokens of {len(curves)} images at energy {solved.energy:g}")
-    row = [min(budgets), *quartiles, max(budgets), statistics.mean(budgets)]
-    for heading in ("least", "quarter", "median", "three quarters", "most", "mean"):
-        shown.add_column(heading, justify="right")
-    shown.add_row(*(f"{value:.0f}" for value in row[:-1]), f"{row[-1]:.1f}")
-    console.print(shown)
+        console.print(tables.means(curves, options))
+    console.print(tables.budgets(budgets, solved.energy))
     tool.histogram(budgets, f"{name}, energy {solved.energy:g}").savefig(histogram, dpi=120)
     console.print(f"Picture: {histogram}; spectra: {store}; skipped: {len(skipped)}", highlight=False)
     values = {"energy": f"{solved.energy:g}", "budget": None if budget == "spectrum" else budget} | given
-    flags = _flags(**{f"eadaprune_{option}": value for option, value in values.items()})
+    ours = flags(**{f"eadaprune_{option}": value for option, value in values.items()})
     if model:
-        print(f"vllm serve {model} {_flags(dtype=dtype, revision=revision, plugin='eadaprune')} {flags}")
+        print(f"vllm serve {model} {flags(dtype=dtype, revision=revision, plugin='eadaprune')} {ours}")
     else:
         console.print(f"Flags of the server of {name}:", highlight=False)
-        print(flags)
+        print(ours)
 
 
 @app.command()
@@ -190,6 +180,7 @@ def explain(
     revision: Revision = None,
     output: Annotated[Path, typer.Option(help="Output file: the picture.")] = Path("explanation.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the decisions as JSON.")] = False,
+    force: Force = False,
 ) -> None:
     """Draw which patches of an image are kept at which threshold, and the curve of its energy.
 
@@ -201,12 +192,13 @@ def explain(
     from eadaprune_vllm.tools.plots import caption, explanation
 
     chosen = {"selector": selector, "min_tokens": min_tokens, "max_tokens": max_tokens, "scope": scope}
+    check_outputs(force, output)
     with _examiner(url, model, dtype, revision) as examiner:
         thresholds = [{"energy": each} for each in energy] + [{"target": each} for each in target]
         given = [_given(**each, **chosen) for each in thresholds or [{}]]
         file = images.read(image)
+        panels = [("the image", images.picture(file, image))]
         previews = [examiner.examine(file, options, overlay=True) for options in given]
-        panels = [("the image", images.picture(file))]
     panels += [(caption(report), picture(report.overlay or "")) for report in previews]
     explanation(panels, previews[0].curve, previews).savefig(output, dpi=120)
     if as_json:
@@ -233,13 +225,17 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Output file: results as JSON; a plot is written beside it.")] = Path(
         "quality.json"
     ),
+    force: Force = False,
 ) -> None:
     """Measure the accuracy of a server's answers: without pruning, by default, and with other options."""
     from eadaprune_vllm.tools import evaluate as tool
+    from eadaprune_vllm.tools import tables
     from eadaprune_vllm.tools.plots import accuracy
     from eadaprune_vllm.tools.questions import read_questions
 
-    with _refused():
+    plot = output.with_suffix(".png")
+    check_outputs(force, output, plot)
+    with refused():
         results = tool.Results(read_questions(questions))
         pruned = [*tool.default(selector), *tool.adaptive(energy, selector, target), *tool.fixed(tokens, selector)]
         settings = [tool.UNPRUNED, *pruned]
@@ -247,22 +243,10 @@ def evaluate(
             tool.run(results, url, settings, with_matched=matched, model=model, suffix=suffix, concurrency=concurrency)
         )
     rows = results.summary()
-    shown = Table(title=f"{len(results.questions)} questions")
-    for heading in ("setting", "mean tokens", "accuracy", "95 %", "adaptive - fixed"):
-        shown.add_column(heading, justify="left" if heading == "setting" else "right")
-    for row in rows:
-        gain = row.get("adaptive_minus_fixed")
-        shown.add_row(
-            row["setting"],
-            f"{row['mean_tokens']:.1f}",
-            f"{row['accuracy']:.3f}",
-            "{:.3f} to {:.3f}".format(*row["interval"]),
-            "{:+.3f} ({:+.3f} to {:+.3f})".format(gain["mean"], *gain["interval"]) if gain else "",
-        )
-    Console().print(shown)
+    Console().print(tables.accuracy(rows, len(results.questions)))
     about = {"questions": str(questions), "count": len(results.questions), "suffix": suffix, "chance": results.chance()}
     output.write_text(json.dumps({"about": about, "settings": rows}, indent=1) + "\n")
-    accuracy(rows).savefig(output.with_suffix(".png"), dpi=120)
+    accuracy(rows).savefig(plot, dpi=120)
 
 
 @app.command()

@@ -23,6 +23,7 @@ class Stub(ThreadingHTTPServer):
 
     Attributes:
         failing: status and body that every route answers with instead.
+        refuses: body of the 400 that previews are answered with instead.
         asked: bodies of previews.
         ends_after: how many previews it answers; the connection of the next is closed. None for all.
         budget: the operator's option.
@@ -31,6 +32,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.failing: tuple[int, str] | None = None
+        self.refuses: str | None = None
         self.asked: list[dict[str, Any]] = []
         self.ends_after: int | None = None
         self.budget: Budget = "spectrum"
@@ -51,8 +53,10 @@ class Stub(ThreadingHTTPServer):
 
     def preview(self, body: dict[str, Any]) -> tuple[int, str]:
         self.asked.append(body)
+        if self.refuses:
+            return 400, self.refuses
         if self.images[-1] == b"no image":
-            return 400, '{"error": {"message": "Failed to load image: this is none"}}'
+            return 400, '{"error": {"message": "Failed to load image: this is none, namely <_io.BytesIO object>"}}'
         item = ItemPreview(
             visual_tokens=100,
             kept_tokens=40,

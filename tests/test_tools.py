@@ -14,7 +14,7 @@ from stub import Stub
 from typer.testing import CliRunner, Result
 
 from eadaprune_vllm.cli import app
-from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.budget import Curve, Targets
 from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.prune import Encoding, prune
@@ -59,17 +59,11 @@ def test_a_stored_curve_gives_the_budget_that_pruning_does(options: dict[str, ob
 @pytest.mark.parametrize("target", [0.15, 0.42, 0.8])
 def test_solved_threshold_reaches_the_target(target: float) -> None:
     found, options = curves(50), PruneOptions(min_tokens=2, min_share=0, max_tokens=36)
-    solved = calibrate.solve(found, target, options)
+    targets = Targets(found, options)
+    assert targets.nearest(target) == target
+    solved = options.model_copy(update={"energy": targets.energy(target)})
     # At one millionth of energy no more than a few budgets move.
     assert mean(curve.share(solved) for curve in found) == pytest.approx(target, abs=0.002)
-    assert (solved.min_tokens, solved.max_tokens) == (2, 36)
-
-
-def test_unreachable_target_error_gives_the_range() -> None:
-    with pytest.raises(
-        ValueError, match=r"keep 0\.100 to 0\.300 of the tokens of these images on average, so target 0\.8 is not"
-    ):
-        calibrate.solve(curves(10), 0.8, PruneOptions(min_tokens=4, max_tokens=12))
 
 
 def test_images_are_found_in_folders_globs_and_lists(tmp_path: Path) -> None:
@@ -89,13 +83,20 @@ def test_images_are_found_in_folders_globs_and_lists(tmp_path: Path) -> None:
         calibrate.find_images(["nowhere"])
 
 
+@pytest.mark.parametrize("line", ["a.png", "[]", "{}", '{"image": 1}'])
+def test_a_line_of_a_list_that_names_no_image_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(f'"a.png"\n{line}')
+    with pytest.raises(ValueError, match=r"list\.jsonl:2: neither a string nor an object"):
+        calibrate.find_images([str(tmp_path / "list.jsonl")])
+
+
 @pytest.mark.parametrize("name", ["of mine.png", "ä%20.jpg"])
 def test_images_are_read_at_paths_and_urls(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     Image.new("L", (8, 6), 200).save(path)
     for where in (str(path), path.as_uri(), images.data_url(path.read_bytes(), name)):
         assert images.read(where) == path.read_bytes()
-    found = images.picture(path.read_bytes())
+    found = images.picture(path.read_bytes(), name)
     assert (found.mode, found.size) == ("RGB", (8, 6))
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/a\.png: .*refused"):
         images.read("http://127.0.0.1:9/a.png")
@@ -127,7 +128,7 @@ def test_calibrate_asks_a_server_for_spectra(stub: Stub, folder: Path) -> None:
     flags = done.stdout.splitlines()[-1].split()
     assert (flags[0], *flags[2:]) == ("--eadaprune-energy", "--eadaprune-max-tokens", "90")
     assert float(flags[1]) == pytest.approx(0.29, abs=0.01)
-    assert "Failed to load image: this is none" in done.stderr
+    assert "Failed to load image: this is none, namely\n" in done.stderr
     header, *lines = map(json.loads, (folder.parent / "spectra.jsonl").read_text().splitlines())
     about = {"models": ["served"], "architecture": "A", "dtype": "float32"}
     assert header == about | {"budget": "spectrum", "scope": "tile"}
@@ -140,17 +141,35 @@ def test_calibrate_asks_a_server_for_spectra(stub: Stub, folder: Path) -> None:
 def test_budgets_by_span_are_told_from_those_by_the_spectrum(stub: Stub, folder: Path) -> None:
     run(*calibrate_command(folder, "--url", stub.url))
     stub.budget = "span"
-    assert "choose another --store" in run(*calibrate_command(folder, "--url", stub.url)).stderr
-    done = run(*calibrate_command(folder, "--url", stub.url, "--store", folder.parent / "others.jsonl"))
+    assert "choose another --store" in run(*calibrate_command(folder, "--url", stub.url, "--force")).stderr
+    done = run(*calibrate_command(folder, "--url", stub.url, "--store", folder.parent / "others.jsonl", "--force"))
     assert done.stdout.splitlines()[-1].endswith("--eadaprune-budget span")
 
 
-def test_options_that_are_not_given_are_the_servers(stub: Stub, folder: Path) -> None:
+def test_a_target_that_is_not_reachable_gives_the_nearest(stub: Stub, folder: Path) -> None:
+    """The least share here is the server's, as options that are not given are."""
     few = run(*calibrate_command(folder, "--url", stub.url, "--target", 0.02))
+    assert few.exit_code == 0, few.output
     assert (
-        "thresholds keep 0.040 to 1.000 of the tokens of these images on average, so target 0.02 is not reachable"
-        in few.stderr
+        "target 0.02 is not reachable: thresholds keep 0.040 to 1.000 of the tokens of these images on average; "
+        "0.040 is used\n" in few.stderr
     )
+    assert " 4.0 " in few.stdout
+    many = run(*calibrate_command(folder, "--url", stub.url, "--target", 0.9, "--max-tokens", 60, "--force"))
+    assert "0.400 is used, where budgets still differ between images\n" in many.stderr
+    assert " 40.0 " in many.stdout
+
+
+def test_calibrate_says_of_each_image_why_it_was_skipped(stub: Stub, folder: Path) -> None:
+    paths = [folder / f"broken {number}.png" for number in range(12)]
+    for path in paths:
+        path.write_bytes(b"no image")
+    done = run(*calibrate_command(folder / "broken *.png", "--url", stub.url))
+    assert done.exit_code == 2
+    for path in sorted(paths)[:10]:
+        assert f"skipped {path}: Failed to load image: this is none, namely\n" in done.stderr
+    assert "skipped: 2 more images" in done.stderr
+    assert "none of 12 images could be encoded" in done.stderr
 
 
 def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, folder: Path) -> None:
@@ -223,9 +242,62 @@ print(sorted({"torch", "vllm", "transformers"} & {name.partition(".")[0] for nam
 
 
 def test_the_servers_refusal_of_an_image_is_shown(stub: Stub, folder: Path) -> None:
-    done = run("explain", folder / "broken.png", "--url", stub.url)
+    stub.refuses = '{"error": {"message": "too large: <PIL.Image.Image image object at 0x7f>"}}'
+    done = run("explain", folder / "0.png", "--url", stub.url)
     assert done.exit_code == 2
-    assert "Invalid value: Failed to load image: this is none" in done.stderr
+    assert "Invalid value: too large: " in done.stderr
+    assert "0x7f" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("broken.png", "cannot identify image file"), ("none.png", "No such file or directory")]
+)
+def test_commands_name_an_image_that_they_cannot_read(stub: Stub, folder: Path, name: str, says: str) -> None:
+    done = run("explain", folder / name, "--url", stub.url)
+    assert done.exit_code == 2
+    assert f"Invalid value: {folder / name}: {says} " in done.stderr
+    path = folder / "questions.jsonl"
+    question = {"image": "0.png", "question": "What?", "answer": "x"}
+    path.write_text("\n".join(json.dumps(question | {"image": each}) for each in ("0.png", *[name] * 7)))
+    done = run("evaluate", path, "--url", stub.url, "--output", folder / "quality.json")
+    assert done.exit_code == 2
+    said = " ".join(done.stderr.replace("│", "").split())
+    for line in range(2, 7):
+        assert f"{path}:{line}: {folder / name}: {says}; " in said
+    assert "and 2 more lines" in said
+    assert not stub.asked
+
+
+def test_no_command_overwrites_a_file_unless_told_to(stub: Stub, folder: Path) -> None:
+    output = folder.parent / "out.png"
+    output.write_text("mine")
+    commands = [
+        ["explain", folder / "0.png", "--url", stub.url, "--output", output],
+        [*calibrate_command(folder, "--url", stub.url), "--histogram", output],
+        ["evaluate", folder / "questions.jsonl", "--url", stub.url, "--output", output.with_suffix(".json")],
+    ]
+    for command in commands:
+        done = run(*command)
+        assert done.exit_code == 2
+        assert f"{output} would be overwritten; --force does so" in done.stderr
+    assert output.read_text() == "mine"
+    assert not stub.asked
+    for command in commands[:2]:
+        output.write_text("mine")
+        assert run(*command, "--force").exit_code == 0
+        with Image.open(output) as drawn:
+            assert drawn.size > (400, 200)
+    (folder / "questions.jsonl").write_text("mine")
+    assert "--force does so" in run("demo-questions", folder, "--scenes", 1).stderr
+    assert run("demo-questions", folder, "--scenes", 1, "--force").exit_code == 0
+    assert len(read_questions(folder / "questions.jsonl")) > 1
+
+
+def test_folders_of_outputs_are_made(stub: Stub, folder: Path) -> None:
+    output = folder / "a" / "b" / "picture.png"
+    assert run("explain", folder / "0.png", "--url", stub.url, "--output", output).exit_code == 0
+    assert output.exists()
+    assert "a/b is a folder" in run("explain", folder / "0.png", "--url", stub.url, "--output", output.parent).stderr
 
 
 def results(*right: list[int], per_image: int = 1, **settings: Setting) -> Results:
@@ -278,9 +350,10 @@ def test_answers_are_compared_without_case_articles_and_punctuation() -> None:
 
 def test_error_names_the_invalid_line(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     good = {"image": "a.png", "question": "What?", "answer": "this", "category": "c"}
     path.write_text(json.dumps(good) + "\n" + json.dumps({"image": "a.png"}) + "\n")
-    with pytest.raises(ValueError, match=r"q\.jsonl:2: question: Field required; answers: Field required"):
+    with pytest.raises(ValueError, match=r"q\.jsonl:2: question: Field required, answers: Field required$"):
         read_questions(path)
     path.write_text(json.dumps(good))
     (found,) = read_questions(path)

@@ -113,6 +113,12 @@ class Targets:
             return self.max_target
         return max(self.min_target, round(self.max_target * 2 / 3, 3))
 
+    def nearest(self, target: float) -> float:
+        """The target, or the nearest one at which budgets differ between pictures if no threshold reaches it."""
+        if self.min_target <= target <= self.max_target:
+            return target
+        return min(max(target, self.min_target), self.max_default_target)
+
     def energy(self, target: float) -> float:
         """The threshold below 1.0 at which the mean share is closest to ``target``."""
         return float(self._energies[np.abs(self._means - target).argmin()])

@@ -10,6 +10,7 @@ import numpy as np
 
 from eadaprune_vllm.demo.scenes import COLOURS, SHAPES, Scene, Thing, make_scene
 
+QUESTIONS = "questions.jsonl"  # file in a folder of generated scenes
 CATEGORIES = ("count", "colour", "position", "digit", "word", "yes/no")
 
 
@@ -125,7 +126,7 @@ def write_questions(folder: Path, scenes: int) -> Path:
         scenes: how many; there are up to twelve questions about each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "questions.jsonl"
+    path = folder / QUESTIONS
     with path.open("w") as file:
         for seed in range(scenes):
             scene, image = make_scene(seed, held_out=True), f"{seed:05d}.png"

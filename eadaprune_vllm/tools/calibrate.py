@@ -1,4 +1,4 @@
-"""Finds the threshold at which images keep a share of their tokens on average, from spectra that are stored."""
+"""Spectra of images, which are stored, and the budgets that a threshold gives them."""
 
 import glob
 import json
@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from eadaprune_vllm.core.budget import Curve, Targets
-from eadaprune_vllm.core.options import PruneOptions
+from eadaprune_vllm.core.budget import Curve
+from eadaprune_vllm.core.words import in_words
 from eadaprune_vllm.errors import EAdaPruneError
 from eadaprune_vllm.tools.examiner import Examiner
 from eadaprune_vllm.tools.images import is_url, read
@@ -48,13 +48,22 @@ def _images_of(source: str) -> Iterator[str]:
             yield from (str(file) for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions)
         elif path.suffix == ".jsonl":
             for number, line in enumerate(path.read_text().splitlines(), 1):
-                entry = json.loads(line)
-                where = entry if isinstance(entry, str) else entry.get("image") or entry.get("url")
-                if not isinstance(where, str):
-                    raise ValueError(f"{path}:{number}: neither a string nor an object with 'image' or 'url'")
+                where = _named(line)
+                if where is None:
+                    raise ValueError(f"{path}:{number}: neither a string nor an object with 'image' or 'url', in JSON")
                 yield where if is_url(where) else str(path.parent / where)
         else:
             yield str(path)
+
+
+def _named(line: str) -> str | None:
+    """The path or URL in a line of a JSONL file."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    where = entry.get("image") or entry.get("url") if isinstance(entry, dict) else entry
+    return where if isinstance(where, str) else None
 
 
 def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -> tuple[list[Curve], dict[str, str]]:
@@ -70,14 +79,14 @@ def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -
         The spectra, and by image why it was skipped.
 
     Raises:
-        ValueError: if the store is of another model or scope, or no image can be encoded.
+        ValueError: if the store is of another model or scope.
         EAdaPruneError: if the examiner fails for a reason that is not an image.
     """
     known = _stored(store, examiner.about | {"scope": scope})
     # The selector does not matter here; this one is the fastest.
     given = {"scope": scope, "selector": "uniform"}
     found = {where: identity for where in images if (identity := _identity(where))}
-    skipped = dict.fromkeys(set(images) - found.keys(), "there is no such file")
+    skipped = {where: "there is no such file" for where in images if where not in found}
     missing = [where for where, identity in found.items() if identity not in known]
     with store.open("a") as file:
         for where in track(missing, "Encoding", console=Console(stderr=True)):
@@ -86,7 +95,7 @@ def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -
             except EAdaPruneError:
                 raise
             except Exception as error:  # a bad image is skipped
-                skipped[where] = str(error).partition("\n")[0] or type(error).__name__
+                skipped[where] = in_words(error).partition("\n")[0].removeprefix(f"{where}: ")
                 continue
             assert spectrum, "it was requested"
             known[found[where]] = spectrum
@@ -94,8 +103,6 @@ def encode(examiner: Examiner, images: Sequence[str], store: Path, scope: str) -
             file.write(json.dumps(line) + "\n")
             file.flush()
     curves = [Curve(where, np.array(known[identity])) for where, identity in found.items() if identity in known]
-    if not curves:
-        raise ValueError(f"none of {len(images)} images could be encoded; the first: {next(iter(skipped.items()))}")
     return curves, skipped
 
 
@@ -122,21 +129,6 @@ def _identity(where: str) -> str | None:
     except OSError:
         return None
     return f"{where} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def solve(curves: Sequence[Curve], target: float, options: PruneOptions) -> PruneOptions:
-    """The options with the threshold below 1.0 at which the mean share of tokens is closest to ``target``.
-
-    Raises:
-        ValueError: if no threshold reaches the target.
-    """
-    targets = Targets(curves, options)
-    if not targets.min_target <= target <= targets.max_target:
-        raise ValueError(
-            f"thresholds keep {targets.min_target:.3f} to {targets.max_target:.3f} of the tokens of these images on "
-            f"average, so target {target:g} is not reachable"
-        )
-    return options.model_copy(update={"energy": targets.energy(target)})
 
 
 def histogram(budgets: Sequence[int], title: str) -> Figure:

@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 import httpx
 from PIL import Image, ImageOps
 
+from eadaprune_vllm.core.words import in_words
+
 _SECONDS = 60  # timeout of connecting, and of each read
 
 
@@ -21,7 +23,7 @@ def read(where: str) -> bytes:
     """The content of the image file at a path or URL.
 
     Raises:
-        OSError: if there is no such file.
+        OSError: if the file cannot be read.
         ValueError: if the URL cannot be fetched.
     """
     if where.startswith("data:"):
@@ -42,10 +44,30 @@ def data_url(file: bytes, name: str = "") -> str:
     return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
 
-def picture(file: bytes) -> Image.Image:
+def picture(file: bytes, where: str) -> Image.Image:
     """The picture in an image file, upright, in RGB.
 
+    Args:
+        file: content of the file.
+        where: its path or URL, for the error.
+
     Raises:
-        OSError: if it is not an image.
+        ValueError: if it is not an image.
     """
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")
+    try:
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")
+    except Exception as error:  # of several kinds, by format
+        raise ValueError(f"{where}: {in_words(error)}") from None
+
+
+def check(where: str) -> None:
+    """Look at the beginning of the image file at a path.
+
+    Raises:
+        ValueError: if it cannot be read, or is not an image.
+    """
+    try:
+        with Path(where).open("rb") as file:
+            Image.open(file).close()
+    except Exception as error:
+        raise ValueError(f"{where}: {in_words(error).removeprefix(f'{where}: ')}") from None

@@ -135,6 +135,85 @@ def test_pods_run_the_plugin_without_privileges(folder: Path) -> None:
         assert {flag.replace("-", "_") for flag in flags} <= ServerOptions.model_fields.keys()
 
 
+def drain_seconds(container: dict[str, Any]) -> tuple[int, int]:
+    """How long a pod goes on as before when it is stopped, and how long vLLM then finishes answers."""
+    timeout = [int(arg.partition("=")[2]) for arg in container["args"] if arg.startswith("--shutdown-timeout=")]
+    return container["lifecycle"]["preStop"]["sleep"]["seconds"], sum(timeout)
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+def test_answers_are_finished_before_a_pod_stops(folder: Path) -> None:
+    for template in (template for manifest in objects(folder) for template in pods(manifest)):
+        (container,) = template["spec"]["containers"]
+        before, during = drain_seconds(container)
+        assert before + during + 15 <= template["spec"]["terminationGracePeriodSeconds"]
+        assert before + during >= 135
+        # vLLM finishes answers with one front end only (tests/server/test_stopping.py), and without one not at all.
+        has_one = not any(arg.startswith("--api-server-count=") or arg == "--headless" for arg in container["args"])
+        assert (during > 0) == has_one
+
+
+def test_ranks_without_a_front_end_outlive_the_leader() -> None:
+    (group,) = (each for each in objects(K8S / "overlays/multi-node") if each["kind"] == "LeaderWorkerSet")
+    (leader,), (worker,) = (template["spec"]["containers"] for template in pods(group))
+    assert drain_seconds(worker)[0] > sum(drain_seconds(leader))
+    assert leader["livenessProbe"]["httpGet"]["path"] == "/health"
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+def test_each_pod_has_one_disruption_budget(folder: Path) -> None:
+    """Kubernetes evicts no pod that has several."""
+    manifests = objects(folder)
+    selectors = [
+        each["spec"]["selector"]["matchLabels"].items() for each in manifests if each["kind"] == "PodDisruptionBudget"
+    ]
+    for labels in (template["metadata"]["labels"].items() for manifest in manifests for template in pods(manifest)):
+        assert len([selector for selector in selectors if selector <= labels]) == 1
+
+
+@pytest.mark.parametrize("overlay", ["tensor-parallel", "multi-node", "prefill-decode"])
+def test_pods_can_be_bound_to_a_pool(overlay: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    kustomization = {"resources": [f"../k8s/overlays/{overlay}"], "components": ["../k8s/gpu-pool"]}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    templates = [template for manifest in objects(tmp_path / "mine") for template in pods(manifest)]
+    assert templates
+    for spec in (template["spec"] for template in templates):
+        assert spec["nodeSelector"].keys() == {"nvidia.com/gpu.product"}
+        assert [toleration["key"] for toleration in spec["tolerations"]] == ["nvidia.com/gpu", "pool"]
+
+
+def test_replicas_follow_the_pods_of_their_deployment(tmp_path: Path) -> None:
+    """The query is evaluated by Prometheus, over the pods of several deployments and namespaces."""
+    manifests = objects(K8S / "overlays/monitored")
+    (scaled,) = (each for each in manifests if each["kind"] == "ScaledObject")
+    (deployment,) = (each for each in manifests if each["kind"] == "Deployment")
+    assert scaled["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    namespace = deployment["metadata"]["namespace"]
+    own = [(namespace, "eadaprune-vllm-7d9f8b6c5d-abc12"), (namespace, "eadaprune-vllm-7d9f8b6c5-x7k2p")]
+    others = [
+        ("other", "eadaprune-vllm-7d9f8b6c5d-abc12"),
+        (namespace, "eadaprune-vllm-decode-7d9f8b6c5d-abc12"),
+        (namespace, "my-eadaprune-vllm-7d9f8b6c5d-abc12"),
+    ]
+    series = [
+        {"series": f'vllm:num_requests_waiting{{namespace="{space}", pod="{pod}"}}', "values": value}
+        for pods_of, value in ((own, "3"), (others, "100"))
+        for space, pod in pods_of
+    ]
+    (trigger,) = scaled["spec"]["triggers"]
+    case = {"expr": trigger["metadata"]["query"], "eval_time": "0m", "exp_samples": [{"labels": "{}", "value": 6}]}
+    tests = {"tests": [{"input_series": series, "promql_expr_test": [case]}]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(tests))
+    run(program("promtool"), "test", "rules", tmp_path / "test.yml")
+
+
+def test_replicas_share_a_volume_that_several_nodes_may_mount() -> None:
+    (claim,) = (each for each in objects(K8S / "overlays/monitored") if each["kind"] == "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
 def test_prefill_and_decode_are_apart() -> None:
     deployments = [
         manifest for manifest in objects(K8S / "overlays/prefill-decode") if manifest["kind"] == "Deployment"

@@ -271,7 +271,3 @@ def doctor(
         typer.secho(finding, fg=colours.get(finding.state or ""))  # in colours on a terminal only
         failed |= finding.state == "failed"
     raise typer.Exit(int(failed))
-
-
-if __name__ == "__main__":
-    app()

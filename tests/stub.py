@@ -23,6 +23,7 @@ class Stub(ThreadingHTTPServer):
 
     Attributes:
         failing: status and body that every route answers with instead.
+        prunes: whether it has the plugin.
         refuses: body of the 400 that previews are answered with instead.
         asked: bodies of previews.
         ends_after: how many previews it answers; the connection of the next is closed. None for all.
@@ -32,6 +33,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.failing: tuple[int, str] | None = None
+        self.prunes = True
         self.refuses: str | None = None
         self.asked: list[dict[str, Any]] = []
         self.ends_after: int | None = None
@@ -77,11 +79,17 @@ class _Handler(BaseHTTPRequestHandler):
     server: Stub
 
     def do_GET(self) -> None:
-        found = self.path == "/v1/eadaprune/config" and self.headers["Authorization"] == "Bearer mine"
-        self.answer(200 if found else 404, self.server.config if found else "")
+        if self.headers["Authorization"] != "Bearer mine":
+            self.answer(401, '{"error": "Unauthorized"}')
+        elif self.path == "/v1/models":
+            self.answer(200, '{"data": [{"id": "served"}]}')
+        elif self.path == "/v1/eadaprune/config" and self.server.prunes:
+            self.answer(200, self.server.config)
+        else:
+            self.answer(404, '{"detail": "Not Found"}')
 
     def do_POST(self) -> None:
-        assert self.path == "/v1/eadaprune/preview"
+        assert self.path in ("/v1/eadaprune/preview", "/v1/chat/completions")
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.server.ends_after != len(self.server.asked):
             self.answer(*self.server.preview(body))

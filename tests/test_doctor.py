@@ -72,7 +72,7 @@ def lines(screen: str) -> dict[str, str]:
 
 @pytest.mark.server
 def test_all_checks_pass(stub: Stub, model: Path) -> None:
-    done = run("-m", "eadaprune_vllm.cli", "doctor", "--model", model, "--dtype", "float32", "--url", stub.url)
+    done = run("-m", "eadaprune_vllm", "doctor", "--model", model, "--dtype", "float32", "--url", stub.url)
     found = lines(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert found["eadaprune"] == __version__
@@ -86,7 +86,7 @@ def test_all_checks_pass(stub: Stub, model: Path) -> None:
     assert found["server"] == "ok: eadaprune 1 on vLLM 1"
     assert found["serves"] == "served: A in float32"
     assert found["effective"].startswith("target 0.33: energy 0.3")
-    assert found["effective"].endswith(" of the tokens of reference pictures: pages 33%")
+    assert found["effective"].endswith(" of the tokens of reference pictures: pages 33.0 %")
     assert found["endpoints"] == "0"
     assert not stub.asked
 
@@ -136,7 +136,7 @@ def screens(
         folder = tmp_path_factory.mktemp("machine")
         (folder / "sitecustomize.py").write_text(MACHINES[machine])
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-        return run("-m", "eadaprune_vllm.cli", "doctor", "--model", model, PYTHONPATH=path)
+        return run("-m", "eadaprune_vllm", "doctor", "--model", model, PYTHONPATH=path)
 
     return screen
 
@@ -166,10 +166,15 @@ def test_model_check_reports_support_and_cost(family: Callable[[str], Path], tmp
 @pytest.mark.parametrize(
     ("status", "body", "says"),
     [
-        (401, '{"error": "Unauthorized"}', "{}: Unauthorized"),
-        (404, "", "{} does not prune: is it running with --plugin eadaprune?"),
+        (
+            401,
+            '{"error": "Unauthorized"}',
+            "{}: Unauthorized; the server does not accept the API key in OPENAI_API_KEY",
+        ),
+        (404, "", "{0}: no vLLM server at this address, as there is no {0}/v1/models (404); an address is like "),
         (503, "", "{}: 503 Service Unavailable"),
-        (200, "{{}}", "{} runs an incompatible version of the plugin"),
+        (200, "{}", "{} runs an incompatible version of the plugin"),
+        (200, "<html>", "{} runs something else than vLLM"),
     ],
 )
 def test_server_errors_are_findings(
@@ -178,13 +183,28 @@ def test_server_errors_are_findings(
     monkeypatch.setattr(doctor, "check_patches", lambda: iter([Finding("patches", "all applied", "ok")]))
     stub.failing = status, body
     *_, last = doctor.examine(url=stub.url)
-    assert last == Finding("server", says.format(stub.url), "failed")
+    assert (last.about, last.state) == ("server", "failed")
+    assert last.text.startswith(says.format(stub.url))
+
+
+def test_a_missing_key_and_a_wrong_address_are_named(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "check_patches", lambda: iter([]))
+    *_, last = doctor.examine(url=f"{stub.url}/v1/")  # the base URL of OpenAI's clients
+    assert last.about == "endpoints"
+    *_, last = doctor.examine(url=f"{stub.url}/v1/v1")
+    assert last.text.startswith(f"{stub.url}/v1: no vLLM server at this address")
+    stub.prunes = False
+    *_, last = doctor.examine(url=stub.url)
+    assert last.text == f"{stub.url} does not prune: is it running with --plugin eadaprune?"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    *_, last = doctor.examine(url=stub.url)
+    assert last.text == f"{stub.url}: Unauthorized; the server needs an API key, which OPENAI_API_KEY has to hold"
 
 
 def test_unreachable_server_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "check_patches", lambda: iter([]))
     *_, last = doctor.examine(url="http://127.0.0.1:9")
-    assert last == Finding("server", "http://127.0.0.1:9: [Errno 111] Connection refused", "failed")
+    assert last == Finding("server", "http://127.0.0.1:9: Connection refused", "failed")
 
 
 def test_plugin_check_reports_installation_and_activation(monkeypatch: pytest.MonkeyPatch) -> None:

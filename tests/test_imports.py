@@ -11,7 +11,7 @@ ROOT = Path(eadaprune_vllm.__file__).parent.parent
 # From below to above.
 ORDER = [
     *("errors", "core", "reference", "compat", "patching", "messages", "overlap", "architectures"),
-    *("engine", "frontend", "models", "startup", "http", "patches", "plugin", "tools", "demo", "cli"),
+    *("engine", "frontend", "models", "startup", "http", "patches", "plugin", "tools", "demo", "cli", "__main__"),
 ]
 
 

@@ -23,6 +23,8 @@ from eadaprune_vllm.tools import calibrate, evaluate, images
 from eadaprune_vllm.tools.evaluate import Results, Setting
 from eadaprune_vllm.tools.questions import Question, normalized, read_questions
 
+EADAPRUNE = str(Path(sys.executable).parent / "eadaprune")
+
 
 def tokens(flatness: float) -> VisualTokens:
     """40 tokens whose energy is spread over the more directions the flatter."""
@@ -187,18 +189,52 @@ def test_a_server_that_ends_ends_calibrate_and_no_spectrum_is_lost(stub: Stub, f
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (401, '{"error": "Unauthorized"}', ": Unauthorized"),
-        (404, '{"detail": "Not Found"}', " does not prune: is it running with --plugin eadaprune?"),
-        (503, "over there", ": 503 Service Unavailable"),
-        (200, "{}", " runs an incompatible version of the plugin"),
+        (401, '{"error": "Unauthorized"}', ": Unauthorized; the server does not accept the API key in OPENAI_API_KEY"),
+        (404, '{"detail": "Not Found"}', ": no vLLM server at this address"),
+        (403, '{"error": {"message": "not you"}}', ": not you"),
     ],
 )
 def test_server_errors_end_the_command(stub: Stub, folder: Path, status: int, body: str, words: str) -> None:
     stub.failing = status, body
-    for command in (calibrate_command(folder), ["explain", str(folder / "0.png")]):
+    questions = folder / "questions.jsonl"
+    questions.write_text(json.dumps({"image": "0.png", "question": "What?", "answer": "x"}))
+    evaluate = ["evaluate", str(questions), "--output", str(folder / "quality.json")]
+    for command in (calibrate_command(folder), ["explain", str(folder / "0.png")], evaluate):
         done = run(*command, "--url", stub.url)
         assert done.exit_code == 2
         assert stub.url + words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (503, "over there", ": 503 Service Unavailable"),
+        (200, "{}", " runs an incompatible version of the plugin"),
+        (200, "<html>", " runs something else than vLLM"),
+    ],
+)
+def test_servers_of_another_kind_end_the_command(stub: Stub, folder: Path, status: int, body: str, words: str) -> None:
+    stub.failing = status, body
+    done = run("explain", folder / "0.png", "--url", stub.url)
+    assert done.exit_code == 2
+    assert stub.url + words in done.stderr
+
+
+def test_evaluate_names_the_image_that_the_server_rejects(stub: Stub, folder: Path) -> None:
+    questions = folder / "questions.jsonl"
+    questions.write_text(json.dumps({"image": "0.png", "question": "What?", "answer": "x"}))
+    stub.refuses = '{"error": {"message": "cannot identify image file <_io.BytesIO object>"}}'
+    command = ["evaluate", questions, "--output", folder / "quality.json", "--url", f"{stub.url}/v1"]
+    assert f"{folder / '0.png'}: cannot identify image file " in run(*command).stderr
+    done = run(*command[:-1], f"{stub.url}/v1/v1")
+    assert f"{stub.url}/v1: no vLLM server at this address" in done.stderr
+
+
+def test_the_package_is_the_command(tmp_path: Path) -> None:
+    for arguments in (["demo-model"], ["--help"], ["explain", "--help"]):
+        done = subprocess.run([sys.executable, "-m", "eadaprune_vllm", *arguments], capture_output=True, text=True)
+        command = subprocess.run([EADAPRUNE, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, command.stdout)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +244,7 @@ def test_server_errors_end_the_command(stub: Stub, folder: Path, status: int, bo
         (["--url", "http://127.0.0.1:9", "--model", "m"], "give either --url of a server, or --model"),
         (["--url", "http://127.0.0.1:9", "--dtype", "float32"], "--dtype and --revision need --model"),
         (["--url", "http://127.0.0.1:9", "--revision", "main"], "--dtype and --revision need --model"),
-        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9: [Errno 111] Connection refused"),
+        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9: Connection refused"),
         (["--url", "127.0.0.1"], "missing an 'http://' or 'https://' protocol"),
     ],
 )

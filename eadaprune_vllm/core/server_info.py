@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from eadaprune_vllm.core.options import UNBOUNDED, PruneOptions
 from eadaprune_vllm.core.server_options import ServerOptions
+from eadaprune_vllm.core.words import percent
 
 _DIGITS = 4  # of shares
 
@@ -53,8 +54,9 @@ class Reference(BaseModel):
         )
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{kind}s {share:.0%}" for kind, share in self.kept_by_kind.items())
-        return f"energy {self.options.threshold:g} keeps {self.kept:.0%} of the tokens of reference pictures: {kinds}"
+        kinds = ", ".join(f"{kind}s {percent(share)}" for kind, share in self.kept_by_kind.items())
+        kept = percent(self.kept)
+        return f"energy {self.options.threshold:g} keeps {kept} of the tokens of reference pictures: {kinds}"
 
 
 def _share(values: Iterable[float]) -> float:

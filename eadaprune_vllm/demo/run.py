@@ -18,6 +18,7 @@ from rich.table import Table
 
 from eadaprune_vllm.core.draw import data_url, picture
 from eadaprune_vllm.core.report import ItemPreview
+from eadaprune_vllm.core.words import percent
 from eadaprune_vllm.demo.questions import Question, questions
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import DTYPE, Server
@@ -151,7 +152,7 @@ def budgets(pictures: dict[str, Picture], found: dict[tuple[str, str], Answered]
                 f"{one.preview.energy_threshold:.4g}",
                 str(one.preview.visual_tokens),
                 str(one.preview.kept_tokens),
-                f"{one.preview.kept_tokens / one.preview.visual_tokens:.0%}",
+                percent(one.preview.kept_tokens / one.preview.visual_tokens),
                 f"{one.cache_bytes_saved / 2**20:.1f} MiB",
                 f"{one.first_token_seconds * 1000:.0f} ms",
                 f"{right}/{len(shown.questions)}" if shown.questions else "",

@@ -8,6 +8,7 @@ from eadaprune_vllm.core.budget import Curve
 from eadaprune_vllm.core.options import KEY, overlay
 from eadaprune_vllm.core.server_info import Reference
 from eadaprune_vllm.core.server_options import ServerOptions
+from eadaprune_vllm.core.words import percent
 from eadaprune_vllm.engine.extension import extended
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
 
@@ -74,9 +75,9 @@ def log_defaults(options: ServerOptions) -> None:
     logger.info("eadaprune: %s", reference)
     if reference.at_bound > MAX_AT_BOUND:
         logger.warning(
-            "eadaprune: for %.0f%% of the reference pictures min_share, min_tokens or max_tokens determines the budget "
+            "eadaprune: for %s of the reference pictures min_share, min_tokens or max_tokens determines the budget "
             "instead of the threshold",
-            100 * reference.at_bound,
+            percent(reference.at_bound),
         )
 
 

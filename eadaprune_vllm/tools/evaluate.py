@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from openai import APIError, AsyncOpenAI
+from openai import APIError, AsyncOpenAI, AuthenticationError, BadRequestError, NotFoundError
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from eadaprune_vllm.core.options import KEY
+from eadaprune_vllm.core.words import in_words
+from eadaprune_vllm.errors import EAdaPruneError, ServerError
+from eadaprune_vllm.tools.examiner import address, api_key, denied, nothing_there
 from eadaprune_vllm.tools.images import data_url, is_url
 from eadaprune_vllm.tools.questions import Question, normalized
 
@@ -195,12 +197,13 @@ async def run(
         concurrency: concurrent requests.
 
     Raises:
-        ValueError: if the server rejects a question, cannot be reached or does not prune.
+        ServerError: if the server cannot be reached, denies access or does not prune.
+        ValueError: if the server rejects a question.
     """
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    url = address(url)
     progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
     try:
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=600) as client:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key(), timeout=600) as client:
             model = model or (await client.models.list()).data[0].id
             with progress:
 
@@ -211,8 +214,22 @@ async def run(
                 await measure("Questions", settings)
                 if with_matched:
                     await measure("Fixed budgets", matched(results))
-    except* (APIError, OSError, RuntimeError) as errors:
-        raise ValueError(str(errors.exceptions[0])) from None
+    except* (APIError, ValueError, OSError, EAdaPruneError) as errors:
+        raise _for_user(url, errors.exceptions[0]) from None
+
+
+def _for_user(url: str, error: Exception) -> Exception:
+    if isinstance(error, AuthenticationError):
+        return denied(url)
+    if isinstance(error, NotFoundError) and not _message(error):
+        return nothing_there(url)
+    return ServerError(f"{url}: {_message(error) or in_words(error)}") if isinstance(error, APIError) else error
+
+
+def _message(error: BaseException) -> str | None:
+    """The message in a server's response; None if there is none."""
+    body = getattr(error, "body", None)
+    return str(body["message"]) if isinstance(body, dict) and "message" in body else None
 
 
 async def _send(
@@ -238,9 +255,10 @@ async def _send(
         suffix: put after each question.
 
     Raises:
-        openai.APIError: if the server rejects a question.
+        openai.APIError: if the server cannot be reached, or denies access.
         OSError: if an image cannot be read.
-        RuntimeError: if the server does not prune.
+        ServerError: if the server does not prune.
+        ValueError: if the server rejects a question.
     """
     count = len(results.questions)
     for setting in settings:
@@ -263,16 +281,19 @@ async def _send(
                 {"type": "image_url", "image_url": {"url": _url(question.image)}},
                 {"type": "text", "text": question.question + suffix},
             ]
-            answer = await client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": content}],
-                max_tokens=32,
-                temperature=0,
-                extra_body={KEY: setting.options | setting.by_image.get(question.image, {})},
-            )
+            try:
+                answer = await client.chat.completions.create(
+                    model=model,
+                    messages=[{"role": "user", "content": content}],
+                    max_tokens=32,
+                    temperature=0,
+                    extra_body={KEY: setting.options | setting.by_image.get(question.image, {})},
+                )
+            except BadRequestError as error:
+                raise ValueError(f"{question.image}: {_message(error) or error}") from None
             report = (answer.model_extra or {}).get(KEY)
             if not report:
-                raise RuntimeError("the server's responses have no report: is it running with --plugin eadaprune?")
+                raise ServerError("the server's responses have no report: is it running with --plugin eadaprune?")
             text = normalized(answer.choices[0].message.content or "")
             results.correct[setting.name][number] = text in map(normalized, question.answers)
             results.kept[setting.name][number] = report["kept_tokens"]

@@ -10,14 +10,41 @@ from pydantic import BaseModel, ValidationError
 from eadaprune_vllm.core.options import KEY, PruneOptions
 from eadaprune_vllm.core.report import ItemPreview, Preview
 from eadaprune_vllm.core.server_info import Config
+from eadaprune_vllm.core.words import in_words
 from eadaprune_vllm.errors import ServerError
 from eadaprune_vllm.tools.images import data_url
 
+_INCOMPATIBLE = "an incompatible version of the plugin"
 Body = TypeVar("Body", bound=BaseModel)
 # Status codes of errors that are about the image.
 _IMAGE_ERRORS = (400, 413, 422, 500)
 _SECONDS = 600  # an image may be queued behind those of other clients
 _SECONDS_TO_CONNECT = 10
+_KEY = "OPENAI_API_KEY"
+
+
+def address(url: str) -> str:
+    """The address of a server, from which the base URL of OpenAI's clients differs by ``/v1``."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def api_key() -> str:
+    return os.environ.get(_KEY) or "none"
+
+
+def denied(url: str) -> ServerError:
+    """The server at ``url`` wants another API key."""
+    if os.environ.get(_KEY):
+        return ServerError(f"{url}: Unauthorized; the server does not accept the API key in {_KEY}")
+    return ServerError(f"{url}: Unauthorized; the server needs an API key, which {_KEY} has to hold")
+
+
+def nothing_there(url: str) -> ServerError:
+    """There is no API of vLLM's at ``url``."""
+    return ServerError(
+        f"{url}: no vLLM server at this address, as there is no {url}/v1/models (404); "
+        "an address is like http://localhost:8000"
+    )
 
 
 class Examiner(Protocol):
@@ -55,7 +82,7 @@ class Examiner(Protocol):
 
 
 class ServedModel:
-    """A model behind a running server with the plugin. The API key is taken from ``OPENAI_API_KEY``. Methods raise
+    """A model behind a running server with the plugin. The API key is taken from the environment. Methods raise
     ServerError if the server cannot be reached, denies access, or does not prune.
 
     Args:
@@ -64,10 +91,9 @@ class ServedModel:
     """
 
     def __init__(self, url: str, seconds: float = _SECONDS) -> None:
-        self._url = url.rstrip("/")
-        key = os.environ.get("OPENAI_API_KEY", "none")
+        self._url = address(url)
         timeout = httpx.Timeout(seconds, connect=_SECONDS_TO_CONNECT)
-        self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout)
+        self._client = httpx.Client(headers={"Authorization": f"Bearer {api_key()}"}, timeout=timeout)
 
     def close(self) -> None:
         self._client.close()
@@ -102,20 +128,28 @@ class ServedModel:
         return found
 
     def _call(self, kind: type[Body], method: str, route: str, body: object = None) -> Body:
-        try:
-            response = self._client.request(method, f"{self._url}/v1/eadaprune/{route}", json=body)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerError(f"{self._url}: {error or type(error).__name__}") from None
+        response = self._request(method, f"eadaprune/{route}", body)
+        if response.status_code == 404 and self._request("GET", "models").status_code == 404:
+            raise nothing_there(self._url)
         if response.status_code == 404:
             raise ServerError(f"{self._url} does not prune: is it running with --plugin eadaprune?")
+        if response.status_code == 401:
+            raise denied(self._url)
         if response.is_success:
             try:
                 return kind.model_validate_json(response.content)
-            except ValidationError:
-                raise ServerError(f"{self._url} runs an incompatible version of the plugin") from None
+            except ValidationError as error:
+                what = "something else than vLLM" if error.errors()[0]["type"] == "json_invalid" else _INCOMPATIBLE
+                raise ServerError(f"{self._url} runs {what}") from None
         if body and response.status_code in _IMAGE_ERRORS:
             raise ValueError(_sentence(response))
         raise ServerError(f"{self._url}: {_sentence(response)}")
+
+    def _request(self, method: str, route: str, body: object = None) -> httpx.Response:
+        try:
+            return self._client.request(method, f"{self._url}/v1/{route}", json=body)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(f"{self._url}: {in_words(error)}") from None
 
 
 def _sentence(response: httpx.Response) -> str:

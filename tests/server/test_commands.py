@@ -233,6 +233,6 @@ def test_evaluate_says_what_is_wrong(stock: Server, folder: Path, tmp_path: Path
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"image": str(folder / "flat.png"), "question": "What?", "answer": "x"}))
     assert "is it running with --plugin eadaprune?" in refusal("evaluate", questions, "--url", stock.url)
-    assert "Connection error" in refusal("evaluate", questions, "--url", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9: Connection error" in refusal("evaluate", questions, "--url", "http://127.0.0.1:9")
     questions.write_text(json.dumps({"image": "none.png", "question": "What?", "answer": "x"}))
     assert "none.png" in refusal("evaluate", questions, "--url", stock.url)

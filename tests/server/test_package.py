@@ -68,7 +68,7 @@ def test_a_server_imports_neither_demo_nor_tools(site: Path, model: Path) -> Non
 
 
 def test_wheel_serves(site: Path, start: Start) -> None:
-    demo_model = Path(run(site.parent, "-m", "eadaprune_vllm.cli", "demo-model", PYTHONPATH=str(site)).strip())
+    demo_model = Path(run(site.parent, "-m", "eadaprune_vllm", "demo-model", PYTHONPATH=str(site)).strip())
     assert demo_model.is_relative_to(site)
     server = start("installed", "--plugin", "eadaprune", "--enforce-eager", model=demo_model, PYTHONPATH=str(site))
     report = server.ask(Image.new("RGB", (336, 336), (90, 120, 200))).model_dump()["eadaprune"]

@@ -126,7 +126,7 @@ def calibrate(
     from eadaprune_vllm.core.budget import Targets
     from eadaprune_vllm.core.options import overlay
     from eadaprune_vllm.tools import calibrate as tool
-    from eadaprune_vllm.tools import tables
+    from eadaprune_vllm.tools import plots, tables
 
     check_outputs(force, histogram)
     with _examiner(url, model, dtype, revision) as examiner:
@@ -154,7 +154,7 @@ def calibrate(
     if table:
         console.print(tables.means(curves, options))
     console.print(tables.budgets(budgets, solved.energy))
-    tool.histogram(budgets, f"{name}, energy {solved.energy:g}").savefig(histogram, dpi=120)
+    plots.histogram(budgets, f"{name}, energy {solved.energy:g}").savefig(histogram, dpi=120)
     console.print(f"Picture: {histogram}; spectra: {store}; skipped: {len(skipped)}", highlight=False)
     values = {"energy": f"{solved.energy:g}", "budget": None if budget == "spectrum" else budget} | given
     ours = flags(**{f"eadaprune_{option}": value for option, value in values.items()})

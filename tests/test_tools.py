@@ -9,6 +9,7 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from PIL import Image
 from stub import Stub
 from typer.testing import CliRunner, Result
@@ -19,7 +20,7 @@ from eadaprune_vllm.core.layout import Layout
 from eadaprune_vllm.core.options import PruneOptions
 from eadaprune_vllm.core.prune import Encoding, prune
 from eadaprune_vllm.core.selectors import VisualTokens
-from eadaprune_vllm.tools import calibrate, evaluate, images
+from eadaprune_vllm.tools import calibrate, evaluate, images, plots
 from eadaprune_vllm.tools.evaluate import Results, Setting
 from eadaprune_vllm.tools.questions import Question, normalized, read_questions
 
@@ -228,6 +229,34 @@ def test_evaluate_names_the_image_that_the_server_rejects(stub: Stub, folder: Pa
     assert f"{folder / '0.png'}: cannot identify image file " in run(*command).stderr
     done = run(*command[:-1], f"{stub.url}/v1/v1")
     assert f"{stub.url}/v1: no vLLM server at this address" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "budgets", [[94], [64] * 8, [64, 64, 113], [1, 576], [576], list(range(40, 340))], ids=lambda each: str(each[:3])
+)
+def test_histogram_has_whole_numbers_and_every_image(budgets: list[int]) -> None:
+    figure = plots.histogram(budgets, "title")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert sum(patch.get_height() for patch in axes.patches if isinstance(patch, Rectangle)) == len(budgets)
+    for ticks in (axes.get_xticks(), axes.get_yticks()):
+        assert all(tick == round(tick) for tick in ticks)
+    low, high = axes.get_xlim()
+    assert 0 <= low < min(budgets) <= max(budgets) < high
+    assert high - low >= 20
+
+
+@pytest.mark.parametrize("tokens", [[113.0], [64.0, 111.6], [16.0, 33.0, 144.0]])
+def test_plot_of_accuracy_has_ticks_and_no_accuracy_above_one(tokens: list[float]) -> None:
+    row = {"selector": "span", "accuracy": 1.0, "interval": (0.9, 1.0), "group": {"all": {}}}
+    rows = [row | {"kind": "none", "mean_tokens": 576.0}]
+    rows += [row | {"kind": "adaptive", "mean_tokens": mean_tokens} for mean_tokens in tokens]
+    figure = plots.accuracy(rows)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2
+    assert axes.get_ylim()[1] <= 1.02
 
 
 def test_the_package_is_the_command(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Spectra of images, which are stored, and the budgets that a threshold gives them."""
+"""Finds images, and keeps their spectra in a file."""
 
 import glob
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -129,16 +128,3 @@ def _identity(where: str) -> str | None:
     except OSError:
         return None
     return f"{where} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def histogram(budgets: Sequence[int], title: str) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(budgets, bins=40, color="tab:blue")
-    average = sum(budgets) / len(budgets)
-    axes.axvline(average, color="black", linestyle="--", label=f"mean {average:.1f}")
-    axes.set_xlabel("tokens an image keeps")
-    axes.set_ylabel("images")
-    axes.set_title(title, fontsize=10)
-    axes.legend()
-    return figure

@@ -5,12 +5,36 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter, StrMethodFormatter
 from PIL import Image
 
 from eadaprune_vllm.core.item_report import ItemReport
 
 _STYLES = {"adaptive": "-o", "fixed": "--x"}
+_LEAST_BARS, _MOST_BARS = 20, 40
+
+
+def histogram(budgets: Sequence[int], title: str) -> Figure:
+    """How many images keep how many tokens: whole numbers of both."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    spread = max(budgets) + 1 - min(budgets)
+    width = -(-spread // _MOST_BARS)
+    bars = max(-(-spread // width), _LEAST_BARS) + 2
+    first = min(budgets) - max((bars * width - spread) // 2, width)
+    edges = [first + width * number - 0.5 for number in range(bars + 1)]
+    axes.hist(budgets, bins=edges, color="tab:blue")
+    average = sum(budgets) / len(budgets)
+    axes.axvline(average, color="black", linestyle="--", label=f"mean {average:.1f}")
+    axes.set_xlim(max(edges[0], 0), edges[-1])
+    axes.margins(y=0.15)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("tokens an image keeps")
+    axes.set_ylabel("images")
+    axes.set_title(title, fontsize=10)
+    axes.legend()
+    return figure
 
 
 def accuracy(rows: Sequence[dict[str, Any]], by: str = "group") -> Figure:
@@ -59,7 +83,12 @@ def _accuracy(axes: Axes, title: str, rows: Sequence[dict[str, Any]]) -> None:
         if row["kind"] == "none":
             axes.axhline(row["accuracy"], color="black", linewidth=0.8, label="no pruning")
     axes.set_xscale("log", base=2)
+    tokens = [row["mean_tokens"] for row in rows if row["kind"] != "none"] or [rows[0]["mean_tokens"]]
+    axes.set_xlim(min(tokens) / 1.25, max(tokens) * 1.25)
+    axes.xaxis.set_major_locator(LogLocator(2, (1, 1.5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low - 0.05, 0), min(high + 0.05, 1.02))
     axes.set_xlabel("tokens an image keeps on average")
     axes.set_ylabel("accuracy")
     axes.set_title(title)
@@ -107,6 +136,7 @@ def explanation(
         axes.plot(k, max(1 - _energy(report, k, curve), 1e-5), "o", color=f"C{number}", label=f"{label}: {k} tokens")
         axes.axvline(k, color=f"C{number}", linewidth=0.5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_yscale("log")
     axes.invert_yaxis()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:g}"))

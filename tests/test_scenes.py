@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from eadaprune_vllm.demo.questions import CATEGORIES, Question, questions, write_questions
+from eadaprune_vllm.demo.run import PHASES, SETTINGS, Phases, next_steps
 from eadaprune_vllm.demo.scenes import COLOURS, DENSITIES, SHAPES, SIDE, Scene, Thing, make_scene
 
 
@@ -116,3 +117,23 @@ def test_question_sets_are_files_that_evaluate_takes(tmp_path: Path) -> None:
         assert image.size == (SIDE, SIDE)
     assert {line["category"] for line in lines} <= set(CATEGORIES)
     assert {line["group"] for line in lines} <= set(DENSITIES)
+
+
+def test_the_demo_says_each_phase_of_a_start_once() -> None:
+    said: list[str] = []
+    phases, log = Phases(said.append), ""
+    for marker in ("", "", *PHASES, "Starting to load model"):
+        log += f"{marker} ...\n"
+        phases(log)
+    assert said == list(PHASES.values())
+
+
+def test_the_documents_name_the_energies_of_the_demo() -> None:
+    (header,) = re.findall(r"^\| image \| (.*) \|$", (Path(__file__).parent.parent / "README.md").read_text(), re.M)
+    assert re.findall(r"default|0\.\d+", header) == list(SETTINGS)[1:]
+
+
+def test_the_demo_names_programs_that_exist() -> None:
+    programs = re.findall(r"(\S+/(?:vllm|eadaprune)) ", next_steps().replace("$(", ""))
+    assert len(programs) == 5
+    assert all(Path(program.strip('"')).exists() for program in programs)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +31,7 @@ class Server:
         model: folder or hub id; served under the name ``demo``.
         flags: of ``vllm serve``.
         env: the environment; by default this process's.
+        watch: called with the log's text, again and again, until the server is up.
 
     Raises:
         RuntimeError: with the end of the log, if the server does not come up.
@@ -38,7 +40,14 @@ class Server:
     NAME = "demo"
     COMMAND = VLLM
 
-    def __init__(self, log: Path, model: Path | str, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        model: Path | str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        watch: Callable[[str], None] | None = None,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -56,11 +65,13 @@ class Server:
                 env=env,
                 start_new_session=True,
             )
-        self._wait()
+        self._wait(watch)
 
-    def _wait(self) -> None:
+    def _wait(self, watch: Callable[[str], None] | None) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
+            if watch:
+                watch(self.log.read_text(errors="replace"))
             try:
                 if httpx.get(f"{self.url}/health").status_code == 200:
                     return

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.demo.questions import CATEGORIES, write_questions
-from eadaprune_vllm.demo.run import SCENES, SETTINGS, demo_pictures, run_demo
+from eadaprune_vllm.demo.run import PHASES, SCENES, SETTINGS, demo_pictures, run_demo
 from eadaprune_vllm.demo.scenes import make_scene
 from eadaprune_vllm.demo.server import DTYPE
 from eadaprune_vllm.tools.evaluate import UNPRUNED, Results, run
@@ -30,6 +30,10 @@ def test_demo_prints_and_draws_everything(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     run_demo(MODEL, tmp_path, console)
     text = console.export_text()
+    said = [text.index(phase) for phase in PHASES.values()]
+    assert said == sorted(said)
+    assert text.rstrip().endswith("says before whether it can be served")
+    assert "serves this model; drop pictures into the page at http://localhost:8000/eadaprune\n" in text
     for name, picture in demo_pictures().items():
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert text.count(f"{name} ") >= 1

@@ -79,7 +79,7 @@ def test_numbers_follow_the_slider_and_what_is_copied_does_the_same(
     assert kept == len(reference.kept(images["coffee"], energy=energy))
     assert [browser.text(f"#{name}") for name in ("threshold", "bound")] == [f"{energy:g}", "threshold"]
     assert browser.text("#of") == "of 576 tokens kept"
-    assert browser.text("#share") == f"{100 * kept / 576:.0f} %"
+    assert browser.text("#share") == f"{100 * kept / 576:.1f} %"
     assert browser.text("#bytes").startswith(f"{int((576 - kept) * KV_BYTES / 1024 + 0.5)} KiB of ")
     assert browser.run("return [shown.naturalWidth, shown.naturalHeight]") == [336, 336]
     assert str(browser.find("#curve").get_attribute("aria-label")).endswith(f" at {kept} of 576")

@@ -11,6 +11,7 @@ import pytest
 from harness import DTYPE, Server
 from PIL import Image
 
+from eadaprune_vllm.core.words import percent
 from eadaprune_vllm.demo import MODEL
 from eadaprune_vllm.reference import pictures
 
@@ -28,7 +29,9 @@ def test_it_says_at_start_what_the_target_comes_to(server: Server, logs: Path) -
     reference = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()["reference"]
     log = (logs / "targets.log").read_text()
     assert "eadaprune: target 0.33 is not reachable with this model" in log  # its features have 144 numbers
-    assert f"eadaprune: energy {reference['options']['energy']:g} keeps {reference['kept']:.0%} of the tokens" in log
+    assert (
+        f"eadaprune: energy {reference['options']['energy']:g} keeps {percent(reference['kept'])} of the tokens" in log
+    )
     assert reference["options"]["target"] == pytest.approx(reference["kept"], abs=0.01)
     assert 0.111 <= reference["min_target"] < reference["kept"] < reference["max_target"] <= 144 / NUM_TOKENS
     assert len(set(reference["kept_by_kind"].values())) > 2

@@ -18,12 +18,17 @@ import yaml
 from grafana.board import MATCHERS, ROWS, Panel
 from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import AxisPlacement, BigValueGraphMode, GraphGradientMode, TooltipDisplayMode
+from grafana_foundation_sdk.models.common import (
+    BigValueGraphMode,
+    GraphGradientMode,
+    LegendDisplayMode,
+    LegendPlacement,
+    TooltipDisplayMode,
+)
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DashboardLinkType,
     DataSourceRef,
-    DynamicConfigValue,
     VariableRefresh,
     VariableSort,
 )
@@ -55,17 +60,16 @@ def build(panel: Panel, number: int) -> Any:
     if panel.kind == "stat":
         builder.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).graph_mode(BigValueGraphMode.AREA)
     if panel.kind == "timeseries":
-        builder.min(0).fill_opacity(10).gradient_mode(GraphGradientMode.OPACITY)
+        builder.fill_opacity(10).gradient_mode(GraphGradientMode.OPACITY)
+        legend = common.VizLegendOptions().display_mode(LegendDisplayMode.TABLE).placement(LegendPlacement.RIGHT)
+        builder.legend(legend.show_legend(True).calcs(["lastNotNull"]))
         builder.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
+        if panel.from_zero:
+            builder.min(0)
     if panel.max is not None:
         builder.max(panel.max)
-    if panel.right:
-        legend, unit = panel.right
-        right = [
-            DynamicConfigValue(id_val="custom.axisPlacement", value=AxisPlacement.RIGHT),
-            DynamicConfigValue(id_val="unit", value=unit),
-        ]
-        builder.override_by_name(legend, right)
+    if panel.decimals is not None:
+        builder.decimals(panel.decimals)
     return builder
 
 

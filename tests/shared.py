@@ -2,14 +2,18 @@
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
+from harness import environment
 from PIL import Image
 from reference import Reference
 
-__all__ = ["Reference", "noise", "photo", "program"]
+__all__ = ["ROOT", "Reference", "noise", "photo", "program", "run"]
+ROOT = Path(__file__).parent.parent
 
 
 def program(name: str) -> str:
@@ -19,6 +23,14 @@ def program(name: str) -> str:
         say = pytest.fail if os.environ.get("CI") else pytest.skip
         say(f"{name} is not installed")
     return path
+
+
+def run(*command: object, cwd: Path = ROOT) -> str:
+    """What a command prints; fails the test if the command does."""
+    line = [str(part) for part in command]
+    done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def photo(name: str) -> Image.Image:

@@ -32,8 +32,9 @@ class Panel:
 
     Attributes:
         good: what a good value is.
-        right: legend of the series that have the right axis, and its unit.
+        unit: Grafana's name of it.
         width: of the 24 columns of a row.
+        from_zero: whether the axis begins there.
     """
 
     title: str
@@ -44,7 +45,8 @@ class Panel:
     unit: str = "short"
     width: int = 8
     max: float | None = None
-    right: tuple[str, str] | None = None
+    decimals: int | None = None
+    from_zero: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def ratio(part: str, whole: str) -> str:
 
 REQUESTS = 'SEL,source="request"'  # without previews
 ENCODED = rate("eadaprune_visual_tokens_total", 'SEL,stage="encoded"')
+TOKENS, ITEMS_PER_SECOND = "count:tok/s", "count:items/s"
 KEPT = rate("eadaprune_visual_tokens_total", 'SEL,stage="kept"')
 ITEMS = f"({rate('eadaprune_images_total')} + {rate('eadaprune_videos_total')})"
 
@@ -84,6 +87,7 @@ SAVINGS = Row(
             "above zero whenever images arrive",
             (Query(rate("eadaprune_tokens_saved_total")),),
             "stat",
+            TOKENS,
             width=6,
         ),
         Panel(
@@ -102,6 +106,7 @@ SAVINGS = Row(
             "as the traffic; zero while requests have images means that none reaches the plugin",
             (Query(ITEMS),),
             "stat",
+            ITEMS_PER_SECOND,
             width=6,
         ),
         Panel(
@@ -119,6 +124,7 @@ SAVINGS = Row(
             "Visual tokens per second before and after pruning. eadaprune_visual_tokens_total",
             "the second line well below the first",
             (Query(ENCODED, "before"), Query(KEPT, "after")),
+            unit=TOKENS,
         ),
         Panel(
             "Share kept, per image or video",
@@ -146,7 +152,7 @@ COST = Row(
             "95th percentile of the time of each stage, per image or video that was not cached. "
             "eadaprune_stage_seconds",
             "spectrum and select together below a twentieth of encode",
-            (Query(quantile(0.95, "eadaprune_stage_seconds", REQUESTS, "le, stage"), "{{stage}}"),),
+            (Query(quantile(0.95, "eadaprune_stage_seconds", f'{REQUESTS},stage!="total"', "le, stage"), "{{stage}}"),),
             unit="s",
         ),
         Panel(
@@ -177,16 +183,15 @@ ENGINE = Row(
     "The engine beside it",
     (
         Panel(
-            "KV cache in use, and saved",
-            "Share of the KV cache in use, and bytes per second that pruning kept out of it. "
-            "vllm:kv_cache_usage_perc, eadaprune_kv_cache_bytes_saved_total",
+            "KV cache in use",
+            "Share of the KV cache in use, of the fullest and of the average engine. vllm:kv_cache_usage_perc",
             "below 90 % in use; above it requests begin to wait or are preempted",
             (
-                Query("avg(vllm:kv_cache_usage_perc{SEL})", "in use"),
-                Query(rate("eadaprune_kv_cache_bytes_saved_total"), "saved"),
+                Query("max(vllm:kv_cache_usage_perc{SEL})", "fullest"),
+                Query("avg(vllm:kv_cache_usage_perc{SEL})", "average"),
             ),
             unit="percentunit",
-            right=("saved", "Bps"),
+            max=1,
         ),
         Panel(
             "Time to first token",
@@ -205,6 +210,7 @@ ENGINE = Row(
                 Query(rate("vllm:prompt_tokens_total"), "prompt"),
                 Query(rate("vllm:generation_tokens_total"), "generated"),
             ),
+            unit=TOKENS,
         ),
         Panel(
             "Requests",
@@ -220,12 +226,14 @@ ENGINE = Row(
             "Requests per second that lost their KV cache to others. vllm:num_preemptions_total",
             "none",
             (Query(rate("vllm:num_preemptions_total"), "preempted"),),
+            unit="reqps",
         ),
         Panel(
             "Finished requests",
             "Requests per second, by how they ended. vllm:request_success_total",
             "stop and length; next to no abort or error",
             (Query(rate("vllm:request_success_total", by="finished_reason"), "{{finished_reason}}"),),
+            unit="reqps",
         ),
     ),
 )
@@ -238,6 +246,7 @@ TROUBLE = Row(
             "eadaprune_rejected_requests_total",
             "none; features and engine are errors of the server, options of a client",
             (Query(rate("eadaprune_rejected_requests_total", REQUESTS, "reason"), "{{reason}}"),),
+            unit="reqps",
             width=12,
         ),
         Panel(
@@ -277,27 +286,28 @@ DEFAULTS = Row(
             "one value for all replicas of a model",
             (Query("max(eadaprune_default_energy_threshold{SEL})"),),
             "stat",
-            width=6,
+            decimals=4,
+            width=4,
         ),
         Panel(
             "Reference pictures",
             "What each kind of reference picture keeps of its tokens: they should differ. "
             "eadaprune_reference_kept_ratio",
-            "lines far apart, surfaces lowest",
+            "far apart, surfaces lowest",
             (Query("avg by (kind) (eadaprune_reference_kept_ratio{SEL})", "{{kind}}"),),
-            unit="percentunit",
-            max=1,
-            width=6,
+            "stat",
+            "percentunit",
+            width=10,
         ),
         Panel(
-            "Reference pictures at a bound",
+            "Pictures at a bound",
             "Share of the reference pictures whose budget a bound determines: above a half, default budgets hardly "
             "depend on the image. eadaprune_reference_at_bound_ratio",
             "below a half",
             (Query("max(eadaprune_reference_at_bound_ratio{SEL})"),),
             "stat",
             "percentunit",
-            width=6,
+            width=4,
         ),
     ),
 )
@@ -320,13 +330,15 @@ LOAD = Row(
                 Query(ratio(rate(f"eadaprune_energy_{which}_sum"), rate(f"eadaprune_energy_{which}_count")), legend)
                 for which, legend in (("requested", "requested"), ("threshold", "effective"))
             ),
-            max=1,
+            decimals=4,
+            from_zero=False,
         ),
         Panel(
             "Thresholds lowered",
             "Images and videos per second whose threshold was lowered under load. eadaprune_load_lowered_total",
             "zero, except during bursts",
             (Query(rate("eadaprune_load_lowered_total"), "lowered"),),
+            unit=ITEMS_PER_SECOND,
         ),
     ),
     collapsed=True,

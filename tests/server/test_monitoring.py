@@ -78,7 +78,7 @@ def test_each_query_of_the_board_returns_data(prometheus: Prometheus, panel: dic
     assert prometheus.waits_for(is_data), f"{title}: {expr}: {values}"
     assert min(values) >= 0
     assert not zero or max(values) == 0, f"{title}: though {zero[0]}"
-    if panel["fieldConfig"]["defaults"].get("unit") == "percentunit" and "bytes_saved" not in expr:
+    if panel["fieldConfig"]["defaults"].get("unit") == "percentunit":
         assert max(values) <= 1.01
 
 

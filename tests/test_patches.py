@@ -84,7 +84,7 @@ READ = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ["device", "get_model", "vllm_config"],
     "vllm.v1.metrics.loggers:StatLoggerManager": ["stat_loggers"],
     "vllm.sampling_params:SamplingParams": ["extra_args"],
-    "vllm.v1.request:Request": ["kv_transfer_params", "sampling_params"],
+    "vllm.v1.request:Request": ["sampling_params"],
     "vllm.v1.metrics.stats:SchedulerStats": ["kv_cache_usage", "num_waiting_reqs"],
     "vllm.renderers.chat_utils:AsyncMultiModalItemTracker": ["create_parser", "resolve_items"],
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": [

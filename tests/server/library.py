@@ -9,14 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from harness import DTYPE
+from instances import NIXL
 from offline import prompt
 from shared import photo
 from vllm import LLM, AsyncEngineArgs, SamplingParams
 from vllm.engine.protocol import StreamingInput
+from vllm.multimodal.media import MediaConnector
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -127,14 +130,34 @@ async def asynchronous(model: str) -> dict[str, Any]:
     return found
 
 
+async def decode(model: str, request: str) -> tuple[str, int, list[float]]:
+    """What is answered to a chat request that another instance prefilled: a raw prompt, with the parameters of the
+    transfer in ``extra_args``."""
+    body = json.loads(Path(request).read_text())
+    image = MediaConnector().fetch_image(body["messages"][0]["content"][0]["image_url"]["url"])
+    extra = {"kv_transfer_params": body["kv_transfer_params"]}
+    sampling = SamplingParams(
+        max_tokens=body["max_tokens"], temperature=0, ignore_eos=True, logprobs=0, extra_args=extra
+    )
+    settings = SETTINGS | {"dtype": "float32", "kv_transfer_config": NIXL, "limit_mm_per_prompt": {"image": 2}}
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model, **settings))
+    async for output in llm.generate(prompt(image), sampling, "decode"):
+        (choice,) = output.outputs
+    llm.shutdown()
+    logprobs = [round(top[token].logprob, 3) for token, top in zip(choice.token_ids, choice.logprobs, strict=True)]
+    return choice.text, len(output.prompt_token_ids), logprobs
+
+
 if __name__ == "__main__":
-    what, *folders = sys.argv[1:]
+    what, *paths = sys.argv[1:]
     if what == "asynchronous":
-        result = asyncio.run(asynchronous(*folders))
+        result: Any = asyncio.run(asynchronous(*paths))
+    elif what == "decode":
+        result = asyncio.run(decode(*paths))
     elif what == "fresh":
-        result = {"fresh": answer(LLM(*folders, **SETTINGS))}
+        result = {"fresh": answer(LLM(*paths, **SETTINGS))}
     elif what == "weights":
-        result = weights(*folders)
+        result = weights(*paths)
     else:
-        result = killed(*folders)
+        result = killed(*paths)
     print("RESULT", json.dumps(result))

@@ -1,7 +1,6 @@
 """One server encodes images, and another takes their embeddings from a store. The first decides what is kept, and the
 second neither decides nor encodes."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from conftest import Start
 from harness import Server
 from inprocess import message
-from instances import FLAGS, Body, Images, answer, chat, reported
+from instances import FLAGS, Body, Images, answer, chat, encoded, encoder, reported, with_options
 from safetensors.torch import load_file, save_file
 from shared import noise
 
@@ -29,15 +28,7 @@ class Encoder:
     store: Path
 
     def encoded(self, body: Body, **extra: Any) -> Body:
-        """What the first returns about each image, which is sent to it by itself, as vLLM's proxy does."""
-        params: Body = {}
-        parts = [part for part in body["messages"][0]["content"] if part["type"] != "text"]
-        for part in parts:
-            alone = {"model": "demo", "messages": [{"role": "user", "content": [part | extra]}]}
-            response = self.encode.post("/v1/chat/completions", alone)
-            assert response.status_code == 200, response.text
-            params |= response.json()["ec_transfer_params"]
-        return params
+        return encoded(self.encode, body, **extra)
 
     def ask(self, body: Body, **extra: Any) -> Any:
         """What the second answers."""
@@ -58,9 +49,7 @@ def started(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def both(name: str, **settings: Any) -> Encoder:
         store, servers = tmp_path_factory.mktemp("store"), list[Server]()
         for role in ("producer", "consumer"):
-            transfer: Body = {"ec_connector": "ECExampleConnector", "ec_role": f"ec_{role}"}
-            transfer |= {"ec_connector_extra_config": {"shared_storage_path": str(store)}}
-            flags = [*FLAGS, "--no-enable-prefix-caching", "--ec-transfer-config", json.dumps(transfer)]
+            flags = [*FLAGS, *encoder(role, store)]
             servers.append(start(f"{name}-{role}", *flags, VLLM_SERVER_DEV_MODE="1", **settings))
         encode, consume = servers
         return Encoder(encode, consume, store)
@@ -71,14 +60,6 @@ def started(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 @pytest.fixture(scope="module")
 def apart(started: Callable[..., Encoder]) -> Encoder:
     return started("llava")
-
-
-def with_options(body: Body, options: Any) -> Body:
-    """With the options in each image: those travel to the first instance, the body's field does not."""
-    for part in body["messages"][0]["content"]:
-        if part["type"] != "text" and options:
-            part["eadaprune"] = options
-    return body
 
 
 @pytest.mark.parametrize("options", [None, {"energy": 0.9}, {"energy": 1.0}, {"selector": "attention"}])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import pytest
 from conftest import Start
 from harness import Server, content
 from inprocess import message
-from instances import FLAGS, Body, Images, answer, chat, reported
+from instances import FLAGS, NIXL, PREFILL, Body, Images, answer, chat, encoded, encoder, reported, with_options
 from shared import noise
+from test_library import SCRIPT as LIBRARY
+from test_offline import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-PREFILL: Body = {"do_remote_decode": True, "do_remote_prefill": False}
-PREFILL |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +73,27 @@ class Instances:
         return sum(self.decode.metric(f"vllm:{kind}prefix_cache_hits_total") for kind in ("", "external_"))
 
 
+def environment(nixl: Path, core: int) -> dict[str, str]:
+    """Of an instance that has a core to itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": port}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(nixl)]))
+    env |= {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+    return env | {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "passive"}
+
+
 @pytest.fixture(scope="module")
 def started(start: Start, nixl: Path) -> Callable[..., Instances]:
     def both(name: str, **settings: Any) -> Instances:
-        transfer: Body = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
-        transfer |= {"kv_load_failure_policy": "recompute"}
-        transfer |= {"kv_connector_extra_config": {"bidirectional_kv_xfer": True}}
-        servers = []
-        for core, role in enumerate(("prefill", "decode")):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": port}
-            path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(nixl)]))
-            env |= {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-            env |= {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "passive"}
-            flags = [*FLAGS, "--kv-transfer-config", json.dumps(transfer)]
-            servers.append(start(f"{name}-{role}", *flags, **settings, **env))
-        return Instances(*servers)
+        flags = [*FLAGS, "--kv-transfer-config", json.dumps(NIXL)]
+        return Instances(
+            *(
+                start(f"{name}-{role}", *flags, **settings, **environment(nixl, core))
+                for core, role in enumerate(("prefill", "decode"))
+            )
+        )
 
     return both
 
@@ -233,3 +237,45 @@ def test_a_conversation_goes_both_ways(instances: Instances) -> None:
     refused = instances.prefill.post("/v1/chat/completions", body | {"kv_transfer_params": PREFILL | earlier})
     assert refused.status_code == 400, refused.text
     assert "has no decision about image 0" in refused.json()["error"]["message"]
+
+
+def test_a_preempted_request_keeps_its_tokens(start: Start, nixl: Path, instances: Instances) -> None:
+    """The second instance has too few blocks for two answers: it prefills one of them again, itself."""
+    flags = ["--kv-transfer-config", json.dumps(NIXL), "--num-gpu-blocks-override", "20", "--max-model-len", "576"]
+    with start("small", *FLAGS, *flags, **environment(nixl, 1)) as small:
+        both = Instances(instances.prefill, small)
+        bodies = [chat(noise(9300 + n, blocks=24), eadaprune={"energy": 0.8}, max_tokens=300) for n in range(2)]
+        alone = [answer(both.ask_prefill_alone(body)) for body in bodies]
+        with ThreadPoolExecutor() as pool:
+            assert [answer(found) for found in pool.map(both.ask, bodies)] == alone
+        assert small.metric("vllm:num_preemptions_total") > 0
+
+
+def test_all_three_apart(start: Start, nixl: Path, instances: Instances, images: Images, tmp_path: Path) -> None:
+    """One instance encodes and decides, one prefills, and one decodes."""
+    body = with_options(chat(images["chelsea"], noise(9400, blocks=24)), {"energy": 0.9})
+    alone = instances.ask_prefill_alone(body)
+    transfer = ["--kv-transfer-config", json.dumps(NIXL), *encoder("consumer", tmp_path)]
+    with (
+        start("encode", *FLAGS, *encoder("producer", tmp_path)) as encode,
+        start("consume", *FLAGS, *transfer, **environment(nixl, 0)) as prefill,
+    ):
+        decisions = instances.encoded()
+        three = Instances(prefill, instances.decode)
+        together = three.ask(body | {"ec_transfer_params": encoded(encode, body)})
+        assert prefill.metric("eadaprune_stage_seconds_count", stage="encode") == 0
+    assert instances.encoded() == decisions
+    assert answer(together) == answer(alone)
+    assert reported(together) == reported(alone)
+
+
+def test_programs_that_call_the_engine_themselves(
+    instances: Instances, images: Images, nixl: Path, model: Path, tmp_path: Path
+) -> None:
+    """``AsyncLLM`` in place of the second server, as Dynamo's workers call it."""
+    body = chat(images["coffee"], eadaprune={"energy": 0.9})
+    alone = answer(instances.ask_prefill_alone(body))
+    body["kv_transfer_params"] = instances.prefilled(body)
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(body))
+    assert run("decode", model, request, script=LIBRARY, **environment(nixl, 1)) == list(alone)

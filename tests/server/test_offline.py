@@ -16,11 +16,11 @@ Found = tuple[dict[str, Any], dict[str, Any]]
 SCRIPT = Path(__file__).with_name("offline.py")
 
 
-def run(what: str, *models: Path, script: Path = SCRIPT, **env: str) -> dict[str, Any]:
+def run(what: str, *paths: Path, script: Path = SCRIPT, **env: str) -> Any:
     own = (str(folder) for folder in (SCRIPT.parent, SCRIPT.parent.parent))
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *own])
+    path = os.pathsep.join([*filter(None, [env.pop("PYTHONPATH", os.environ.get("PYTHONPATH"))]), *own])
     output = subprocess.run(
-        [sys.executable, str(script), what, *map(str, models)],
+        [sys.executable, str(script), what, *map(str, paths)],
         env=environment(VLLM_PLUGINS="eadaprune", PYTHONPATH=path, VLLM_ALLOW_INSECURE_SERIALIZATION="1", **env),
         capture_output=True,
         text=True,
@@ -28,8 +28,7 @@ def run(what: str, *models: Path, script: Path = SCRIPT, **env: str) -> dict[str
     )
     results = [line.removeprefix("RESULT ") for line in output.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, output.stdout[-3000:] + output.stderr[-3000:]
-    found: dict[str, Any] = json.loads(results[0])
-    return found
+    return json.loads(results[0])
 
 
 @pytest.fixture(scope="module")

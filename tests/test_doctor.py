@@ -157,7 +157,7 @@ def test_model_check_reports_support_and_cost(family: Callable[[str], Path], tmp
     assert "largest video" in video
     assert pages["default"] == "energy 1, which keeps every token"
     assert llama["model"].startswith(
-        "failed: the architecture LlamaForCausalLM is not supported; supported are Deepseek"
+        "failed: LlamaForCausalLM is a model without images and videos, so there is nothing to prune"
     )
     assert nowhere["model"].startswith("failed: ")
     assert "nowhere" in nowhere["model"]

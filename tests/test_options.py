@@ -85,7 +85,7 @@ def test_key_parses_to_the_options() -> None:
 
 
 def test_bad_server_options_stop_the_start() -> None:
-    with pytest.raises(StartupError, match=r"^eadaprune: eadaprune\.energy=7 is not allowed") as error:
+    with pytest.raises(StartupError, match=r"^eadaprune: energy=7 is not allowed") as error:
         operator_options({"energy": 7})
     assert error.value.code == str(error.value)  # a process ends with the sentence and status 1
 
@@ -168,19 +168,19 @@ def test_requests_within_the_bounds() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"energy_floor": 0.9, "energy_ceiling": 0.8}, "energy_floor=0.9 is above energy_ceiling=0.8"),
+        ({"energy_floor": 0.9, "energy_ceiling": 0.8}, "eadaprune: energy_floor=0.9 is above energy_ceiling=0.8"),
         (
             {"energy": 0.99, "energy_ceiling": 0.9},
-            "eadaprune.energy=0.99 is outside the bounds of this server: energy_ceiling=0.9",
+            "eadaprune: energy=0.99 is outside the bounds of this server: energy_ceiling=0.9",
         ),
-        ({"enabled": False, "max_tokens_ceiling": 64}, "eadaprune.enabled=False is outside the bounds"),
-        ({"detail_low": {"energy": 7}}, "eadaprune.detail_low.energy=7 is not allowed"),
-        ({"detail_high": {"x": 7}}, "eadaprune.detail_high.x is not an option; the options are target"),
-        ({"detail_low": 3}, "eadaprune.detail_low=3 is not allowed; it must be an object"),
-        ({"out_of_bounds": "ignore"}, "eadaprune.out_of_bounds='ignore' is not allowed; it must be one of reject, cl"),
-        ({"max_tokens_ceiling": 0}, "eadaprune.max_tokens_ceiling=0 is not allowed; it must be an integer at least 1"),
-        ({"device": "cpu"}, "eadaprune.device is not an option; the options are target"),
-        ({"report": 1}, "eadaprune.report=1 is not allowed; it must be true or false"),
+        ({"enabled": False, "max_tokens_ceiling": 64}, "eadaprune: enabled=False is outside the bounds"),
+        ({"detail_low": {"energy": 7}}, "eadaprune: detail_low.energy=7 is not allowed"),
+        ({"detail_high": {"x": 7}}, "eadaprune: detail_high.x is not an option; the options are target"),
+        ({"detail_low": 3}, "eadaprune: detail_low=3 is not allowed; it must be an object"),
+        ({"out_of_bounds": "ignore"}, "eadaprune: out_of_bounds='ignore' is not allowed; it must be one of reject, cl"),
+        ({"max_tokens_ceiling": 0}, "eadaprune: max_tokens_ceiling=0 is not allowed; it must be an integer at least 1"),
+        ({"device": "cpu"}, "eadaprune: device is not an option; the options are target"),
+        ({"report": 1}, "eadaprune: report=1 is not allowed; it must be true or false"),
     ],
 )
 def test_contradictions_stop_the_start(given: dict[str, object], words: str) -> None:

@@ -89,9 +89,52 @@ def test_every_option_has_a_flag_that_says_what_it_takes(monkeypatch: pytest.Mon
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         line += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", text]
     args = parser.parse_args(line)
-    args.mm_processor_kwargs = {"eadaprune": {"energy": 0.5}}
+    assert vars(args) == {f"eadaprune_{name}": value for name, value in options.items()}
+    del args.eadaprune_target
+    args.mm_processor_kwargs = {"eadaprune": {"energy": 0.5, "selector": "diversity"}}
     apply_flags(args)
-    assert args.mm_processor_kwargs["eadaprune"] == options
+    assert args.mm_processor_kwargs["eadaprune"] == {name: options[name] for name in options if name != "target"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "--eadaprune-energy 2",
+            "--eadaprune-energy 2.0 is not allowed; it must be a number greater than 0 and at most 1",
+        ),
+        ("--eadaprune-max-tokens 0", "--eadaprune-max-tokens 0 is not allowed; it must be an integer at least 1"),
+        (
+            "--eadaprune-energy 0.9 --eadaprune-target 0.3",
+            "--eadaprune-energy and --eadaprune-target exclude each other",
+        ),
+        (
+            "--eadaprune-energy-floor 0.9 --eadaprune-energy-ceiling 0.8",
+            "--eadaprune-energy-floor 0.9 is above --eadaprune-energy-ceiling 0.8",
+        ),
+        (
+            "--eadaprune-max-tokens 8 --eadaprune-min-tokens 16",
+            "--eadaprune-min-tokens 16 is above --eadaprune-max-tokens 8",
+        ),
+        (
+            '--eadaprune-detail-low {"energy":7}',
+            "--eadaprune-detail-low: energy=7 is not allowed; it must be a number greater than 0 and at most 1",
+        ),
+        (
+            '--eadaprune-load-aware {"target":0}',
+            "--eadaprune-load-aware: target=0 is not allowed; it must be a number greater than 0 and at most 1",
+        ),
+    ],
+)
+def test_errors_name_the_flags_that_were_typed(line: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "eadaprune")
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = parser.parse_args(line.split())
+    args.mm_processor_kwargs = None
+    with pytest.raises(StartupError) as error:
+        apply_flags(args)
+    assert str(error.value) == f"eadaprune: {words}"
 
 
 def test_metrics() -> None:

@@ -31,7 +31,10 @@ from eadaprune_vllm.startup.flags import apply_flags
     [
         ({"limit_mm_per_prompt": {"image": 0}}, "so there is nothing to prune"),
         ({"language_model_only": True}, "so there is nothing to prune"),
-        ({"model_impl": "transformers"}, "the architecture TransformersMultiModalForCausalLM is not supported"),
+        (
+            {"model_impl": "transformers"},
+            "vLLM serves LlavaForConditionalGeneration as TransformersMultiModalForCausalLM, which is not supported",
+        ),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate is vLLM's own"),
         ({"mm_encoder_only": True}, "--mm-encoder-only without --ec-transfer-config"),
         (

@@ -167,7 +167,7 @@ class ServerOptions(PruneOptions):
             raise InvalidOptionsError(
                 f"{where}={reprlib.repr(detail)} is not allowed; it must be one of {', '.join(presets)}", where
             )
-        return OptionSource(f"{KEY}.detail_{detail}", presets[detail], trusted=True)
+        return OptionSource(f"detail_{detail}", presets[detail], trusted=True)
 
     def resolve(self, *sources: OptionSource) -> PruneOptions:
         """The one place where options are resolved: the defaults, overridden by each source in turn.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
+from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from eadaprune_vllm.architectures import ARCHITECTURES, adapter
@@ -138,6 +139,18 @@ def _decodes_on_gpu(video: dict[str, Any]) -> bool:
     return "cuda" in str(video.get("device")) or bool(backends & {"pynvvideocodec", "deepstream"})
 
 
+def _unsupported(model_config: Any) -> str:
+    """Why a model without an adapter is refused, and what helps."""
+    name, served_as = ", ".join(model_config.architectures), model_config.architecture
+    if not model_config.is_multimodal_model:
+        return f"{name} is a model without images and videos, so there is nothing to prune"
+    if served_as in _MULTIMODAL_MODELS:
+        reason = f"{name} is not supported: --eadaprune-any-model tries it"
+    else:
+        reason = f"vLLM serves {name} as {served_as}, which is not supported"
+    return f"{reason}. Supported are {', '.join(ARCHITECTURES)}"
+
+
 def _adapter(vllm_config: Any) -> Any:
     return adapter(vllm_config.model_config.architecture)
 
@@ -149,10 +162,7 @@ def check(vllm_config: Any) -> None:
     """
     model_config = vllm_config.model_config
     if model_config.architecture not in ARCHITECTURES:
-        raise StartupError(
-            f"the architecture {model_config.architecture} is not supported; supported are {', '.join(ARCHITECTURES)}, "
-            "and --eadaprune-any-model tries others that vLLM ships"
-        )
+        raise StartupError(_unsupported(model_config))
     check_overrides(sys.modules[_adapter(vllm_config).__module__])
     for applies, reason in _REFUSED:
         if applies(model_config.multimodal_config, vllm_config):

@@ -11,6 +11,7 @@ from eadaprune_vllm.core.server_options import ServerOptions
 from eadaprune_vllm.core.words import percent
 from eadaprune_vllm.engine.extension import extended
 from eadaprune_vllm.errors import InvalidOptionsError, StartupError
+from eadaprune_vllm.startup.flags import in_flags
 
 logger = logging.getLogger("vllm." + __name__)
 MAX_AT_BOUND = 0.5  # share of the reference pictures at a bound, above which the log has a warning
@@ -45,7 +46,7 @@ def set_curves(vllm_config: Any, curves: Sequence[Curve]) -> ServerOptions:
     try:
         options = ServerOptions.of(multimodal).with_curves(curves)
     except ValueError as error:
-        raise StartupError(str(error)) from None
+        raise StartupError(in_flags(str(error), ["load_aware"])) from None
     setattr(multimodal, KEY, options)
     return options
 
@@ -108,7 +109,7 @@ def operator_options(given: object, energy: float | None = None) -> ServerOption
     try:
         options = overlay(defaults, given, where=KEY)
     except InvalidOptionsError as error:
-        raise StartupError(str(error)) from None
+        raise StartupError(str(error).removeprefix(f"{KEY}: ").removeprefix(f"{KEY}.")) from None
     if energy is not None and not (isinstance(given, dict) and "energy" in given):
         logger.info(
             "eadaprune: energy is %g by default for this model, because pages of text lose most by pruning; "

@@ -57,7 +57,7 @@ def test_a_model_that_fits_is_pruned_and_at_energy_one_its_answers_are_stocks(ru
             "broken",
             "Idefics3ForConditionalGeneration cannot be pruned: this image could not be pruned: the model made 79 emb",
         ),
-        ("unnamed", "the architecture Idefics3ForConditionalGeneration is not supported"),
+        ("unnamed", "Idefics3ForConditionalGeneration is not supported: --eadaprune-any-model tries it"),
     ],
 )
 def test_model_that_does_not_fit_is_refused_in_one_sentence(run: Callable[..., Any], what: str, words: str) -> None:

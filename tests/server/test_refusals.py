@@ -46,9 +46,15 @@ class Case:
 
 CASES = [
     Case("eadaprune: --eadaprune-energy does nothing without --plugin eadaprune", ["--eadaprune-energy", "0.9"]),
-    Case("eadaprune.energy=1.9 is not allowed; it must be a number", [*PRUNING, "--eadaprune-energy", "1.9"]),
+    Case(
+        "eadaprune: --eadaprune-energy 1.9 is not allowed; it must be a number", [*PRUNING, "--eadaprune-energy", "1.9"]
+    ),
+    Case(
+        "argument --eadaprune-detail-low: 'low' is not a JSON object of options, such as",
+        [*PRUNING, "--eadaprune-detail-low", "low"],
+    ),
     Case("unrecognized arguments: --eadaprune-enregy", [*PRUNING, "--eadaprune-enregy", "0.9"]),
-    Case("eadaprune.x is not an option", [*PRUNING, "--mm-processor-kwargs", '{"eadaprune": {"x": 1}}']),
+    Case("eadaprune: x is not an option", [*PRUNING, "--mm-processor-kwargs", '{"eadaprune": {"x": 1}}']),
     Case(
         "needs vLLM's statistics, which --disable-log-stats switches off",
         [*PRUNING, "--eadaprune-load-aware", "--disable-log-stats"],
@@ -64,7 +70,7 @@ CASES = [
         change=other_version,
     ),
     Case(
-        "the architecture LlamaForCausalLM is not supported; supported are DeepseekOCRForCausalLM",
+        "eadaprune: LlamaForCausalLM is a model without images and videos, so there is nothing to prune",
         [*PRUNING, "--load-format", "dummy", "--skip-tokenizer-init"],
         change=llama,
     ),

@@ -230,6 +230,12 @@ def test_options_in_the_wrong_place_are_refused(app: FastAPI, path: str, body: A
         post(app, path, body)
 
 
+def test_extra_body_is_an_argument_of_sdks_and_no_field(app: FastAPI) -> None:
+    with pytest.raises(VLLMValidationError, match="eadaprune does nothing in extra_body, which is an argument of SDKs"):
+        post(app, CHAT, {"messages": [], "extra_body": {"eadaprune": {"energy": 0.5}}})
+    assert post(app, CHAT, {"messages": [], "extra_body": {"other": "eadaprune"}})[0].status_code == 200
+
+
 def test_options_in_mm_processor_kwargs_are_rejected_if_the_body_has_no_such_field(app: FastAPI) -> None:
     with pytest.raises(VLLMValidationError, match=f"eadaprune does nothing in mm_processor_kwargs at {CHAT}"):
         post(app, CHAT, {"messages": [], "mm_processor_kwargs": {"eadaprune": {"energy": 0.5}}})

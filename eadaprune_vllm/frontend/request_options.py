@@ -122,6 +122,17 @@ def reject_misplaced(messages: object) -> None:
         )
 
 
+def reject_extra_body(body: dict[str, Any]) -> None:
+    """Raises:
+    InvalidOptionsError: if there are options in ``extra_body``, an argument of SDKs, which servers never see.
+    """
+    if any(option_fields(body.get("extra_body"))):
+        raise InvalidOptionsError(
+            f"{KEY} does nothing in extra_body, which is an argument of SDKs; in JSON it is a field of the body itself",
+            "extra_body",
+        )
+
+
 def modality_of(part: object) -> str | None:
     """The modality of a content part of vLLM's OpenAI or Anthropic API, if it can be pruned."""
     if not isinstance(part, dict):

@@ -19,7 +19,7 @@ from eadaprune_vllm.core.options import KEY, request_schema
 from eadaprune_vllm.core.report import Report
 from eadaprune_vllm.errors import InvalidOptionsError
 from eadaprune_vllm.frontend.context import RequestContext, in_context, request_context
-from eadaprune_vllm.frontend.request_options import HEADER, option_fields, reject_misplaced
+from eadaprune_vllm.frontend.request_options import HEADER, option_fields, reject_extra_body, reject_misplaced
 from eadaprune_vllm.http.endpoints import ENDPOINTS, Endpoint
 
 VISUAL_TOKENS = "X-EAdaPrune-Visual-Tokens"
@@ -68,6 +68,7 @@ class PruningRoute(APIRoute):
         fields = endpoint.fields if endpoint else ()
         if isinstance(body, dict) and not body.keys().isdisjoint(fields):
             reject_misplaced([body.get(field) for field in fields])
+            reject_extra_body(body)
             if any(option_fields(body.get(_KWARGS))) and not _has_fields(self, (_KWARGS,)):
                 raise InvalidOptionsError(f"{KEY} does nothing in {_KWARGS} at {self.path}", KEY)
             return

@@ -112,6 +112,7 @@ def test_run_batch(model: Path, images: Images, reference: Reference, tmp_path: 
         chat(images, eadaprune=BOTH, max_tokens=1),
         chat(images, own=None, max_tokens=1),
         chat(images, own={"energy": 7}, max_tokens=1),
+        chat(images, own=None, extra_body={"eadaprune": BOTH}, max_tokens=1),
     ]
     lines = [
         {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -136,3 +137,5 @@ def test_run_batch(model: Path, images: Images, reference: Reference, tmp_path: 
     assert [image["energy_threshold"] for image in found["1"]["response"]["body"]["eadaprune"]["images"]] == [0.95] * 2
     assert found["2"]["response"]["status_code"] == 400
     assert "images[1].eadaprune.energy=7 is not allowed" in found["2"]["error"]["error"]["message"]
+    assert found["3"]["response"]["status_code"] == 400
+    assert "eadaprune does nothing in extra_body" in found["3"]["error"]["error"]["message"]

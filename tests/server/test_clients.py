@@ -1,7 +1,10 @@
 """The clients that people use, as they use them."""
 
 import asyncio
+import re
+import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -16,6 +19,7 @@ from shared import Reference
 
 Images = dict[str, Image.Image]
 TEXT = "What is it?"
+CLIENTS = Path(__file__).parent.parent.parent / "docs" / "clients.md"
 
 
 def user(image: Image.Image) -> list[Any]:
@@ -153,15 +157,12 @@ def test_langchain(pruning: Server, images: Images) -> None:
 
 def test_vllm_bench_serve(pruning: Server, model: Any) -> None:
     before = [pruning.metric(f"eadaprune_{name}_total") for name in ("images", "tokens_saved")]
-    flags = ["--backend", "openai-chat", "--base-url", pruning.url, "--endpoint", "/v1/chat/completions"]
-    flags += ["--model", "demo", "--tokenizer", str(model), "--num-prompts", "6", "--random-input-len", "8"]
-    flags += ["--random-output-len", "4", "--dataset-name", "random-mm", "--random-mm-base-items-per-request", "1"]
-    flags += ["--random-mm-bucket-config", "{(336, 336, 1): 1.0}", "--random-mm-num-mm-items-range-ratio", "0"]
-    flags += ["--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}', "--max-concurrency", "2"]
-    flags += ["--extra-body", '{"eadaprune": {"energy": 0.8}}']
-    done = subprocess.run(
-        [VLLM, "bench", "serve", *flags], env=environment(), capture_output=True, text=True, timeout=240
+    (line,) = re.findall(r"^vllm bench serve .*?[^\\]$", CLIENTS.read_text(), re.MULTILINE | re.DOTALL)
+    _, *arguments = shlex.split(
+        line.replace("\\\n", "").replace("http://localhost:8000", pruning.url).replace("MODEL", "demo")
     )
+    fewer = ["--tokenizer", str(model), "--num-prompts", "6", "--max-concurrency", "2", "--random-output-len", "4"]
+    done = subprocess.run([VLLM, *arguments, *fewer], env=environment(), capture_output=True, text=True, timeout=240)
     assert "Failed requests:                         0" in done.stdout, done.stdout + done.stderr[-3000:]
     images, saved = (
         pruning.metric(f"eadaprune_{name}_total") - earlier

@@ -45,7 +45,13 @@ class Stub(ThreadingHTTPServer):
         about = {"version": "1", "vllm_version": "1", "models": ["served"], "architecture": "A", "dtype": "float32"}
         options = ServerOptions(min_tokens=4, min_share=0, energy_ceiling=0.999, budget=self.budget)
         options = options.with_curves([Curve("page", SPECTRUM)])
-        redacted = {"options": options, "reference": Reference.of(options), "selectors": [], "endpoints": []}
+        redacted = {
+            "configured": options,
+            "effective": options.resolve(),
+            "reference": Reference.of(options),
+            "selectors": [],
+            "endpoints": [],
+        }
         return Config.model_validate(about | redacted).model_dump_json()
 
     @property

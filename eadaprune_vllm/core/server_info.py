@@ -20,7 +20,6 @@ _DIGITS = 4  # of shares
 class Reference(BaseModel):
     """What the defaults keep of the reference pictures, which translate targets into thresholds."""
 
-    options: PruneOptions = Field(description="The effective defaults, with the threshold of the target.")
     kept: float = Field(description="Share of their tokens that the reference pictures keep on average.")
     kept_by_kind: dict[str, float] = Field(description="The same share for each kind of picture.")
     at_bound: float = Field(
@@ -44,7 +43,6 @@ class Reference(BaseModel):
         for curve in targets.curves:
             shares[curve.name].append(curve.share(options))
         return cls(
-            options=options,
             kept=_share(share for of_kind in shares.values() for share in of_kind),
             kept_by_kind={kind: _share(of_kind) for kind, of_kind in sorted(shares.items())},
             at_bound=_share(float(curve.budget(options) != curve.budget(free)) for curve in targets.curves),
@@ -56,7 +54,7 @@ class Reference(BaseModel):
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind}s {percent(share)}" for kind, share in self.kept_by_kind.items())
         kept = percent(self.kept)
-        return f"energy {self.options.threshold:g} keeps {kept} of the tokens of reference pictures: {kinds}"
+        return f"{kept} of the tokens of reference pictures: {kinds}"
 
 
 def _share(values: Iterable[float]) -> float:
@@ -71,7 +69,8 @@ class Config(BaseModel):
     models: list[str] = Field(description="Names that the model is served under.")
     architecture: str
     dtype: str = Field(description="The model's dtype; budgets may depend on it.")
-    options: ServerOptions
+    configured: ServerOptions = Field(description="The operator's options, as they were set.")
+    effective: PruneOptions = Field(description="What they come to for a request without options: its energy counts.")
     reference: Reference
     selectors: list[str]
     endpoints: list[str] = Field(description="Endpoints that take the field eadaprune; all others reject it.")

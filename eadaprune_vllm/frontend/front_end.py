@@ -70,7 +70,7 @@ class FrontEnd:
             options: the operator's, with curves.
         """
         self.decision_client.connect(client)
-        self.metrics.set_defaults(self.model_name, Reference.of(options))
+        self.metrics.set_defaults(self.model_name, options.resolve(), Reference.of(options))
 
     @property
     def weights_changed_at(self) -> float:

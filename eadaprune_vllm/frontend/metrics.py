@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from eadaprune_vllm.core.options import Bound
+from eadaprune_vllm.core.options import Bound, PruneOptions
 from eadaprune_vllm.core.report import Pruning
 from eadaprune_vllm.core.server_info import Reference
 
@@ -136,11 +136,11 @@ class Metrics:
             self._requested.labels(model_name).observe(item.energy_requested)
             self._lowered.labels(model_name).inc(item.energy_threshold < item.energy_requested)
 
-    def set_defaults(self, model_name: str, reference: Reference) -> None:
+    def set_defaults(self, model_name: str, effective: PruneOptions, reference: Reference) -> None:
         """Set the gauges of the defaults."""
-        self._target.labels(model_name).set(reference.options.target or 0)
-        self._min_share.labels(model_name).set(reference.options.min_share)
-        self._default_energy.labels(model_name).set(reference.options.threshold)
+        self._target.labels(model_name).set(effective.target or 0)
+        self._min_share.labels(model_name).set(effective.min_share)
+        self._default_energy.labels(model_name).set(effective.threshold)
         self._at_bound.labels(model_name).set(reference.at_bound)
         for kind, share in reference.kept_by_kind.items():
             self._reference.labels(model_name, kind).set(share)

@@ -52,15 +52,16 @@ class EndpointPlugin:
 async def config(request: Request) -> Config:
     """The server's pruning options, and which endpoints take them."""
     state = request.app.state
-    model = state.eadaprune_renderer.model_config
+    model, options = state.eadaprune_renderer.model_config, state.eadaprune.server_options
     return Config(
         version=__version__,
         vllm_version=vllm.__version__,
         models=[path.name for path in state.openai_serving_models.base_model_paths],
         architecture=model.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
-        options=state.eadaprune.server_options,
-        reference=Reference.of(state.eadaprune.server_options),
+        configured=options,
+        effective=options.resolve(),
+        reference=Reference.of(options),
         selectors=list(SELECTOR_NAMES),
         endpoints=[
             route.path

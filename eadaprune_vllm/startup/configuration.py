@@ -57,8 +57,8 @@ def log_defaults(options: ServerOptions) -> None:
     Args:
         options: the operator's, with curves.
     """
-    reference, target = Reference.of(options), options.target
-    found = reference.options.target
+    reference, effective, target = Reference.of(options), options.resolve(), options.target
+    found = effective.target
     if target is not None and found is None:
         logger.warning(
             "eadaprune: the energy of target %g is outside energy_floor and energy_ceiling; the nearer of them is used",
@@ -73,7 +73,7 @@ def log_defaults(options: ServerOptions) -> None:
             reference.max_target,
             found,
         )
-    logger.info("eadaprune: %s", reference)
+    logger.info("eadaprune: energy %g keeps %s", effective.threshold, reference)
     if reference.at_bound > MAX_AT_BOUND:
         logger.warning(
             "eadaprune: for %s of the reference pictures min_share, min_tokens or max_tokens determines the budget "

@@ -202,8 +202,9 @@ def check_server(url: str) -> Iterator[Finding]:
 
     with closing(ServedModel(url, _SECONDS)) as server:
         config = server.config
-    target = config.reference.options.target
+    effective = config.effective
     yield Finding("server", f"{NAME} {config.version} on vLLM {config.vllm_version}", "ok")
     yield Finding("serves", f"{', '.join(config.models)}: {config.architecture} in {config.dtype}")
-    yield Finding("effective", ("" if target is None else f"target {target:g}: ") + str(config.reference))
+    target = "" if effective.target is None else f"target {effective.target:g}: "
+    yield Finding("effective", f"{target}energy {effective.threshold:g} keeps {config.reference}")
     yield Finding("endpoints", str(len(config.endpoints)))

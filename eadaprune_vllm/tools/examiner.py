@@ -110,11 +110,11 @@ class ServedModel:
     @property
     def about(self) -> dict[str, Any]:
         config = self.config
-        return config.model_dump(include={"models", "architecture", "dtype"}) | {"budget": config.options.budget}
+        return config.model_dump(include={"models", "architecture", "dtype"}) | {"budget": config.configured.budget}
 
     @property
     def defaults(self) -> PruneOptions:
-        return self.config.reference.options
+        return self.config.effective
 
     def examine(
         self, image: bytes, given: dict[str, Any], *, spectrum: bool = False, overlay: bool = False

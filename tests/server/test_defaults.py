@@ -26,13 +26,12 @@ def server(start: Callable[..., Server]) -> Server:
 
 
 def test_it_says_at_start_what_the_target_comes_to(server: Server, logs: Path) -> None:
-    reference = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()["reference"]
+    found = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()
+    effective, reference = found["effective"], found["reference"]
     log = (logs / "targets.log").read_text()
     assert "eadaprune: target 0.33 is not reachable with this model" in log  # its features have 144 numbers
-    assert (
-        f"eadaprune: energy {reference['options']['energy']:g} keeps {percent(reference['kept'])} of the tokens" in log
-    )
-    assert reference["options"]["target"] == pytest.approx(reference["kept"], abs=0.01)
+    assert f"eadaprune: energy {effective['energy']:g} keeps {percent(reference['kept'])} of the tokens" in log
+    assert effective["target"] == pytest.approx(reference["kept"], abs=0.01)
     assert 0.111 <= reference["min_target"] < reference["kept"] < reference["max_target"] <= 144 / NUM_TOKENS
     assert len(set(reference["kept_by_kind"].values())) > 2
 
@@ -69,10 +68,11 @@ def test_unreachable_target_is_a_400(server: Server) -> None:
 
 
 def test_metrics(server: Server) -> None:
-    reference = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()["reference"]
-    assert server.metric("eadaprune_default_target") == reference["options"]["target"]
+    found = httpx.get(server.url + "/v1/eadaprune/config", timeout=120).json()
+    effective, reference = found["effective"], found["reference"]
+    assert server.metric("eadaprune_default_target") == effective["target"]
     assert server.metric("eadaprune_default_min_share") == pytest.approx(1 / 9, abs=1e-5)
-    assert server.metric("eadaprune_default_energy_threshold") == reference["options"]["energy"]
+    assert server.metric("eadaprune_default_energy_threshold") == effective["energy"]
     assert server.metric("eadaprune_reference_at_bound_ratio") == reference["at_bound"]
     for kind, share in reference["kept_by_kind"].items():
         assert server.metric("eadaprune_reference_kept_ratio", kind=kind) == share

@@ -115,7 +115,7 @@ def test_reports_do_not_reveal_what_other_clients_sent(guarded: Server, images: 
 
 def test_config(guarded: Server) -> None:
     found = httpx.get(f"{guarded.url}/v1/eadaprune/config", headers=KEY, timeout=120).json()
-    assert found["options"] == ServerOptions(**OPTIONS).model_dump()
+    assert found["configured"] == ServerOptions(**OPTIONS).model_dump()
     assert found["models"] == ["demo"]
     assert found["architecture"] == "LlavaForConditionalGeneration"
     assert found["selectors"] == list(SELECTORS)

@@ -17,6 +17,7 @@ from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from eadaprune_vllm.core.options import KEY, request_schema
 from eadaprune_vllm.core.report import Preview
+from eadaprune_vllm.core.words import in_words
 from eadaprune_vllm.frontend.context import RequestContext
 from eadaprune_vllm.frontend.preview import MAX_DETAILED, PreviewItem, check_detailed, iter_preview_items, previews
 from eadaprune_vllm.frontend.processor import PruningProcessor
@@ -134,7 +135,11 @@ async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
         getattr(parser, f"parse_{modality}")(url)
     try:
         data, _ = await tracker.resolve_items()
-    except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError, ArithmeticError) as error:
-        # The last two are raised by decoders.
-        raise VLLMValidationError(f"an image or video could not be read: {error}", parameter="messages") from None
+    except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError, ArithmeticError, ValueError) as error:
+        # The last three are raised by decoders. Subclasses of ValueError are vLLM's, about the request.
+        if isinstance(error, ValueError) and type(error) is not ValueError:
+            raise
+        raise VLLMValidationError(
+            f"an image or video could not be read: {in_words(error)}", parameter="messages"
+        ) from None
     return data or {}

@@ -244,7 +244,8 @@ def test_a_preempted_request_keeps_its_tokens(start: Start, nixl: Path, instance
     flags = ["--kv-transfer-config", json.dumps(NIXL), "--num-gpu-blocks-override", "20", "--max-model-len", "576"]
     with start("small", *FLAGS, *flags, **environment(nixl, 1)) as small:
         both = Instances(instances.prefill, small)
-        bodies = [chat(noise(9300 + n, blocks=24), eadaprune={"energy": 0.8}, max_tokens=300) for n in range(2)]
+        kept = {"min_tokens": 250, "max_tokens": 250}  # nine blocks each
+        bodies = [chat(noise(9300 + n, blocks=24), eadaprune=kept, max_tokens=60) for n in range(2)]
         alone = [answer(both.ask_prefill_alone(body)) for body in bodies]
         with ThreadPoolExecutor() as pool:
             assert [answer(found) for found in pool.map(both.ask, bodies)] == alone

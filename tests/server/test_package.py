@@ -54,7 +54,7 @@ def test_wheel_has_all_data_files_and_nothing_else(site: Path) -> None:
     tracked = subprocess.check_output(["git", "ls-files"], cwd=package, text=True).split()
     installed = {str(path.relative_to(site / "eadaprune_vllm")) for path in (site / "eadaprune_vllm").rglob("*.*")}
     assert {path for path in installed if "__pycache__" not in path} == {*tracked}
-    assert {"py.typed", "http/page.html", "demo/trained/model.safetensors"} <= {*tracked}
+    assert {"py.typed", "http/static/page.js", "demo/trained/model.safetensors"} <= {*tracked}
 
 
 def test_a_server_imports_neither_demo_nor_tools(site: Path, model: Path) -> None:

@@ -136,9 +136,7 @@ async def _fetch(model_config: Any, messages: list[Any]) -> Mapping[str, Any]:
     try:
         data, _ = await tracker.resolve_items()
     except (aiohttp.ClientError, OSError, DecompressionBombError, RuntimeError, ArithmeticError, ValueError) as error:
-        # The last three are raised by decoders. Subclasses of ValueError are vLLM's, about the request.
-        if isinstance(error, ValueError) and type(error) is not ValueError:
-            raise
+        # The last three are raised by decoders.
         raise VLLMValidationError(
             f"an image or video could not be read: {in_words(error)}", parameter="messages"
         ) from None

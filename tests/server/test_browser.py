@@ -17,6 +17,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from shared import Reference, program
 
 from eadaprune_vllm.core.draw import data_url, png
+from eadaprune_vllm.http.page import FILES
 
 SENT = "requestWillBeSent"
 Images = dict[str, Image.Image]
@@ -115,9 +116,11 @@ def test_numbers_follow_the_slider_and_what_is_copied_does_the_same(
     requested = {sent["request"]["url"].removeprefix(pruning.url).partition(",")[0] for sent in browser.network(SENT)}
     requested.discard("data:image/svg+xml")  # the icon, which some ask for
     pictures = {"data:image/png;base64", "data:image/jpeg;base64"}  # as they are chosen, and as they are drawn
-    own = {path for path in requested if path.startswith("/eadaprune")}
-    assert own >= {"/eadaprune", "/eadaprune/page.css", "/eadaprune/page.js", "/eadaprune/chart-bars.png"}
-    assert requested - own == {"/v1/eadaprune/config", "/v1/eadaprune/preview"} | pictures
+    samples = {path for path in requested if path.startswith("/eadaprune/") and path.endswith((".jpg", ".png"))}
+    code = {f"/eadaprune/{name}" for name in FILES if name.endswith((".css", ".js"))}
+    assert len(samples) == 6
+    assert requested - samples - code == {"/eadaprune", "/v1/eadaprune/config", "/v1/eadaprune/preview"} | pictures
+    assert code < requested
     assert browser.complaints() == []
 
 
@@ -168,12 +171,8 @@ def test_samples_and_two_values_side_by_side(browser: Browser) -> None:
     assert browser.wait("#caption", is_not=pinned) == "energy 1: 576 of 576"
     assert browser.text("#pinned .caption") == pinned
     assert browser.find("#pinned img").get_attribute("src") == image != browser.find("#shown").get_attribute("src")
-    assert [
-        mark.text for mark in browser.driver.find_elements("css selector", "#curve .other, #curve .at") if mark.text
-    ] == [
-        first,
-        "576",
-    ]
+    marks = browser.driver.find_elements("css selector", "#curve text.other, #curve text.at")
+    assert [mark.text for mark in marks] == [first, "576"]
     browser.find("#pin").click()
     assert not browser.find("#pinned").is_displayed()
 

@@ -1,6 +1,7 @@
 // A question about the picture, answered with every token and with those that are kept.
 
-import {$, post} from "./server.js";
+import {$, COMPLETIONS, post} from "./server.js";
+import {label} from "./units.js";
 
 const MAX_TOKENS = 128;
 let asked = new AbortController();
@@ -16,7 +17,7 @@ function card(title) {
 async function answer(shown, body, signal) {
   const [, text, tokens] = shown.children;
   try {
-    const {choices: [{message}], usage} = await post("v1/chat/completions", body, {signal});
+    const {choices: [{message}], usage} = await post(COMPLETIONS, body, {signal});
     text.textContent = message.content?.trim() || "(no text)";
     tokens.textContent = `${usage.prompt_tokens} tokens in the prompt`;
   } catch (error) {
@@ -34,8 +35,7 @@ export function ask(model, picture, field) {
     {type: "text", text: $("question").value},
   ];
   const body = {model, messages: [{role: "user", content}], max_tokens: MAX_TOKENS, temperature: 0};
-  const [[name, value]] = Object.entries(field).filter(([name]) => name !== "enabled");
-  const both = [["Every token", {energy: 1}], [`Pruned, ${name} ${value}`, field]];
+  const both = [["Every token", {energy: 1}], [`Pruned, ${label(field)}`, field]];
   $("answers").replaceChildren(
     ...both.map(([title, eadaprune]) => {
       const shown = card(title);

@@ -3,27 +3,25 @@
 import {ask, forget} from "./ask.js";
 import {draw} from "./curve.js";
 import {scales, setScales} from "./scales.js";
-import {$, apiKey, call, post, setApiKey, url} from "./server.js";
+import {$, apiKey, call, COMPLETIONS, post, setApiKey, url} from "./server.js";
 import {texts} from "./texts.js";
-import {bytes, percent, rounded} from "./units.js";
+import {bytes, label, percent, rounded} from "./units.js";
 
 const PAUSE = 150; // milliseconds without input before a preview is requested
 const SAMPLES = ["photograph-astronaut.jpg", "photograph-coffee.jpg", "page-invoice.png", "chart-bars.png",
   "screen-desktop.png", "surface-wall.jpg"];
-const CHAT = "/v1/chat/completions";
 
 let config = null; // response of /v1/eadaprune/config
 let picture = null; // {name, type, size, url} of what is shown
 let found = null; // response of /v1/eadaprune/preview for it
 let accepted = null; // the last field "eadaprune" that the server accepted
-let pinned = null; // {found, label} to compare with
+let pinned = null; // the image of a preview to compare with
 let pending = null; // AbortController of the current request
 let timer = 0; // of the next request
 let taken = 0; // number of the last file that was taken
 
 const checked = (name) => document.querySelector(`input[name=${name}]:checked`)?.value;
 const model = () => $("models").value;
-const label = (field) => Object.entries(field).filter(([name]) => name !== "enabled").flat().join(" ");
 
 // The request's field "eadaprune".
 function optionsField() {
@@ -46,7 +44,7 @@ async function configure() {
   $("model").textContent = [...(models.length > 1 ? [] : models), architecture, `vLLM ${version}`].join(" · ");
   $("models").replaceChildren(...models.map((name) => new Option(name)));
   $("several").hidden = models.length < 2;
-  $("asking").hidden = !picture || !endpoints.includes(CHAT);
+  $("asking").hidden = !endpoints.includes(`/${COMPLETIONS}`);
   const kinds = [...Object.entries(reference.kept_by_kind), ["all", reference.kept]];
   $("kinds").querySelector("table").replaceChildren(...kinds.map(([kind, share]) => {
     const row = $("kind").content.firstElementChild.cloneNode(true);
@@ -146,22 +144,26 @@ function show() {
   $("selector").textContent = image.selector;
   $("pin").hidden = false;
   showBound(image);
-  draw(image, pinned?.found.images[0]);
+  drawCurve();
+}
+
+function drawCurve() {
+  draw(found.images[0], pinned);
 }
 
 function pin() {
-  pinned = pinned ? null : {found, label: $("caption").textContent};
+  pinned = pinned ? null : found.images[0];
   document.body.classList.toggle("comparing", Boolean(pinned));
   $("pin").textContent = pinned ? "Show one" : "Compare";
   $("pinned").hidden = !pinned;
   if (pinned) {
     const [image, caption] = $("pinned").children;
     image.src = $("shown").src;
-    image.alt = `${picture.name} at ${pinned.label}`;
-    caption.textContent = pinned.label;
+    caption.textContent = $("caption").textContent;
+    image.alt = `${picture.name} at ${caption.textContent}`;
     $("slider").focus();
   }
-  draw(found.images[0], pinned?.found.images[0]);
+  drawCurve();
 }
 
 function write() {
@@ -233,11 +235,9 @@ function setPicture(next) {
   document.querySelector("main").classList.remove("empty");
   $("shown").src = picture.url;
   $("shown").alt = picture.name;
-  $("panes").hidden = false;
-  $("invitation").hidden = $("pin").hidden = true;
+  $("pin").hidden = true;
   $("name").textContent = `${picture.name}, ${bytes(picture.size)}`;
   $("choose").textContent = "Choose another";
-  $("asking").hidden = !config?.endpoints.includes(CHAT);
 }
 
 async function takeSample(name) {
@@ -296,7 +296,7 @@ document.ondrop = (event) => {
   document.body.classList.remove("dragging");
   take(event.dataTransfer.files[0]);
 };
-onresize = () => found && draw(found.images[0], pinned?.found.images[0]);
+onresize = () => found && drawCurve();
 if (apiKey()) {
   $("keyed").hidden = false;
   $("key").value = apiKey();

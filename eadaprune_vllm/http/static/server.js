@@ -2,6 +2,7 @@
 
 const KEY = "eadaprune-key"; // in sessionStorage, which ends with the tab
 
+export const COMPLETIONS = "v1/chat/completions";
 export const $ = (id) => document.getElementById(id);
 export const url = (path) => new URL(path, document.baseURI).href;
 export const apiKey = () => sessionStorage.getItem(KEY);

@@ -1,6 +1,6 @@
 // What people copy: a request, or the flags of a server.
 
-import {apiKey, url} from "./server.js";
+import {apiKey, COMPLETIONS, url} from "./server.js";
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`; // for a shell
 
@@ -14,7 +14,7 @@ export const texts = {
     const here = (value) => JSON.stringify(value).replace(/[\\$`]/g, "\\$&"); // in a here-document
     const key = apiKey() ? ' -H "Authorization: Bearer $OPENAI_API_KEY"' : "";
     return `image="data:${type};base64,$(base64 < ${quoted(name)} | tr -d '\\n')"
-curl ${quoted(url("v1/chat/completions"))} -H "Content-Type: application/json"${key} -d @- <<END
+curl ${quoted(url(COMPLETIONS))} -H "Content-Type: application/json"${key} -d @- <<END
 {"model": ${here(model)}, "messages": [{"role": "user", "content": [
   {"type": "image_url", "image_url": {"url": "$image"}},
   {"type": "text", "text": "What is in the picture?"}]}],

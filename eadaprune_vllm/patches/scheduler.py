@@ -1,4 +1,5 @@
-"""vLLM's scheduler: requests that other instances go on with return the decisions about their images and videos."""
+"""vLLM's scheduler: requests that other instances go on with return the decisions about their images and videos, and
+preempted requests can be encoded again."""
 
 from typing import Any
 
@@ -19,3 +20,14 @@ def install() -> None:
             if ec_params and identifier in ec_params:
                 ec_params[identifier][KEY] = item
         return kv_params, ec_params
+
+    # vLLM sends workers no pixels of an image whose tokens are all cached, or loaded from another instance. If such a
+    # request is preempted and loses its blocks, the first model runner must encode the image without them, and dies.
+    @wrap("vllm.v1.core.sched.output:NewRequestData.from_request")
+    def from_request(
+        original: Any, cls: Any, request: Any, block_ids: Any, prefill_token_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        data = original(cls, request, block_ids, prefill_token_ids, **kwargs)
+        if prefill_token_ids is None:  # these are for the second one, to which preempted requests are new
+            data.mm_features = request.mm_features
+        return data

@@ -3,6 +3,7 @@ decided about images travels with the request, and the second neither decides no
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -73,12 +74,16 @@ class Instances:
         return sum(self.decode.metric(f"vllm:{kind}prefix_cache_hits_total") for kind in ("", "external_"))
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def environment(nixl: Path, core: int) -> dict[str, str]:
     """Of an instance that has a core to itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": port}
+    # It is bound late, so it is none of those that the system gives away meanwhile.
+    port = next(port for port in random.sample(range(20_000, 32_000), 9) if not listens(port))
+    env = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(nixl)]))
     env |= {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
     return env | {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "passive"}
@@ -241,7 +246,8 @@ def test_a_conversation_goes_both_ways(instances: Instances) -> None:
 
 def test_a_preempted_request_keeps_its_tokens(start: Start, nixl: Path, instances: Instances) -> None:
     """The second instance has too few blocks for two answers: it prefills one of them again, itself."""
-    flags = ["--kv-transfer-config", json.dumps(NIXL), "--num-gpu-blocks-override", "20", "--max-model-len", "576"]
+    one_way = NIXL | {"kv_connector_extra_config": {}}  # both ways, it would hold the first answer's blocks meanwhile
+    flags = ["--kv-transfer-config", json.dumps(one_way), "--num-gpu-blocks-override", "20", "--max-model-len", "576"]
     with start("small", *FLAGS, *flags, **environment(nixl, 1)) as small:
         both = Instances(instances.prefill, small)
         kept = {"min_tokens": 250, "max_tokens": 250}  # nine blocks each
